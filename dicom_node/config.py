@@ -1,0 +1,315 @@
+"""The only reader of config.toml: one frozen model per table, every key with a default and a rule.
+
+A wrong key, a wrong type or a wrong value is a `ConfigError` that names the key, the value and the rule. Secrets
+are never in the file: only paths to them.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+_AE = re.compile(r"^(?! *$)[ -\[\]-~]{1,16}$")  # PS3.5 table 6.2-1, VR AE: 16 characters, no backslash or control
+_NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,31}$")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the text has one line per fault: key, value, rule."""
+
+
+def _ae_title(value: str) -> str:
+    if not _AE.match(value) or value != value.strip():
+        raise ValueError("an AE title has 1 to 16 printable ASCII characters, no backslash, no outer spaces")
+    return value
+
+
+def _name(value: str) -> str:
+    if not _NAME.match(value):
+        raise ValueError("a name has 1 to 32 of a-z, 0-9, '-' and '_', and begins with a letter or digit")
+    return value
+
+
+AeTitle = Annotated[str, AfterValidator(_ae_title)]
+Name = Annotated[str, AfterValidator(_name)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NodeConfig(_Table):
+    """[node]: who we are on the network."""
+
+    ae_title: AeTitle = "SYNPET"
+    host: str = "0.0.0.0"
+    port: Port = 11112
+    max_associations: int = Field(default=32, ge=1, le=1000)
+    max_pdu: int = Field(default=262144, description="bytes; 0: no limit")
+    network_timeout_s: Seconds = 60.0
+    acse_timeout_s: Seconds = 30.0
+    dimse_timeout_s: Seconds = 60.0
+    require_called_ae: bool = True
+    require_known_peer: bool = True
+
+    @field_validator("max_pdu")
+    @classmethod
+    def _pdu(cls, value: int) -> int:
+        if value != 0 and not 4096 <= value <= 16_777_216:
+            raise ValueError("0 (no limit) or 4096 to 16777216 bytes")
+        return value
+
+
+class PeerConfig(_Table):
+    """[[peers]]: a remote AE, what it may do, and where it is."""
+
+    name: Name
+    ae_title: AeTitle
+    host: str = "127.0.0.1"
+    port: Port = 104
+    may: tuple[Literal["store", "echo"], ...] = ("store", "echo")
+    allowed_addresses: tuple[str, ...] = Field(default=(), description="IP addresses or CIDR; empty: any")
+
+    @field_validator("allowed_addresses")
+    @classmethod
+    def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            ip_network(address, strict=False)
+        return value
+
+
+class IntakeConfig(_Table):
+    """[intake]: when a series and a study count as complete, and what is refused before it is lost."""
+
+    quiet_period_s: Seconds = 30.0
+    study_quiet_period_s: Seconds = 90.0
+    incomplete_after_s: Seconds = 600.0
+    scan_interval_s: Seconds = 1.0
+    min_free_bytes: int = Field(default=5_000_000_000, ge=0)
+    max_instances_per_series: int = Field(default=5000, ge=1)
+
+
+class RuleConfig(_Table):
+    """[[rules]]: what to do with a series; every condition that is set must hold; the first match wins.
+
+    Text conditions are shell-style patterns (`*`, `?`), compared without case; never evaluated as code.
+    """
+
+    name: Name
+    action: Literal["synthesize", "ignore", "hold"]
+    modality: str = ""
+    series_description: str = ""
+    study_description: str = ""
+    body_part: str = ""
+    convolution_kernel: str = ""
+    image_type: str = ""
+    manufacturer: str = ""
+    calling_ae: str = ""
+    min_slices: int = Field(default=0, ge=0)
+    max_slices: int = Field(default=0, ge=0, description="0: no limit")
+    min_coverage_mm: float = Field(default=0.0, ge=0)
+    max_slice_spacing_mm: float = Field(default=0.0, ge=0, description="0: no limit")
+
+
+class SelectionConfig(_Table):
+    """[selection]: the built-in choice for series that no rule names: one CT per study."""
+
+    min_slices: int = Field(default=20, ge=2)
+    min_coverage_mm: float = Field(default=120.0, ge=0)
+    max_slice_spacing_mm: float = Field(default=10.0, gt=0)
+
+
+class PipelineConfig(_Table):
+    """[pipeline]: how a volume is made."""
+
+    bundle: str = "phantom"  # a bundle shipped with the product, or a folder
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    batch: int = Field(default=0, ge=0, le=4096)
+    blending: Literal["bundle", "mean", "gaussian"] = "bundle"
+    stitching: Literal["bundle", "hard", "feathered"] = "bundle"
+    districts: tuple[Literal["builtin"], ...] = ("builtin",)
+    min_confidence: float = Field(default=0.5, ge=0, le=1)
+    low_confidence: Literal["whole_body", "not_evaluated"] = "whole_body"
+    threads: int = Field(default=0, ge=0, le=1024)
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise ValueError("one of auto, cpu, cuda, cuda:N")
+        return value
+
+
+class GateConfig(_Table):
+    """[gate]: what is checked before anything is sent."""
+
+    min_coverage_mm: float = Field(default=120.0, ge=0)
+    max_slices: int = Field(default=3000, ge=2)
+
+
+class OutputConfig(_Table):
+    """[output]: the result series."""
+
+    mip: bool = True
+    series_number: int = Field(default=9001, ge=1, le=2_000_000_000)
+    mip_series_number: int = Field(default=9030, ge=1, le=2_000_000_000)
+    series_description: str = Field(default="SYNTHETIC FDG PET SUVbw - AI, RESEARCH ONLY", max_length=64)
+    institution_name: str = Field(default="", max_length=64)
+    emit_patient_position: bool = False
+    emit_sc_markers: bool = False
+    omit_patient_size: bool = False
+
+    @field_validator("series_description")
+    @classmethod
+    def _synthetic_first(cls, value: str) -> str:
+        if not value.startswith("SYNTHETIC"):
+            raise ValueError("must begin with the word SYNTHETIC: viewers cut the description off")
+        if "\\" in value:
+            raise ValueError("no backslash")
+        return value
+
+
+class DestinationConfig(_Table):
+    """[[destinations]]: where results go."""
+
+    name: Name
+    peer: Name
+    encoding: Literal["sc", "pet"] = "sc"
+    send_mip: bool = True
+    max_attempts: int = Field(default=12, ge=1)
+    first_retry_s: Seconds = 30.0
+    max_retry_s: Seconds = 3600.0
+
+
+class EngineConfig(_Table):
+    """[engine]: the process that owns the GPU."""
+
+    kind: Literal["local"] = "local"
+    max_attempts: int = Field(default=3, ge=1, le=20)
+    retry_s: Seconds = 30.0
+    lease_s: Seconds = 120.0
+    job_timeout_s: Seconds = 3600.0
+
+
+class StorageConfig(_Table):
+    """[storage]: the spool, the ledger, and how long things stay."""
+
+    root: Path = Path("spool")
+    database_url: str = ""  # empty: sqlite in root
+    keep_inputs_days: float = Field(default=7.0, ge=0)
+    keep_results_days: float = Field(default=30.0, ge=0)
+    keep_events_days: float = Field(default=365.0, ge=0)
+
+
+class LogConfig(_Table):
+    """[log]: where one line per stage goes."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["console", "json"] = "console"
+
+
+class Config(_Table):
+    """The whole file."""
+
+    node: NodeConfig = NodeConfig()
+    peers: tuple[PeerConfig, ...] = ()
+    intake: IntakeConfig = IntakeConfig()
+    rules: tuple[RuleConfig, ...] = ()
+    selection: SelectionConfig = SelectionConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    gate: GateConfig = GateConfig()
+    output: OutputConfig = OutputConfig()
+    destinations: tuple[DestinationConfig, ...] = ()
+    engine: EngineConfig = EngineConfig()
+    storage: StorageConfig = StorageConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        for what, names in (
+            ("peers", [p.name for p in self.peers]),
+            ("destinations", [d.name for d in self.destinations]),
+            ("rules", [r.name for r in self.rules]),
+        ):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(f"{what}: the name {twice[0]!r} is used twice")
+        known = {p.name for p in self.peers}
+        for destination in self.destinations:
+            if destination.peer not in known:
+                raise ValueError(f"destinations.{destination.name}.peer: no peer is named {destination.peer!r}")
+        return self
+
+    def peer(self, name: str) -> PeerConfig:
+        """The peer with this name; a destination's peer always exists."""
+        return next(p for p in self.peers if p.name == name)
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a configuration file.
+
+    Relative paths in it are taken from the folder of the file, so that the node does not depend on where it was
+    started.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in _fault_lines(error, raw))) from error
+    base = path.resolve().parent
+    storage = config.storage.model_copy(update={"root": (base / config.storage.root).resolve()})
+    return config.model_copy(update={"storage": storage})
+
+
+def _fault_lines(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+    lines = []
+    for fault in error.errors():
+        key = _key(fault["loc"], raw)
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{key} is not a key; {_near(fault['loc'])}")
+        else:
+            shown = f" = {fault['input']!r}" if not isinstance(fault["input"], dict) else ""
+            message = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}{shown}: {message}" if key else message)
+    return lines
+
+
+def _key(loc: tuple[int | str, ...], raw: dict[str, Any]) -> str:
+    """`peers[0].port`, or `[peers.pacs].port` where the item has a name."""
+    if len(loc) >= 2 and isinstance(loc[1], int):
+        table = str(loc[0])
+        try:
+            item = f"[{table}.{raw[table][loc[1]]['name']}]"
+        except (KeyError, IndexError, TypeError):
+            item = f"{table}[{loc[1]}]"
+        rest = [str(part) for part in loc[2:]]
+        return ".".join([item, *rest])
+    if len(loc) >= 2:
+        return f"[{loc[0]}].{'.'.join(str(part) for part in loc[1:])}"
+    return str(loc[0]) if loc else ""
+
+
+def _near(loc: tuple[int | str, ...]) -> str:
+    """Name the closest existing key, so that a misspelling is mended at once."""
+    import difflib
+
+    model: Any = Config
+    for part in loc[:-1]:
+        if isinstance(part, str) and part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            model = getattr(annotation, "__args__", (annotation,))[0]
+    known = list(model.model_fields)
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"

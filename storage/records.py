@@ -1,0 +1,138 @@
+"""The frozen values that leave the storage package. Nobody outside sees a row or a session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+
+class JobState(StrEnum):
+    """Where a job stands; one job is one received CT series (or one late-slice successor of it)."""
+
+    RECEIVING = "RECEIVING"
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    DELIVERING = "DELIVERING"
+    DONE = "DONE"
+    REJECTED = "REJECTED"
+    HELD = "HELD"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+class DeliveryState(StrEnum):
+    """Where one result series stands on its way to one destination."""
+
+    PENDING = "PENDING"
+    SENDING = "SENDING"
+    SENT = "SENT"
+    COMMITTED = "COMMITTED"
+    VISIBLE = "VISIBLE"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+FINAL_JOB_STATES = frozenset({JobState.DONE, JobState.REJECTED, JobState.FAILED, JobState.CANCELLED})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeriesInfo:
+    """What the assembler knows of a series from its headers; opens a job. Patient ID is stored for look-up only."""
+
+    study_uid: str
+    series_uid: str
+    accession: str = ""
+    patient_id: str = ""
+    modality: str = ""
+    sop_class_uid: str = ""
+    series_number: str = ""
+    series_description: str = ""
+    study_date: str = ""
+    calling_ae: str = ""
+    peer_address: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One row of the ledger."""
+
+    id: str  # a UUID in hex
+    state: JobState
+    info: SeriesInfo
+    created: datetime
+    updated: datetime
+    instances: int = 0
+    attempts: int = 0
+    reason_code: str = ""
+    reason: str = ""
+    stage: str = ""
+    supersedes: str = ""  # the job whose series got late slices
+    source_digest: str = ""  # sha256 of the sorted SOP Instance UIDs it runs on
+    lease_owner: str = ""
+    lease_until: datetime | None = None
+    not_before: datetime | None = None  # back-off of a retried job
+    details: Mapping[str, Any] = field(default_factory=dict)  # stage_seconds, stats, provenance, coverage: JSON
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delivery:
+    """One result series (`kind`, `encoding`) to one destination."""
+
+    id: int
+    job_id: str
+    destination: str
+    kind: str
+    encoding: str
+    series_uid: str
+    instances: int
+    state: DeliveryState
+    sent: int = 0
+    attempts: int = 0
+    next_attempt: datetime | None = None
+    reason_code: str = ""
+    reason: str = ""
+    updated: datetime | None = None
+    statuses: Mapping[str, str] = field(default_factory=dict)  # SOP Instance UID -> "0x0000" or an error word
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewDelivery:
+    """What opens a delivery."""
+
+    destination: str
+    kind: str
+    encoding: str
+    series_uid: str
+    instances: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One line of the append-only history. `job_id` is empty for what belongs to no job (a dropped instance)."""
+
+    id: int
+    time: datetime
+    job_id: str
+    stage: str
+    code: str
+    text: str
+    seconds: float | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobFilter:
+    """`jobs list`: every field that is set narrows the answer; texts match exactly."""
+
+    states: tuple[JobState, ...] = ()
+    accession: str = ""
+    patient_id: str = ""
+    study_uid: str = ""
+    series_uid: str = ""
+    peer: str = ""
+    since: datetime | None = None
+    until: datetime | None = None
+    limit: int = 100

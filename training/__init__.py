@@ -1,0 +1,1 @@
+"""Training and evaluation of the district networks; imports ``pipeline`` and nothing else of ours."""
