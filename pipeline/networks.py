@@ -1,0 +1,136 @@
+"""The generator that turns a CT window into a PET window: a 3D U-Net after Pix2Pix.
+
+The paper (arXiv 2503.15555) names the networks and not their sizes. Depth 4 at a window of 32 voxels ends at
+2 voxels: one more level would end at 1, where instance normalization has nothing to normalize.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+MAX_WIDTH_FACTOR = 8  # deeper levels stop growing at eight times the width, as in Pix2Pix
+SMALLEST_MAP = 2  # voxels per side at the bottom of the U
+RESTING_LOGIT = -3.5  # sigmoid 0.03, SUV 0.6 of 20: the body's usual uptake, so that training starts near it
+
+
+class NetworkSpec(BaseModel):
+    """What is needed to build a generator again: stored in the bundle's manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: Literal["unet3d"] = "unet3d"
+    width: int = Field(default=16, ge=1, le=512)
+    depth: int = Field(default=4, ge=1, le=8)
+    window: int = Field(default=32, ge=4, le=512)
+
+    @model_validator(mode="after")
+    def _bottom_is_wide_enough(self) -> NetworkSpec:
+        bottom, rest = divmod(self.window, 2**self.depth)
+        if rest or bottom < SMALLEST_MAP:
+            raise ValueError(
+                f"window {self.window} and depth {self.depth} end at {self.window / 2**self.depth} voxels: "
+                f"a whole number of at least {SMALLEST_MAP} is needed"
+            )
+        return self
+
+
+class InterleavedUp(nn.Module):
+    """ConvTranspose3d(kernel 4, stride 2, padding 1) written as one 2x2x2 convolution and an interleave.
+
+    An output voxel of even index 2i sees the inputs i-1 and i, one of odd index 2i+1 sees i and i+1: two taps per
+    axis either way. So each of the eight parities is a 2x2x2 convolution of its own, and all eight are computed
+    at once as output channels. Equal to the transposed convolution to rounding, and much faster on a CPU when
+    there is one output channel.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.conv = nn.Conv3d(in_channels, 8 * out_channels, kernel_size=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) to (N, out_channels, 2D, 2H, 2W)."""
+        n, _, d, h, w = x.shape
+        taps = self.conv(x).view(n, 8, self.out_channels, d + 1, h + 1, w + 1)
+        parts = [
+            taps[:, index, :, pz : pz + d, py : py + h, px : px + w]
+            for index, (pz, py, px) in enumerate(product((0, 1), repeat=3))
+        ]
+        stacked = torch.stack(parts, dim=2).view(n, self.out_channels, 2, 2, 2, d, h, w)
+        return stacked.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(n, self.out_channels, 2 * d, 2 * h, 2 * w)
+
+    @torch.no_grad()
+    def set_from_transposed(self, weight: Tensor, bias: Tensor) -> None:
+        """Take over the weights (in, out, 4, 4, 4) and bias (out,) of the equal ConvTranspose3d."""
+        for index, parity in enumerate(product((0, 1), repeat=3)):
+            # output 2i+p takes input i-1+p+t through kernel tap 3-p-2t (t = 0, 1)
+            z, y, x = ([3 - p, 1 - p] for p in parity)
+            taps = weight[:, :, z][:, :, :, y][:, :, :, :, x]
+            start = index * self.out_channels
+            self.conv.weight[start : start + self.out_channels] = taps.transpose(0, 1)
+        if self.conv.bias is not None:
+            self.conv.bias.copy_(bias.repeat(8))
+
+
+def _down(inputs: int, outputs: int, *, normalize: bool) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv3d(inputs, outputs, kernel_size=4, stride=2, padding=1, bias=not normalize)]
+    if normalize:
+        layers.append(nn.InstanceNorm3d(outputs, affine=True))
+    return nn.Sequential(*layers, nn.LeakyReLU(0.2))
+
+
+def _up(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ConvTranspose3d(inputs, outputs, kernel_size=4, stride=2, padding=1, bias=False),
+        nn.InstanceNorm3d(outputs, affine=True),
+        nn.ReLU(),
+    )
+
+
+class UNet3d(nn.Module):
+    """Encoder and decoder of `depth` strided levels with skip connections; sigmoid output in [0, 1]."""
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        widths = [spec.width * min(2**level, MAX_WIDTH_FACTOR) for level in range(spec.depth)]
+        self.encoder = nn.ModuleList(
+            _down(inputs, outputs, normalize=level > 0)
+            for level, (inputs, outputs) in enumerate(zip([1, *widths[:-1]], widths, strict=True))
+        )
+        self.decoder = nn.ModuleList(
+            _up(widths[level] * (1 if level == spec.depth - 1 else 2), widths[level - 1])
+            for level in range(spec.depth - 1, 0, -1)
+        )
+        self.head = InterleavedUp(widths[0] * (2 if spec.depth > 1 else 1), 1)
+        self.apply(_initialize)
+        if self.head.conv.bias is not None:
+            nn.init.constant_(self.head.conv.bias, RESTING_LOGIT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """CT windows (N, 1, w, w, w) in [0, 1] to PET windows of the same shape in [0, 1]."""
+        skips: list[Tensor] = []
+        for down in self.encoder:
+            x = down(x)
+            skips.append(x)
+        skips.pop()
+        for up in self.decoder:
+            x = torch.cat([up(x), skips.pop()], dim=1)
+        return torch.sigmoid(self.head(x))
+
+
+def _initialize(module: nn.Module) -> None:
+    """Normal weights with sigma 0.02, as Pix2Pix starts."""
+    if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def build_network(spec: NetworkSpec) -> nn.Module:
+    """A generator with fresh weights: (N, 1, window, window, window) in [0, 1] to the same shape in [0, 1]."""
+    return UNet3d(spec)
