@@ -28,7 +28,7 @@ class GeometryError(PipelineError):
     def __init__(self, text: str, code: str = "geometry_mismatch") -> None:
         super().__init__(code, text)
 
-    def __reduce__(self) -> tuple[type[GeometryError], tuple[str, str]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type[GeometryError], tuple[str, str]]:
         return type(self), (self.text, self.code)
 
 
@@ -209,6 +209,7 @@ class Provenance:
     models: tuple[ModelRef, ...]
     segmenter: str
     segmenter_version: str
+    settings: tuple[str, ...] = ()  # what an option changed against the bundle: "blending=mean"; part of the UIDs
     device: str  # "cpu", "cuda:0 NVIDIA H100": recorded, not part of the UIDs
     fallbacks: tuple[str, ...] = ()  # "out of memory on cuda:0: slabs"; recorded, not part of the UIDs
 
