@@ -1,0 +1,176 @@
+"""`dicom-node check`: prove the whole set-up before the PACS does."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dicom_node.cli.common import DEFAULT_CONFIG, AsJson, ConfigPath, console, opened_ledger, print_json, safe, table
+from dicom_node.config import Config, ConfigError, PeerConfig, load_config
+from pipeline.bundle import bundle_path, load_bundle
+from pipeline.errors import BundleError
+from storage.errors import StorageError
+
+RESERVE_WARNING = 2.0  # warn when less than this many times the watermark is free
+
+
+class Verdict(StrEnum):
+    """OK, a warning that a person should read, or a failure (exit code 1)."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "FAIL"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One line of the table."""
+
+    check: str
+    verdict: Verdict
+    text: str
+
+
+def check(
+    config: ConfigPath = DEFAULT_CONFIG,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only ask the running node by C-ECHO: for a health check.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prove config, disk, ledger, bundle, device, port and peers (C-ECHO). Exit code 1 when one fails."""
+    findings = list(_findings(config, quick))
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        style = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
+        shown = table("dicom-node check", "check", "", "what was found")
+        for finding in findings:
+            shown.add_row(safe(finding.check), f"[{style[finding.verdict]}]{finding.verdict}", safe(finding.text))
+        console.print(shown)
+    if any(finding.verdict is Verdict.FAIL for finding in findings):
+        raise typer.Exit(1)
+
+
+def _findings(path: Path, quick: bool) -> Iterator[Finding]:
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        yield Finding(check="config", verdict=Verdict.FAIL, text=str(error))
+        return
+    if quick:
+        yield check_answering(config)
+        return
+    yield Finding(check="config", verdict=Verdict.OK, text=f"{path}: {_summary(config)}")
+    for one in CHECKS:
+        yield one(config)
+    for peer in config.peers:
+        yield check_peer(config, peer)
+
+
+def _summary(config: Config) -> str:
+    return f"{len(config.peers)} peers, {len(config.destinations)} destinations, {len(config.rules)} rules"
+
+
+def check_disk(config: Config) -> Finding:
+    """The spool's folder can be written, and there is room above the watermark."""
+    root = config.storage.root
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".check-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+        stat = os.statvfs(root)
+    except OSError as error:
+        return Finding(check="disk", verdict=Verdict.FAIL, text=f"{root}: {error.strerror}")
+    free, reserve = stat.f_bavail * stat.f_frsize, config.intake.min_free_bytes
+    text = f"{root}: {free / 1e9:.1f} GB free; C-STORE is refused (A700) below {reserve / 1e9:.1f} GB"
+    if free < reserve:
+        return Finding(check="disk", verdict=Verdict.FAIL, text=text)
+    return Finding(check="disk", verdict=Verdict.WARN if free < RESERVE_WARNING * reserve else Verdict.OK, text=text)
+
+
+def check_ledger(config: Config) -> Finding:
+    """The ledger opens, is migrated, and takes a write."""
+    try:
+        with opened_ledger(config) as ledger:
+            ledger.note("", "check", "dicom-node check")
+    except (StorageError, OSError) as error:
+        return Finding(check="ledger", verdict=Verdict.FAIL, text=str(error))
+    return Finding(check="ledger", verdict=Verdict.OK, text="opens and takes a write")
+
+
+def check_bundle(config: Config) -> Finding:
+    """The bundle is whole: every hash agrees."""
+    try:
+        loaded = load_bundle(bundle_path(config.pipeline.bundle))
+    except BundleError as error:
+        return Finding(check="bundle", verdict=Verdict.FAIL, text=str(error))
+    manifest = loaded.manifest
+    text = f"{manifest.name} {manifest.version}, {len(loaded.keys)} networks, hashes agree; {manifest.statement}"
+    return Finding(check="bundle", verdict=Verdict.OK, text=text)
+
+
+def check_device(config: Config) -> Finding:
+    """The configured device exists; `auto` without a GPU works and is slower."""
+    import torch
+
+    wanted = config.pipeline.device
+    if wanted != "cpu" and torch.cuda.is_available():
+        index = int(wanted.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            text = f"{wanted} does not exist: this machine has {torch.cuda.device_count()} GPU(s)"
+            return Finding(check="device", verdict=Verdict.FAIL, text=text)
+        return Finding(check="device", verdict=Verdict.OK, text=torch.cuda.get_device_name(index))
+    if wanted.startswith("cuda"):
+        return Finding(check="device", verdict=Verdict.FAIL, text=f"{wanted} is configured, but torch finds no GPU")
+    text = f"{os.cpu_count()} CPU cores, torch {torch.__version__}"
+    return Finding(check="device", verdict=Verdict.WARN if wanted == "auto" else Verdict.OK, text=f"no GPU; {text}")
+
+
+def check_port(config: Config) -> Finding:
+    """The port is free for the node, or the node answers on it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.node.host, config.node.port))
+        except OSError as error:
+            answering = check_answering(config)
+            if answering.verdict is Verdict.OK:
+                return answering
+            text = f"{config.node.host}:{config.node.port}: {error.strerror}, and no DICOM node answers on it"
+            return Finding(check="port", verdict=Verdict.FAIL, text=text)
+    return Finding(check="port", verdict=Verdict.OK, text=f"{config.node.host}:{config.node.port} is free")
+
+
+def check_answering(config: Config) -> Finding:
+    """The running node answers; that it refuses our own AE title is an answer too."""
+    from dicom_node.net.scu import echo
+
+    host = "127.0.0.1" if config.node.host in ("0.0.0.0", "::") else config.node.host
+    us = PeerConfig(name="self", ae_title=config.node.ae_title, host=host, port=config.node.port)
+    outcome = echo(us, calling_ae=config.node.ae_title)
+    alive = outcome.ok or outcome.code == "association_rejected"
+    text = f"{config.node.ae_title} answers on port {config.node.port}" if alive else outcome.text
+    return Finding(check="node", verdict=Verdict.OK if alive else Verdict.FAIL, text=text)
+
+
+def check_peer(config: Config, peer: PeerConfig) -> Finding:
+    """C-ECHO to one peer. A peer that results go to must answer; another may be switched off."""
+    from dicom_node.net.scu import echo
+
+    outcome = echo(peer, calling_ae=config.node.ae_title)
+    needed = any(destination.peer == peer.name for destination in config.destinations)
+    bad = Verdict.FAIL if needed else Verdict.WARN
+    text = f"{peer.ae_title} at {peer.host}:{peer.port}: {'answers C-ECHO' if outcome.ok else outcome.text}"
+    return Finding(check=f"peer {peer.name}", verdict=Verdict.OK if outcome.ok else bad, text=text)
+
+
+CHECKS: tuple[Callable[[Config], Finding], ...] = (check_disk, check_ledger, check_bundle, check_device, check_port)

@@ -1,0 +1,164 @@
+"""What several commands share: options, opening the ledger, printing tables, finding a job by the start of its id."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+from storage.ledger import Ledger, open_ledger
+
+from dicom_node.config import Config, load_config
+from storage.records import Job
+
+console = Console()
+console_err = Console(stderr=True)
+
+ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="The node's configuration file.", show_default=True)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+DEFAULT_CONFIG = Path("config.toml")
+
+_RELATIVE = re.compile(r"^(\d+)([mhdw])$")
+_UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+def database_url(config: Config) -> str:
+    """The ledger's URL; an SQLite file in the storage root when none is configured."""
+    return config.storage.database_url or f"sqlite:///{config.storage.root / 'ledger.sqlite'}"
+
+
+@contextmanager
+def opened_ledger(config: Config) -> Iterator[Ledger]:
+    """The ledger of a configuration, closed at the end. The node may run at the same time (SQLite in WAL mode)."""
+    config.storage.root.mkdir(parents=True, exist_ok=True)
+    ledger = open_ledger(database_url(config))
+    try:
+        yield ledger
+    finally:
+        ledger.close()
+
+
+@contextmanager
+def ledger_at(path: Path) -> Iterator[Ledger]:
+    """`opened_ledger` from the path of the configuration file."""
+    with opened_ledger(load_config(path)) as ledger:
+        yield ledger
+
+
+def find_job(ledger: Ledger, wanted: str) -> Job:
+    """The job whose id begins with `wanted`. Exits with 1 when there is none or more than one."""
+    found = ledger.find_by_prefix(wanted)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        fail(f"no job has an id that begins with {wanted!r}; `dicom-node jobs list` shows them")
+    fail(f"{len(found)} jobs begin with {wanted!r}: {', '.join(job.id[:12] for job in found[:5])}")
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Say what is wrong and leave."""
+    console_err.print(message, style="red", markup=False)
+    raise typer.Exit(code)
+
+
+def parse_time(value: str) -> datetime | None:
+    """`2026-11-21`, `2026-11-21T03:00` (local time unless it has an offset), or `90m`, `6h`, `2d`, `1w` ago."""
+    if not value:
+        return None
+    relative = _RELATIVE.match(value)
+    if relative:
+        return datetime.now(UTC) - timedelta(**{_UNITS[relative[2]]: int(relative[1])})
+    try:
+        return datetime.fromisoformat(value).astimezone(UTC)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r}: write 2026-11-21, 2026-11-21T03:00, or 90m, 6h, 2d, 1w") from None
+
+
+def local_time(moment: datetime | None) -> str:
+    """For a person at this machine: local time to the second."""
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S") if moment else ""
+
+
+def to_json(value: Any) -> str:
+    """JSON of records: times in ISO 8601 UTC, states as their names."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, datetime):
+            return item.astimezone(UTC).isoformat()
+        if isinstance(item, Mapping):
+            return dict(item)
+        return str(item)
+
+    return json.dumps(value, default=plain, indent=2, ensure_ascii=False)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(to_json(value) + "\n")
+
+
+def job_dict(job: Job) -> dict[str, Any]:
+    """A job as one flat JSON object: the series' identifiers beside the state."""
+    whole = asdict(job)
+    info = whole.pop("info")
+    return {**whole, **info}
+
+
+def print_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """RFC 4180. A cell that a spreadsheet would run as a formula gets a leading apostrophe."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([_cell(row.get(column, "")) for column in columns])
+    sys.stdout.write(out.getvalue())
+
+
+def _cell(value: Any) -> str:
+    text = value.isoformat() if isinstance(value, datetime) else str("" if value is None else value)
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def safe(text: object) -> Text:
+    """A header's text for the terminal: no markup, no control characters."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)))
+
+
+def table(title: str, *columns: str) -> Table:
+    made = Table(title=title, title_justify="left", header_style="bold", show_edge=False, pad_edge=False)
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    return made
+
+
+def progress_bar() -> Progress:
+    """The one look of every progress bar; on a pipe it prints nothing but the end."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=32),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console_err,
+    )

@@ -1,0 +1,220 @@
+"""`dicom-node jobs …`: ask the ledger, and change what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from storage.ledger import Ledger
+
+from dicom_node.cli.common import (
+    DEFAULT_CONFIG,
+    AsJson,
+    ConfigPath,
+    console,
+    fail,
+    find_job,
+    job_dict,
+    ledger_at,
+    local_time,
+    parse_time,
+    print_csv,
+    print_json,
+    safe,
+    table,
+)
+from storage.errors import StorageError
+from storage.records import Job, JobFilter, JobState
+
+app = typer.Typer(help="List, show, retry, cancel and release jobs.", no_args_is_help=True)
+
+JobId = Annotated[str, typer.Argument(help="The job's id, or as much of its start as is unique.")]
+CSV_COLUMNS = (
+    "id",
+    "state",
+    "created",
+    "updated",
+    "accession",
+    "patient_id",
+    "study_uid",
+    "series_uid",
+    "series_number",
+    "series_description",
+    "calling_ae",
+    "instances",
+    "attempts",
+    "reason_code",
+    "reason",
+)
+
+
+@app.command("list")
+def list_jobs(
+    config: ConfigPath = DEFAULT_CONFIG,
+    state: Annotated[
+        list[JobState] | None,
+        typer.Option("--state", "-s", case_sensitive=False, help="Only jobs in this state; may be repeated."),
+    ] = None,
+    accession: Annotated[str, typer.Option(help="Only this accession number.")] = "",
+    patient_id: Annotated[str, typer.Option(help="Only this patient ID.")] = "",
+    study: Annotated[str, typer.Option(help="Only this Study Instance UID.")] = "",
+    series: Annotated[str, typer.Option(help="Only this (CT) Series Instance UID.")] = "",
+    peer: Annotated[str, typer.Option(help="Only jobs that this calling AE title sent.")] = "",
+    since: Annotated[str, typer.Option(help="Created at or after: 2026-11-21, 2026-11-21T03:00, 6h, 2d.")] = "",
+    until: Annotated[str, typer.Option(help="Created before: the same forms.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most this many, newest first.")] = 100,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV for a spreadsheet.")] = False,
+) -> None:
+    """List jobs, newest first. A job is one CT series that arrived, used or not."""
+    wanted = JobFilter(
+        states=tuple(state or ()),
+        accession=accession,
+        patient_id=patient_id,
+        study_uid=study,
+        series_uid=series,
+        peer=peer,
+        since=parse_time(since),
+        until=parse_time(until),
+        limit=limit,
+    )
+    with ledger_at(config) as ledger:
+        found = ledger.find(wanted)
+    if as_json:
+        print_json([job_dict(job) for job in found])
+    elif as_csv:
+        print_csv([job_dict(job) for job in found], CSV_COLUMNS)
+    elif not found:
+        console.print("no job matches")
+    else:
+        _print_jobs(found)
+
+
+def _print_jobs(found: list[Job]) -> None:
+    shown = table(f"{len(found)} jobs", "id", "state", "created", "accession", "series", "slices", "from", "why")
+    for job in found:
+        shown.add_row(
+            job.id[:8],
+            job.state.value,
+            local_time(job.created),
+            safe(job.info.accession),
+            safe(f"{job.info.series_number} {job.info.series_description}".strip()),
+            str(job.instances),
+            safe(job.info.calling_ae),
+            safe(job.stage if job.state is JobState.RUNNING else job.reason_code),
+        )
+    console.print(shown)
+
+
+@app.command("show")
+def show_job(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
+    """Everything about one job: every event, stage times, SUV per district, deliveries, the reason."""
+    with ledger_at(config) as ledger:
+        job = find_job(ledger, job_id)
+        deliveries, events = ledger.deliveries(job.id), ledger.events(job.id)
+    if as_json:
+        print_json(
+            {
+                **job_dict(job),
+                "deliveries": [asdict(delivery) for delivery in deliveries],
+                "events": [asdict(event) for event in events],
+            }
+        )
+        return
+    print_job(job)
+    if deliveries:
+        sent = table("deliveries", "destination", "what", "state", "sent", "attempts", "next", "why")
+        for delivery in deliveries:
+            sent.add_row(
+                delivery.destination,
+                f"{delivery.kind} ({delivery.encoding})",
+                delivery.state.value,
+                f"{delivery.sent}/{delivery.instances}",
+                str(delivery.attempts),
+                local_time(delivery.next_attempt),
+                safe(f"{delivery.reason_code} {delivery.reason}".strip()),
+            )
+        console.print(sent)
+        for delivery in deliveries:
+            for uid, status in delivery.statuses.items():
+                if status != "0x0000":
+                    console.print(safe(f"  {delivery.destination}: {uid}: {status}"))
+    history = table("events", "time", "stage", "event", "seconds", "text")
+    for event in events:
+        seconds = f"{event.seconds:.2f}" if event.seconds is not None else ""
+        history.add_row(local_time(event.time), event.stage, event.code, seconds, safe(event.text))
+    console.print(history)
+
+
+def print_job(job: Job) -> None:
+    """State, reason, stage times and SUV per district; also used by the demo."""
+    head = table(f"job {job.id}", "what", "value")
+    info = job.info
+    for what, value in (
+        ("state", job.state.value),
+        ("reason", f"{job.reason_code}: {job.reason}" if job.reason_code else ""),
+        ("accession", info.accession),
+        ("study", info.study_uid),
+        ("series", f"{info.series_uid} ({info.series_number} {info.series_description})"),
+        ("slices", str(job.instances)),
+        ("from", f"{info.calling_ae} at {info.peer_address}"),
+        ("created", local_time(job.created)),
+        ("updated", local_time(job.updated)),
+        ("attempts", str(job.attempts)),
+        ("supersedes", job.supersedes),
+    ):
+        if value:
+            head.add_row(what, safe(value))
+    console.print(head)
+    seconds = job.details.get("stage_seconds") or {}
+    if seconds:
+        times = table("stage times", "stage", "seconds")
+        for stage, value in seconds.items():
+            times.add_row(stage, f"{value:.2f}")
+        times.add_row("total", f"{sum(seconds.values()):.2f}", style="bold")
+        console.print(times)
+    stats = job.details.get("stats") or []
+    if stats:
+        suv = table("SYNTHETIC PET, SUV (body weight) per district", "district", "ml", "mean", "max", "confidence")
+        for row in stats:
+            evaluated = row.get("evaluated", True)
+            suv.add_row(
+                str(row["district"]),
+                f"{row['volume_ml']:.0f}",
+                f"{row['suv_mean']:.2f}" if evaluated else "not evaluated",
+                f"{row['suv_max']:.2f}" if evaluated else "",
+                f"{row['confidence']:.2f}",
+            )
+        console.print(suv)
+    for note in job.details.get("notes") or []:
+        console.print(safe(f"note: {note}"))
+
+
+def _change(config: ConfigPath, job_id: str, change: Callable[[Ledger, str], Job]) -> None:
+    with ledger_at(config) as ledger:
+        job = find_job(ledger, job_id)
+        try:
+            now = change(ledger, job.id)
+        except StorageError as error:
+            fail(f"job {job.id[:8]}: {error}")
+    console.print(f"job {now.id[:8]}: {job.state.value} -> {now.state.value}")
+
+
+@app.command("retry")
+def retry(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG) -> None:
+    """Run a FAILED, REJECTED or CANCELLED job again; finished results are only sent again, with the same bytes."""
+    _change(config, job_id, lambda ledger, job: ledger.retry(job))
+
+
+@app.command("cancel")
+def cancel(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG) -> None:
+    """End a job that has not ended. What was already sent stays where it is."""
+    _change(config, job_id, lambda ledger, job: ledger.cancel(job))
+
+
+@app.command("release")
+def release(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG) -> None:
+    """Let a HELD job go on: a held result is sent, a held series is run."""
+    _change(config, job_id, lambda ledger, job: ledger.release(job))

@@ -1,0 +1,115 @@
+"""`dicom-node run CT_FOLDER OUT_FOLDER`: the node's own pipeline, offline."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dicom_node.cli.common import console, fail, progress_bar, safe, table
+from pipeline.types import OutputOptions, PipelineOptions, Progress, ResultSet, Stage
+
+
+class Encodings(StrEnum):
+    """What `--encoding` takes."""
+
+    SC = "sc"
+    PET = "pet"
+    BOTH = "both"
+
+
+def run(
+    ct_folder: Annotated[
+        Path, typer.Argument(help="A folder with a CT series; of several series the one with the largest coverage.")
+    ],
+    out_folder: Annotated[Path, typer.Argument(help="Where the result goes; must not exist, or be empty.")],
+    bundle: Annotated[str, typer.Option(help="A shipped bundle's name, or the folder of a bundle.")] = "phantom",
+    encoding: Annotated[Encodings, typer.Option(help="Secondary capture, PET Image Storage, or both.")] = Encodings.SC,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
+    blending: Annotated[str, typer.Option(help="How windows overlap: bundle (as trained), mean, gaussian")] = "bundle",
+    stitching: Annotated[str, typer.Option(help="How districts meet: bundle, hard, feathered")] = "bundle",
+    mip: Annotated[bool, typer.Option("--mip/--no-mip", help="Also write the MIP picture as DICOM.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in OUT_FOLDER.")] = False,
+) -> None:
+    """Make a SYNTHETIC PET series from a folder of CT, without a network and without a ledger.
+
+    Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, overview.png and result.json into OUT_FOLDER.
+    """
+    from pipeline.ct_reader import choose_ct
+    from pipeline.run import synthesize_series, write_result
+
+    from pipeline.bundle import bundle_path, load_bundle
+
+    if not ct_folder.is_dir():
+        fail(f"{ct_folder}: no such folder", code=2)
+    _refuse_occupied(out_folder, force)
+    folder = bundle_path(bundle)
+    options = PipelineOptions(
+        bundle=folder,
+        device=device,
+        blending=blending,
+        stitching=stitching,
+        output=OutputOptions(encodings=("sc", "pet") if encoding is Encodings.BOTH else (encoding.value,), mip=mip),
+    )
+    paths = choose_ct(ct_folder)
+    console.print(safe(f"{len(paths)} CT slices"))
+    with progress_bar() as bar:
+        result = synthesize_series(
+            paths, load_bundle(folder), options, created=datetime.now(UTC), on_progress=StageBars(bar)
+        )
+    if out_folder.exists():
+        shutil.rmtree(out_folder)
+    write_result(result, out_folder)
+    print_result(result)
+    console.print(safe(f"written: {out_folder} (look at {out_folder / 'overview.png'})"))
+    if result.held:
+        fail(f"the output gate would hold this result: {result.held.code}: {result.held.text}")
+
+
+def _refuse_occupied(folder: Path, force: bool) -> None:
+    """Only an empty folder, or with --force one that holds a result of ours, is ever replaced."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        fail(f"{folder}: is not a folder", code=2)
+    if any(folder.iterdir()) and not (force and (folder / "result.json").is_file()):
+        fail(f"{folder}: is not empty; name another folder, or --force to replace an earlier result", code=2)
+
+
+class StageBars:
+    """Turns the pipeline's progress into one bar per stage."""
+
+    def __init__(self, bar: object) -> None:
+        from rich.progress import Progress as RichProgress
+
+        assert isinstance(bar, RichProgress)
+        self._bar = bar
+        self._tasks: dict[Stage, int] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.stage not in self._tasks:
+            self._tasks[progress.stage] = self._bar.add_task(progress.stage.value, total=None)
+        task = self._bar.tasks[self._tasks[progress.stage]].id
+        name = f"{progress.stage.value} {progress.text}".strip()
+        self._bar.update(task, description=name[:40], completed=progress.done, total=max(progress.total, 1))
+
+
+def print_result(result: ResultSet) -> None:
+    """Stage times, SUV per district and notes, for a person."""
+    times = table("stage times", "stage", "seconds")
+    for stage, seconds in result.stage_seconds.items():
+        times.add_row(stage, f"{seconds:.2f}")
+    times.add_row("total", f"{sum(result.stage_seconds.values()):.2f}", style="bold")
+    console.print(times)
+    suv = table("SYNTHETIC PET, SUV (body weight) per district", "district", "ml", "mean", "max", "confidence")
+    for row in result.stats:
+        mean = f"{row.suv_mean:.2f}" if row.evaluated else "not evaluated"
+        highest = f"{row.suv_max:.2f}" if row.evaluated else ""
+        suv.add_row(row.district.key, f"{row.volume_ml:.0f}", mean, highest, f"{row.confidence:.2f}")
+    console.print(suv)
+    for note in result.notes:
+        console.print(safe(f"note: {note}"))

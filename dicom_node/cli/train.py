@@ -1,0 +1,73 @@
+"""`dicom-node train …`: what the node needs of training. The only place that imports the training package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dicom_node.cli.common import console, console_err, fail, progress_bar, safe
+
+app = typer.Typer(help="Make phantoms and train the bundle that ships with the product.", no_args_is_help=True)
+
+
+@app.command("phantom")
+def phantom(
+    out: Annotated[Path, typer.Argument(help="A new folder for CT/, PET/ and SEG/.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same patient.")] = 1,
+    pose: Annotated[str, typer.Option(help="raised, sides, touching, folded, random")] = "sides",
+    slice_mm: Annotated[float, typer.Option(min=1.0, max=10.0, help="Slice spacing of the CT in mm.")] = 4.0,
+    matrix: Annotated[int, typer.Option(min=64, max=1024, help="Rows and columns of the CT.")] = 512,
+    low: Annotated[float, typer.Option(min=0.0, max=0.9, help="Foot end of the scan, as part of the height.")] = 0.0,
+    high: Annotated[float, typer.Option(min=0.1, max=1.0, help="Head end of the scan, as part of the height.")] = 1.0,
+) -> None:
+    """Write one phantom patient as DICOM: CT, its true PET (BQML), and the districts (SEG)."""
+    if out.exists() and any(out.iterdir()):
+        fail(f"{out}: is not empty", code=2)
+    if high - low < 0.05:
+        fail("--low must be at least 0.05 under --high", code=2)
+    from training.phantom.dicom import write_ct_series, write_pet_series, write_seg
+
+    from training.phantom import PhantomSpec, make_phantom
+
+    with console_err.status("painting the phantom"):
+        fine = make_phantom(
+            PhantomSpec(seed=seed, pose=pose, coverage=(low, high), spacing_mm=(slice_mm, 500 / matrix, 500 / matrix))
+        )
+    with console_err.status("writing CT, PET and SEG"):
+        ct = write_ct_series(fine, out / "CT", matrix=matrix)
+        pet = write_pet_series(fine, out / "PET", matrix=min(matrix, 192))
+        write_seg(fine, out / "SEG")
+    console.print(safe(f"{len(ct)} CT and {len(pet)} PET slices in {out}"))
+
+
+@app.command("bundle")
+def bundle(
+    out: Annotated[Path, typer.Option(help="The bundle's folder; checkpoints stay beside it until it is done.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name (see `train recipes`) or file.")] = "phantom",
+) -> None:
+    """Train the four districts and the whole-body baseline on generated phantoms, and export a bundle.
+
+    Interrupted, it goes on where it was. Prints how long it took and the metrics on held-out phantoms.
+    """
+    from training.build import build_bundle
+
+    with progress_bar() as bar:
+        tasks: dict[str, object] = {}
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            task = tasks.setdefault(what, bar.add_task(what, total=total))
+            bar.update(task, completed=done, total=total)  # type: ignore[arg-type]
+
+        report = build_bundle(recipe, out, on_progress=on_progress)
+    console.print(safe(str(report)))
+
+
+@app.command("recipes")
+def recipes() -> None:
+    """The recipes that ship with the product."""
+    from training.recipe import shipped_recipes
+
+    for name in shipped_recipes():
+        console.print(safe(name))

@@ -1,0 +1,102 @@
+"""`dicom-node why ACCESSION`: what became of a study, in sentences."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from storage.ledger import Ledger
+
+from dicom_node.cli.common import (
+    DEFAULT_CONFIG,
+    AsJson,
+    ConfigPath,
+    console,
+    fail,
+    job_dict,
+    ledger_at,
+    local_time,
+    print_json,
+    safe,
+)
+from storage.records import Delivery, DeliveryState, Event, Job, JobFilter, JobState
+
+MEANING = {
+    JobState.RECEIVING: "is still arriving",
+    JobState.QUEUED: "waits for its turn",
+    JobState.RUNNING: "is being synthesized",
+    JobState.DELIVERING: "is finished and being sent",
+    JobState.DONE: "became a synthetic PET series",
+    JobState.REJECTED: "was not used",
+    JobState.HELD: "is held for a person",
+    JobState.FAILED: "failed",
+    JobState.CANCELLED: "was cancelled",
+}
+NEXT = {
+    JobState.HELD: "dicom-node jobs release {id}   (or: jobs cancel {id})",
+    JobState.FAILED: "dicom-node jobs retry {id}",
+}
+
+
+def why(
+    accession: Annotated[str, typer.Argument(help="An accession number, or a Study or Series Instance UID.")],
+    config: ConfigPath = DEFAULT_CONFIG,
+    as_json: AsJson = False,
+) -> None:
+    """Say what happened to every series of a study, also to those that did not become a job, and why."""
+    with ledger_at(config) as ledger:
+        found = _jobs(ledger, accession)
+        studies = {job.info.study_uid for job in found} or {accession}
+        events = [event for study in sorted(studies) for event in ledger.events_of_study(study)]
+        deliveries = {job.id: ledger.deliveries(job.id) for job in found}
+    if as_json:
+        print_json(
+            {
+                "jobs": [{**job_dict(job), "deliveries": [asdict(one) for one in deliveries[job.id]]} for job in found],
+                "events": [asdict(event) for event in events],
+            }
+        )
+        return
+    if not found and not events:
+        fail(
+            f"nothing in the ledger about {accession!r}: it never arrived here, or it was forgotten "
+            "(storage.keep_events_days).\nAsk the PACS whether it was sent; `dicom-node check` proves that the node "
+            "can be reached."
+        )
+    for job in found:
+        _explain(job, deliveries[job.id])
+    for event in events:
+        _print_event(event)
+
+
+def _jobs(ledger: Ledger, wanted: str) -> list[Job]:
+    """By accession number, else as a study, else as a series."""
+    for one in (JobFilter(accession=wanted), JobFilter(study_uid=wanted), JobFilter(series_uid=wanted)):
+        found = ledger.find(one)
+        if found:
+            return found
+    return []
+
+
+def _explain(job: Job, deliveries: list[Delivery]) -> None:
+    info = job.info
+    name = f"series {info.series_number} {info.series_description!r}, {job.instances} slices, job {job.id[:8]}"
+    console.print(safe(f"{local_time(job.created)}  {name} {MEANING[job.state]}."))
+    if job.reason_code:
+        console.print(safe(f"    why: {job.reason_code}: {job.reason}"))
+    for delivery in deliveries:
+        line = (
+            f"    {delivery.destination}: {delivery.kind} {delivery.state.value} {delivery.sent}/{delivery.instances}"
+        )
+        if delivery.reason_code:
+            line += f" ({delivery.reason_code}: {delivery.reason})"
+        if delivery.next_attempt and delivery.state is DeliveryState.PENDING:
+            line += f", next attempt {local_time(delivery.next_attempt)}"
+        console.print(safe(line))
+    if job.state in NEXT:
+        console.print(safe("    what to do: " + NEXT[job.state].format(id=job.id[:8])))
+
+
+def _print_event(event: Event) -> None:
+    console.print(safe(f"{local_time(event.time)}  {event.code}: {event.text}"))
