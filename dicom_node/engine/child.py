@@ -1,0 +1,177 @@
+"""The engine's process: loads torch and the bundle once, then does one job after the other.
+
+It talks over a pipe. In: `Start` and `WarmUp`. Out: `Progress` values, then one end for each `Start`: `Done`,
+`Refused` (a PipelineError) or `Broken` (anything else, without its message: a library's message may quote a
+header). It ends by itself when the pipe closes or its parent dies, so that no orphan holds the GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import PipelineError
+from pipeline.types import PipelineOptions, Progress
+
+if TYPE_CHECKING:
+    from pipeline.bundle import ModelBundle
+
+ORPHANED = 3  # exit code
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """One job. `options.bundle` is a folder or the name of a shipped bundle."""
+
+    job_id: str
+    paths: tuple[Path, ...]
+    options: PipelineOptions
+    result_folder: Path
+    created: datetime
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmUp:
+    """Load the bundle before the first job asks for it. Has no answer: the job will tell what is wrong."""
+
+    options: PipelineOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """Sent once, when the process can take jobs."""
+
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """The result folder is complete."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """A PipelineError: its class by name, so that both ends need not pickle exceptions."""
+
+    job_id: str
+    error_class: str
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Broken:
+    """An error that nobody expected: its type and place."""
+
+    job_id: str
+    text: str
+
+
+Message = Ready | Progress | Done | Refused | Broken
+
+
+def main(connection: Connection) -> None:
+    """The process' entry: serve jobs until the pipe closes."""
+    _leave_signals_to_the_parent()
+    _end_with_the_parent()
+    _keep_headers_out_of_the_log()
+    library = Library()
+    connection.send(Ready(pid=os.getpid()))
+    while True:
+        try:
+            request = connection.recv()
+        except (EOFError, OSError):
+            return
+        if isinstance(request, WarmUp):
+            _warm_up(library, request.options)
+        else:
+            connection.send(do_job(request, library, connection.send))
+
+
+class Library:
+    """The bundles that this process has loaded; a bundle whose manifest changed on the disk is loaded anew."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[Path, int], ModelBundle] = {}
+
+    def bundle(self, wanted: Path) -> ModelBundle:
+        """Raises BundleError."""
+        from pipeline.bundle import MANIFEST, bundle_path, load_bundle
+
+        folder = bundle_path(str(wanted))
+        key = (folder, (folder / MANIFEST).stat().st_mtime_ns)
+        if key not in self._loaded:
+            self._loaded = {key: load_bundle(folder)}  # one at a time: networks are large
+        return self._loaded[key]
+
+
+def do_job(start: Start, library: Library, send: Callable[[Message], None]) -> Done | Refused | Broken:
+    """Run one job and say how it ended; sends progress on the way."""
+    from pipeline.run import synthesize_series, write_result
+
+    try:
+        bundle = library.bundle(start.options.bundle)
+        result = synthesize_series(
+            start.paths, bundle, start.options, created=start.created, on_progress=send
+        )
+        write_result(result, start.result_folder)
+    except PipelineError as error:
+        return Refused(job_id=start.job_id, error_class=type(error).__name__, code=error.code, text=error.text)
+    except Exception as error:
+        return Broken(job_id=start.job_id, text=describe(error))
+    return Done(job_id=start.job_id)
+
+
+def describe(error: BaseException) -> str:
+    """`ValueError in run.py:120 (synthesize_series) < ...`, and the reason where the system gives one."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} ({frame.name})" for frame in reversed(frames))
+    reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+    return f"{type(error).__name__}{reason} in {places}"
+
+
+def _warm_up(library: Library, options: PipelineOptions) -> None:
+    import pipeline.run  # noqa: F401  # seconds of imports that the first job need not wait for
+
+    try:
+        library.bundle(options.bundle)
+    except PipelineError:
+        return  # the job that needs it will say so, into the ledger
+
+
+def _leave_signals_to_the_parent() -> None:
+    """Ctrl-C and systemd's SIGTERM reach the whole group: a drain must let the running job end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(ORPHANED)
+
+    threading.Thread(target=watch, name="engine-orphan-watch", daemon=True).start()
+
+
+def _keep_headers_out_of_the_log() -> None:
+    """Warnings and log lines of the DICOM libraries quote values of the data set."""
+    warnings.simplefilter("ignore")
+    for name in ("pydicom", "pynetdicom", "highdicom"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
