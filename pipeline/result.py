@@ -1,0 +1,199 @@
+"""A result on disk: a folder that is complete or absent, and the summary that describes it.
+
+    <folder>/pet-sc/0001.dcm ...   one folder per series, <kind>-<encoding>
+    <folder>/mip-sc/0001.dcm
+    <folder>/overview.png
+    <folder>/result.json           ResultSummary
+
+Everything is written and synced beside the target and appears there with one rename, so that a process killed at
+any instant leaves either nothing or all of it, and the work can simply be done again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+
+from pipeline.errors import OutputError
+from pipeline.types import District, EncodedSeries, Provenance, ResultSet
+
+SUMMARY = "result.json"
+OVERVIEW = "overview.png"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9]+)?")
+
+# NaN ("nothing was measured") is null in the file: JSON has no NaN
+_Number = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
+]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SeriesSummary(_Frozen):
+    """One result series; `folder` is relative to the result's folder."""
+
+    kind: str
+    encoding: str
+    series_uid: str
+    sop_class_uid: str
+    instances: int
+    folder: str
+
+
+class StatsSummary(_Frozen):
+    """`DistrictStats` as it is stored; SUV are NaN where nothing was evaluated."""
+
+    district: District
+    volume_ml: _Number
+    suv_mean: _Number
+    suv_max: _Number
+    confidence: _Number
+    evaluated: bool
+
+
+class HeldSummary(_Frozen):
+    """Why the output gate holds the result."""
+
+    code: str
+    text: str
+
+
+class ResultSummary(_Frozen):
+    """What a result is, without its pixels: for the ledger, the deliveries and the command line."""
+
+    series: tuple[SeriesSummary, ...]
+    stats: tuple[StatsSummary, ...]
+    provenance: Provenance
+    stage_seconds: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+    held: HeldSummary | None = None
+
+
+def summarize(result: ResultSet) -> ResultSummary:
+    """The summary of a result, as `write_result` stores it."""
+    return ResultSummary(
+        series=tuple(_series_summary(series) for series in result.series),
+        stats=tuple(
+            StatsSummary(
+                district=s.district,
+                volume_ml=s.volume_ml,
+                suv_mean=s.suv_mean,
+                suv_max=s.suv_max,
+                confidence=s.confidence,
+                evaluated=s.evaluated,
+            )
+            for s in result.stats
+        ),
+        provenance=result.provenance,
+        stage_seconds=dict(result.stage_seconds),
+        notes=result.notes,
+        held=HeldSummary(code=result.held.code, text=result.held.text) if result.held else None,
+    )
+
+
+def _series_summary(series: EncodedSeries) -> SeriesSummary:
+    classes = {i.sop_class_uid for i in series.instances}
+    if len(classes) != 1:
+        raise OutputError("invalid_result", f"series {series.series_uid} has {len(classes)} SOP classes, not one")
+    return SeriesSummary(
+        kind=series.kind,
+        encoding=series.encoding,
+        series_uid=series.series_uid,
+        sop_class_uid=classes.pop(),
+        instances=len(series.instances),
+        folder=_plain(f"{series.kind}-{series.encoding}"),
+    )
+
+
+def write_result(result: ResultSet, folder: Path) -> None:
+    """Write a result so that `folder` is complete or absent, also after a power cut.
+
+    A complete folder that already holds the same series stays as it is: the same UID must stay the same bytes,
+    and its files may be on their way. One with other series is replaced.
+
+    Raises:
+        OutputError: the result is malformed, or the folder cannot be written (code not_written).
+    """
+    summary = summarize(result)
+    part, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if _holds_same_series(folder, summary):
+            return
+        _write_folder(result, summary, part)
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+        _sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OutputError("not_written", f"result folder {folder.name}: {error.strerror or error}") from error
+
+
+def _holds_same_series(folder: Path, summary: ResultSummary) -> bool:
+    try:
+        there = read_summary(folder)
+    except OutputError:
+        return False
+    return there.series == summary.series
+
+
+def _write_folder(result: ResultSet, summary: ResultSummary, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for entry, series in zip(summary.series, result.series, strict=True):
+        (folder / entry.folder).mkdir()
+        for instance in series.instances:
+            _write_file(folder / entry.folder / _plain(instance.file_name), instance.data)
+        _sync_folder(folder / entry.folder)
+    _write_file(folder / OVERVIEW, result.overview_png)
+    _write_file(folder / SUMMARY, (summary.model_dump_json(indent=2) + "\n").encode())
+    _sync_folder(folder)
+
+
+def _plain(name: str) -> str:
+    """The name itself, if it can only name a file in the folder it is put in."""
+    if not _PLAIN_NAME.fullmatch(name):
+        raise OutputError("invalid_result", f"result file name {name!r} is not a plain name")
+    return name
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:  # "x": two instances of one name are a fault, not a shorter series
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_summary(folder: Path) -> ResultSummary:
+    """The summary of a result folder.
+
+    Raises:
+        OutputError: there is no result, or its summary cannot be read (code no_result).
+    """
+    try:
+        return ResultSummary.model_validate_json((folder / SUMMARY).read_bytes())
+    except OSError as error:
+        raise OutputError("no_result", f"result folder {folder.name}: {SUMMARY}: {error.strerror}") from error
+    except ValidationError as error:
+        raise OutputError("no_result", f"result folder {folder.name}: {SUMMARY} is malformed") from error

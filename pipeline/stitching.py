@@ -1,0 +1,137 @@
+"""District volumes to one body: hard, by mask (the paper's eq. 15), or feathered at the borders.
+
+Pure: arrays in, one array out. Every body voxel's weights sum to 1 over the districts that were synthesized, and
+a voxel whose own district was not is 0, whatever its neighbors hold: uptake is never spread into a region that no
+network was trusted with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from pipeline.types import OUTSIDE, District, DistrictMap, FloatVolume, GeometryError, LabelVolume
+
+MODES = ("hard", "feathered")
+
+
+def stitch(
+    volumes: Mapping[District, FloatVolume], districts: DistrictMap, *, mode: str, feather_mm: float
+) -> FloatVolume:
+    """The body's volume from one volume per district.
+
+    Args:
+        volumes: float32 [z, y, x] per district, each on the districts' grid. With "feathered" a volume must also
+            hold values up to half of `feather_mm` beyond its district (see `reach`). A district that is missing
+            here is left at 0.
+        mode: "hard" (eq. 15) or "feathered".
+        feather_mm: the width of the ramp from one district to the next, centred on their border. Districts that
+            air parts are not mixed across more than half of it.
+
+    Returns:
+        float32 [z, y, x], 0 outside the body.
+
+    Raises:
+        GeometryError: a shape does not fit, or the mode is unknown.
+    """
+    _check(volumes, districts, mode)
+    if mode == "hard" or feather_mm <= 0:
+        return _hard(volumes, districts.labels)
+    return _feathered(volumes, districts, feather_mm)
+
+
+def _check(volumes: Mapping[District, FloatVolume], districts: DistrictMap, mode: str) -> None:
+    if mode not in MODES:
+        raise GeometryError(f"stitching: mode {mode!r} is not one of {MODES}")
+    for district, volume in volumes.items():
+        if volume.shape != districts.grid.shape:
+            raise GeometryError(f"stitching: {district.key} {volume.shape} does not fit grid {districts.grid.shape}")
+
+
+def _hard(volumes: Mapping[District, FloatVolume], labels: LabelVolume) -> FloatVolume:
+    out = np.zeros(labels.shape, dtype=np.float32)
+    for district, volume in volumes.items():
+        np.copyto(out, volume, where=labels == district)
+    return out
+
+
+def _feathered(volumes: Mapping[District, FloatVolume], districts: DistrictMap, feather_mm: float) -> FloatVolume:
+    given = np.isin(districts.labels, [int(d) for d in volumes])
+    total = np.zeros(districts.labels.shape, dtype=np.float32)
+    weight = np.zeros(districts.labels.shape, dtype=np.float32)
+    for district, volume in volumes.items():
+        share = feather_weight(districts, district, feather_mm)
+        total += share * volume
+        weight += share
+    return np.divide(total, weight, out=np.zeros_like(total), where=given & (weight > 0))
+
+
+def feather_weight(districts: DistrictMap, district: District, feather_mm: float) -> FloatVolume:
+    """How much one district counts at each body voxel before the weights are made to sum to 1.
+
+    float32 [z, y, x]: 1 deep inside the district, 0 beyond its reach and outside the body, and in between a ramp
+    over `feather_mm` of the signed distance to the border with the other districts. Air is no border: a weight
+    does not fall toward the skin.
+    """
+    labels = districts.labels
+    own = labels == district
+    weight = own.astype(np.float32)
+    near = _near(districts, own, feather_mm) & ~own
+    if not near.any():
+        return weight
+    box = _box(near, _reach_voxels(districts, feather_mm))
+    inside, body = own[box], labels[box] != OUTSIDE
+    distance_mm = _signed_distance_mm(inside, body & ~inside, districts.grid.spacing_mm)
+    ramp = np.clip(0.5 - distance_mm / feather_mm, 0.0, 1.0)
+    weight[box] = np.where(body, ramp, 0.0)
+    return weight
+
+
+def reach(districts: DistrictMap, district: District, *, mode: str, feather_mm: float) -> NDArray[np.bool_]:
+    """The body voxels [z, y, x] at which stitching may look into this district's volume."""
+    own = districts.mask(district)
+    return own if mode == "hard" or feather_mm <= 0 else _near(districts, own, feather_mm)
+
+
+def _near(districts: DistrictMap, own: NDArray[np.bool_], feather_mm: float) -> NDArray[np.bool_]:
+    """`own` grown within the body by at least the feather's reach (a box: a little more at the corners)."""
+    size = [2 * n + 1 for n in _reach_voxels(districts, feather_mm)]
+    grown: NDArray[np.bool_] = ndimage.maximum_filter(own, size=size, mode="constant", cval=0)
+    return grown & (districts.labels != OUTSIDE)
+
+
+def _reach_voxels(districts: DistrictMap, feather_mm: float) -> tuple[int, ...]:
+    # half of the ramp lies beyond the border, and the border half a voxel before the first centre beyond it
+    return tuple(int((feather_mm / 2 + min(districts.grid.spacing_mm) / 2) / s) for s in districts.grid.spacing_mm)
+
+
+def _box(mask: NDArray[np.bool_], pad: tuple[int, ...]) -> tuple[slice, ...]:
+    """The bounding box of a mask that is not empty, grown by `pad` (it may end at the volume's edge)."""
+    (box,) = ndimage.find_objects(mask.astype(np.uint8))
+    return tuple(
+        slice(max(s.start - n, 0), min(s.stop + n, size)) for s, n, size in zip(box, pad, mask.shape, strict=True)
+    )
+
+
+def _signed_distance_mm(
+    inside: NDArray[np.bool_], others: NDArray[np.bool_], spacing_mm: tuple[float, float, float]
+) -> FloatVolume:
+    """Distance to the border between `inside` and `others`: negative on the inner side.
+
+    Between voxel centres, less half a voxel, so that the border lies between two neighbors. A side that is
+    empty leaves the other without a border: infinitely far.
+    """
+    to_inside = _distance_mm(inside, spacing_mm)
+    to_others = _distance_mm(others, spacing_mm)
+    half = min(spacing_mm) / 2
+    return np.where(inside, -(to_others - half), to_inside - half).astype(np.float32)
+
+
+def _distance_mm(target: NDArray[np.bool_], spacing_mm: tuple[float, float, float]) -> NDArray[np.float64]:
+    if not target.any():
+        return np.full(target.shape, np.inf)
+    distance: NDArray[np.float64] = ndimage.distance_transform_edt(~target, sampling=spacing_mm)
+    return distance
