@@ -1,0 +1,245 @@
+"""The deliveries of the ledger: one result series to one destination each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime, timedelta
+
+from sqlalchemy import or_, select, update
+from sqlalchemy.orm import Session
+
+from storage.base import LedgerBase, clean
+from storage.errors import NotFound, StaleState
+from storage.moves import WAITING_DELIVERIES, check_delivery_move
+from storage.records import Delivery, DeliveryState, JobState, NewDelivery
+from storage.schema import DeliveryRow, JobRow, compact, delivery_of
+
+_ENDED_CODES = {
+    DeliveryState.SENT: "delivery_sent",
+    DeliveryState.PENDING: "delivery_retry",
+    DeliveryState.FAILED: "delivery_failed",
+}
+
+
+class DeliveryLedger(LedgerBase):
+    """Claims, ends and lists deliveries."""
+
+    def deliveries(self, job_id: str) -> list[Delivery]:
+        """A job's deliveries in the order they were opened."""
+        with self._read() as session:
+            return [delivery_of(row) for row in _rows_of(session, job_id)]
+
+    def claim_delivery(self, owner: str, *, lease_s: float) -> Delivery | None:
+        """Take the delivery that has waited longest: PENDING, its time has come, its job DELIVERING.
+
+        It becomes SENDING, leased to `owner` for `lease_s` seconds. None when there is nothing to send.
+        """
+        with self._write() as session:
+            now = self._clock()
+            row = session.scalar(
+                select(DeliveryRow)
+                .join(JobRow, JobRow.id == DeliveryRow.job_id)
+                .where(
+                    DeliveryRow.state == DeliveryState.PENDING.value,
+                    or_(DeliveryRow.next_attempt.is_(None), DeliveryRow.next_attempt <= now),
+                    JobRow.state == JobState.DELIVERING.value,
+                )
+                .order_by(DeliveryRow.next_attempt.is_not(None), DeliveryRow.next_attempt, DeliveryRow.id)
+                .limit(1)
+                .with_for_update(of=DeliveryRow, skip_locked=True)
+            )
+            if row is None:
+                return None
+            self._move_delivery(row, DeliveryState.SENDING)
+            row.attempts += 1
+            row.lease_owner, row.lease_until = owner, now + timedelta(seconds=lease_s)
+            return delivery_of(row)
+
+    def renew_delivery(self, delivery_id: int, owner: str, *, lease_s: float) -> bool:
+        """Prolong the lease; False when it is lost or the job was cancelled: stop sending."""
+        with self._write() as session:
+            found = session.execute(
+                update(DeliveryRow)
+                .where(
+                    DeliveryRow.id == delivery_id,
+                    DeliveryRow.state == DeliveryState.SENDING.value,
+                    DeliveryRow.lease_owner == owner,
+                )
+                .values(lease_until=self._clock() + timedelta(seconds=lease_s))
+                .execution_options(synchronize_session=False)
+            )
+            return found.rowcount == 1  # type: ignore[attr-defined]
+
+    def finish_delivery(
+        self,
+        delivery_id: int,
+        owner: str,
+        *,
+        state: DeliveryState,
+        sent: int,
+        statuses: Mapping[str, str],
+        code: str = "",
+        text: str = "",
+        next_attempt: datetime | None = None,
+    ) -> Delivery:
+        """End one attempt: SENT, FAILED (an operator's matter), or PENDING again until `next_attempt`.
+
+        `statuses` maps each SOP Instance UID to its DIMSE status as "0x0000", or to an error word; only those that
+        did not succeed are kept. When no delivery of the job waits any more the job becomes DONE, or FAILED if one
+        failed. Raises `StaleState` when the delivery is not leased to `owner` any more (cancelled, swept).
+        """
+        with self._write() as session:
+            row = self._delivery(session, delivery_id)
+            if row.state != DeliveryState.SENDING.value or row.lease_owner != owner:
+                raise StaleState(f"delivery {delivery_id}: is {row.state}, not being sent by {clean(owner)!r}")
+            self._move_delivery(row, state)
+            row.sent = sent
+            row.statuses = compact(statuses, row.instances)
+            row.next_attempt = next_attempt if state is DeliveryState.PENDING else None
+            code = code or _ENDED_CODES[state]
+            text = text or f"{sent} of {row.instances} instances accepted by {row.destination}"
+            row.reason_code, row.reason = ("", "") if state is DeliveryState.SENT else (clean(code), clean(text))
+            self._event(
+                session,
+                row.job_id,
+                code,
+                text,
+                stage="delivery",
+                details={
+                    "destination": row.destination,
+                    "kind": row.kind,
+                    "encoding": row.encoding,
+                    "series_uid": row.series_uid,
+                    "to": state.value,
+                    "sent": sent,
+                    "instances": row.instances,
+                    "attempt": row.attempts,
+                    "statuses": dict(Counter(statuses.values())),
+                    "next_attempt": row.next_attempt,
+                },
+            )
+            self._settle(session, self._job(session, row.job_id))
+            return delivery_of(row)
+
+    def _delivery(self, session: Session, delivery_id: int) -> DeliveryRow:
+        row = session.get(DeliveryRow, delivery_id, with_for_update=True)
+        if row is None:
+            raise NotFound(f"no delivery {delivery_id} in the ledger")
+        return row
+
+    def _move_delivery(self, row: DeliveryRow, to: DeliveryState) -> None:
+        """The only place where a delivery's state changes."""
+        check_delivery_move(row.id, DeliveryState(row.state), to)
+        row.state = to.value
+        row.updated = self._clock()
+        row.lease_owner, row.lease_until = "", None
+
+    def _open_deliveries(self, session: Session, job: JobRow, wanted: Sequence[NewDelivery]) -> None:
+        """Add the rows that are missing. A row that is there is begun anew only if it now means other bytes."""
+        rows = {(row.destination, row.kind, row.encoding): row for row in _rows_of(session, job.id)}
+        for new in wanted:
+            row = rows.get((new.destination, new.kind, new.encoding))
+            if row is None:
+                session.add(_new_row(job.id, new, self._clock()))
+                continue
+            other = row.series_uid != new.series_uid or row.instances != new.instances
+            row.series_uid, row.instances = new.series_uid, new.instances
+            if other or row.state in (DeliveryState.FAILED.value, DeliveryState.CANCELLED.value):
+                self._begin_anew(row)
+        session.flush()
+
+    def _begin_anew(self, row: DeliveryRow) -> None:
+        """PENDING with a clean slate, from any state."""
+        if row.state != DeliveryState.PENDING.value:
+            self._move_delivery(row, DeliveryState.PENDING)
+        row.sent, row.attempts, row.next_attempt, row.statuses = 0, 0, None, {}
+        row.reason_code, row.reason = "", ""
+
+    def _restart_deliveries(
+        self, session: Session, job_id: str, states: Collection[DeliveryState], *, destination: str = ""
+    ) -> int:
+        rows = [
+            row
+            for row in _rows_of(session, job_id)
+            if row.state in {s.value for s in states} and destination in ("", row.destination)
+        ]
+        for row in rows:
+            self._begin_anew(row)
+        session.flush()
+        return len(rows)
+
+    def _cancel_deliveries(self, session: Session, job_id: str) -> None:
+        for row in _rows_of(session, job_id):
+            if row.state in {s.value for s in WAITING_DELIVERIES}:
+                self._move_delivery(row, DeliveryState.CANCELLED)
+
+    def _settle(self, session: Session, job: JobRow) -> None:
+        """End a DELIVERING job of which no delivery waits any more."""
+        if job.state != JobState.DELIVERING.value:
+            return
+        rows = _rows_of(session, job.id)
+        if any(row.state in {s.value for s in WAITING_DELIVERIES} for row in rows):
+            return
+        failed = [row for row in rows if row.state == DeliveryState.FAILED.value]
+        if failed:
+            where = ", ".join(sorted({row.destination for row in failed}))
+            self._move(
+                session,
+                job,
+                JobState.FAILED,
+                code="delivery_failed",
+                text=f"{len(failed)} of {len(rows)} deliveries failed, to {where}: {failed[0].reason}",
+            )
+        else:
+            self._move(session, job, JobState.DONE, code="done", text=f"{len(rows)} deliveries ended")
+
+    def _sweep_deliveries(self, session: Session) -> list[str]:
+        """SENDING with an expired lease: the sender died. PENDING at once: a re-send sends the same bytes."""
+        now = self._clock()
+        rows = session.scalars(
+            select(DeliveryRow)
+            .where(
+                DeliveryRow.state == DeliveryState.SENDING.value,
+                or_(DeliveryRow.lease_until.is_(None), DeliveryRow.lease_until < now),
+            )
+            .with_for_update()
+        ).all()
+        for row in rows:
+            owner = row.lease_owner
+            self._move_delivery(row, DeliveryState.PENDING)
+            row.next_attempt = now
+            self._event(
+                session,
+                row.job_id,
+                "delivery_lease_expired",
+                f"{clean(owner)} stopped while sending to {row.destination}; it will be sent again",
+                stage="delivery",
+                details={"destination": row.destination, "kind": row.kind, "encoding": row.encoding},
+            )
+        return [row.job_id for row in rows]
+
+
+def _rows_of(session: Session, job_id: str) -> Sequence[DeliveryRow]:
+    return session.scalars(select(DeliveryRow).where(DeliveryRow.job_id == job_id).order_by(DeliveryRow.id)).all()
+
+
+def _new_row(job_id: str, new: NewDelivery, now: datetime) -> DeliveryRow:
+    return DeliveryRow(
+        job_id=job_id,
+        destination=new.destination,
+        kind=new.kind,
+        encoding=new.encoding,
+        series_uid=new.series_uid,
+        instances=new.instances,
+        state=DeliveryState.PENDING.value,
+        sent=0,
+        attempts=0,
+        next_attempt=None,
+        reason_code="",
+        reason="",
+        updated=now,
+        lease_owner="",
+        lease_until=None,
+        statuses={},
+    )
