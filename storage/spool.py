@@ -1,0 +1,301 @@
+"""The spool: folders with whole files only. The files are the record of the instances; the ledger has no row for them.
+
+    inbox/incoming/<association>/<sop_instance_uid>.dcm     acknowledged to the sender, not looked at yet
+    inbox/series/<series_uid>/<sop_instance_uid>.dcm        sorted by the assembler
+    work/<job_id>/ct/<sop_instance_uid>.dcm                 the input of a job
+    outbox/<job_id>/...                                     the result of a job, complete or absent
+    quarantine/<reason_code>/...                            what could not be used, kept for a while
+
+Nothing that a peer sends becomes a path unless `check_uid` let it pass; association tokens and job ids are our own
+hexadecimal. All folders must lie on one file system: a file moves by rename.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+
+from storage.durable import (
+    fsync_folder,
+    is_temp,
+    link_file,
+    make_folder,
+    move,
+    remove_tree,
+    same_bytes,
+    write_temp,
+)
+from storage.errors import BadUid, NoSpace, NotFound, StorageError
+
+RESULT_FILE = "result.json"  # written with the result folder, which is renamed into place when it is whole
+_UID = re.compile(r"[0-9]+(?:\.[0-9]+)*")  # PS3.5 section 9.1; a leading zero in a component is common and harmless
+_UID_LENGTH = 64
+_HEX = re.compile(r"[0-9a-f]{1,64}")
+_REASON = re.compile(r"[a-z0-9_]{1,64}")
+
+
+class Adopted(StrEnum):
+    """What became of an incoming file."""
+
+    NEW = "NEW"
+    SAME = "SAME"
+    DIFFERENT = "DIFFERENT"
+
+
+def check_uid(uid: str) -> str:
+    """The UID, fit to be a file name. Raises `BadUid` for anything else (PS3.5 section 9.1)."""
+    if not isinstance(uid, str) or len(uid) > _UID_LENGTH or not _UID.fullmatch(uid):
+        raise BadUid(f"{uid[:80]!r} is not a UID: expected 1 to 64 characters, digits in groups joined by single dots")
+    return uid
+
+
+class Spool:
+    """The node's folders under `root`; safe for several threads of one process."""
+
+    def __init__(self, root: Path, *, min_free_bytes: int) -> None:
+        """Make the folders. `min_free_bytes` is the watermark below which nothing more is accepted."""
+        self.root = root
+        self.min_free_bytes = min_free_bytes
+        self._adopting = threading.Lock()
+        try:
+            self._incoming = make_folder(root / "inbox" / "incoming")
+            self._series = make_folder(root / "inbox" / "series")
+            self._work = make_folder(root / "work")
+            self._outbox = make_folder(root / "outbox")
+            self._quarantine = make_folder(root / "quarantine")
+        except OSError as error:
+            raise StorageError(
+                f"spool {root}: {error.strerror} for {error.filename}; [storage].root must be a folder that the "
+                "node's user can write"
+            ) from error
+
+    # ---- room
+
+    def free_bytes(self) -> int:
+        """What the disk has left for this user."""
+        return shutil.disk_usage(self.root).free
+
+    def room_for(self, n_bytes: int) -> bool:
+        """Whether `n_bytes` more leave the watermark free."""
+        return self.free_bytes() - n_bytes >= self.min_free_bytes
+
+    # ---- the inbox
+
+    def store_incoming(self, association: str, sop_instance_uid: str, chunks: Iterable[bytes]) -> Path:
+        """Store one instance durably; when it returns, Success may be said.
+
+        The same UID again on the same association: identical bytes are stored once, other bytes beside the first
+        as `<uid>~2.dcm`. Raises `NoSpace` (below the watermark, or the disk is full) and `BadUid`, keeping nothing.
+        """
+        folder = self._incoming / _hex(association)
+        target = folder / f"{check_uid(sop_instance_uid)}.dcm"
+        if not self.room_for(0):
+            raise NoSpace(f"the disk of {self.root} has less than {self.min_free_bytes} bytes free")
+        make_folder(folder)
+        temp = write_temp(target, chunks)
+        try:
+            for place in _places(target):
+                if not place.exists():
+                    move(temp, place)
+                    return place
+                if same_bytes(temp, place):
+                    return place
+        finally:
+            temp.unlink(missing_ok=True)
+        raise AssertionError("places are endless")
+
+    def incoming(self) -> list[Path]:
+        """The whole files that wait for the assembler, oldest first."""
+        found = [path for folder in self._incoming.iterdir() if folder.is_dir() for path in _whole(folder)]
+        return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+    def association_of(self, path: Path) -> str:
+        """The association's token of an incoming file."""
+        return path.parent.name
+
+    def adopt(self, path: Path, series_uid: str, *, known: Collection[str] = ()) -> Adopted:
+        """Move an incoming file to its series.
+
+        `known` are ids of earlier jobs of this series: their slices count as known too. SAME: an identical
+        duplicate, removed. DIFFERENT: another content under a known UID, put into quarantine.
+        """
+        folder = self._series / check_uid(series_uid)
+        sop_instance_uid = check_uid(path.name.removesuffix(".dcm").partition("~")[0])
+        target = folder / f"{sop_instance_uid}.dcm"
+        with self._adopting:  # `take_series` renames the folder: not between these lines
+            for there in (target, *(self._ct(job_id) / target.name for job_id in known)):
+                if there.exists():
+                    if same_bytes(path, there):
+                        self.drop(path)
+                        return Adopted.SAME
+                    self.quarantine(path, "different_content")
+                    return Adopted.DIFFERENT
+            make_folder(folder)
+            move(path, target)
+        return Adopted.NEW
+
+    def series_uids(self) -> list[str]:
+        """The series in the inbox that have at least one file."""
+        return sorted(
+            folder.name
+            for folder in self._series.iterdir()
+            if not is_temp(folder) and folder.is_dir() and any(True for _ in _whole(folder))
+        )
+
+    def series_files(self, series_uid: str) -> list[Path]:
+        """The files of a series in the inbox, by name."""
+        return sorted(_whole(self._series / check_uid(series_uid)))
+
+    def quarantine(self, path: Path, reason_code: str) -> Path:
+        """Put a file of the spool aside under `quarantine/<reason_code>/`; where it is now."""
+        if not _REASON.fullmatch(reason_code):
+            raise ValueError(f"quarantine reason {reason_code!r}: expected 1 to 64 of a-z, 0-9 and _")
+        self._check_inside(path)
+        folder = make_folder(self._quarantine / reason_code)
+        target = next(place for place in _places(folder / path.name) if not place.exists())
+        move(path, target)
+        return target
+
+    def drop(self, path: Path) -> None:
+        """Remove a file of the spool that is not used; fine when it is gone."""
+        self._check_inside(path)
+        path.unlink(missing_ok=True)
+
+    # ---- work
+
+    def take_series(self, job_id: str, series_uid: str) -> Path:
+        """Make the series in the inbox the job's input by one rename; the folder it is in.
+
+        Done already: fine, and what came later stays in the inbox for a successor. Raises `NotFound`.
+        """
+        source = self._series / check_uid(series_uid)
+        target = self._ct(job_id)
+        with self._adopting:
+            if target.is_dir():
+                return target
+            if not source.is_dir():
+                raise NotFound(f"job {job_id}: series {series_uid} is neither in the inbox nor in work")
+            make_folder(target.parent)
+            move(source, target)
+        return target
+
+    def link_previous(self, job_id: str, previous_job_id: str) -> int:
+        """Give a successor the slices of an earlier job that it does not have; how many were added."""
+        target = make_folder(self._ct(job_id))
+        missing = [path for path in self.ct_files(previous_job_id) if not (target / path.name).exists()]
+        for path in missing:
+            link_file(path, target / path.name)
+        fsync_folder(target)
+        return len(missing)
+
+    def work_folder(self, job_id: str) -> Path:
+        """The job's own folder, made where needed."""
+        return make_folder(self._work / _hex(job_id))
+
+    def ct_files(self, job_id: str) -> list[Path]:
+        """The job's input, by name; empty when it has none."""
+        return sorted(_whole(self._ct(job_id)))
+
+    # ---- results
+
+    def result_folder(self, job_id: str) -> Path:
+        """Where the job's result appears, whole; not made here."""
+        return self._outbox / _hex(job_id)
+
+    def has_result(self, job_id: str) -> bool:
+        """Whether the result is there; it is complete when it is."""
+        return (self.result_folder(job_id) / RESULT_FILE).is_file()
+
+    def discard_work(self, job_id: str) -> None:
+        """Remove the job's input and scratch files; fine when gone."""
+        remove_tree(self._work / _hex(job_id))
+
+    def discard_result(self, job_id: str) -> None:
+        """Remove the job's result; fine when gone."""
+        remove_tree(self.result_folder(job_id))
+
+    # ---- upkeep
+
+    def clean_temp(self) -> int:
+        """Remove what a kill left half done; only at start-up, before anything writes. Returns how many."""
+        removed = 0
+        for top in (self._incoming, self._series, self._quarantine, self._work, self._outbox):
+            for path in [p for p in _walk(top) if is_temp(p)]:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                removed += 1
+        for folder in (*self._incoming.iterdir(), *self._series.iterdir()):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        return removed
+
+    def apply_retention(
+        self,
+        keep_inputs: timedelta,
+        keep_results: timedelta,
+        now: datetime,
+        *,
+        is_final: Callable[[str], bool],
+    ) -> list[str]:
+        """Remove the inputs and results of jobs at their end, and quarantined files, that are older than asked.
+
+        The inbox is never touched: what was acknowledged and is no job yet waits. Returns what was removed, as
+        paths in the spool.
+        """
+        removed = []
+        for top, keep in ((self._work, keep_inputs), (self._outbox, keep_results)):
+            for folder in sorted(top.iterdir()):
+                if _HEX.fullmatch(folder.name) and _age(folder, now) > keep and is_final(folder.name):
+                    remove_tree(folder)
+                    removed.append(str(folder.relative_to(self.root)))
+        for path in sorted(p for folder in self._quarantine.iterdir() for p in _whole(folder)):
+            if _age(path, now) > keep_inputs:
+                path.unlink(missing_ok=True)
+                removed.append(str(path.relative_to(self.root)))
+        return removed
+
+    # ---- inside
+
+    def _ct(self, job_id: str) -> Path:
+        return self._work / _hex(job_id) / "ct"
+
+    def _check_inside(self, path: Path) -> None:
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise ValueError("a path outside the spool")
+
+
+def _hex(token: str) -> str:
+    """Our own tokens and ids; anything else is a fault in the caller, and never a path."""
+    if not _HEX.fullmatch(token):
+        raise ValueError(f"{token[:80]!r}: expected 1 to 64 lower-case hexadecimal digits")
+    return token
+
+
+def _places(target: Path) -> Iterator[Path]:
+    """`a.dcm`, `a~2.dcm`, `a~3.dcm` ..."""
+    yield target
+    number = 2
+    while True:
+        yield target.with_name(f"{target.stem}~{number}{target.suffix}")
+        number += 1
+
+
+def _whole(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from (path for path in folder.iterdir() if not is_temp(path) and path.is_file())
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Everything below; what is temporary is not entered."""
+    for path in folder.iterdir():
+        yield path
+        if path.is_dir() and not path.is_symlink() and not is_temp(path):
+            yield from _walk(path)
+
+
+def _age(path: Path, now: datetime) -> timedelta:
+    return now - datetime.fromtimestamp(path.stat().st_mtime, UTC)
