@@ -48,6 +48,11 @@ class Ledger(DeliveryLedger):
         """The jobs that fit, newest first, at most `wanted.limit`."""
         return self._jobs(_filtered(wanted).order_by(JobRow.seq.desc()).limit(wanted.limit))
 
+    def find_by_prefix(self, start: str, *, limit: int = 20) -> list[Job]:
+        """The jobs whose id begins with `start` (an operator types eight characters of it), newest first."""
+        query = select(JobRow).where(JobRow.id.startswith(start, autoescape=True))
+        return self._jobs(query.order_by(JobRow.seq.desc()).limit(limit))
+
     def receiving(self) -> list[Job]:
         """The jobs in RECEIVING, oldest first."""
         return self._jobs(select(JobRow).where(JobRow.state == JobState.RECEIVING.value).order_by(JobRow.seq))

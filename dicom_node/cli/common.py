@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,9 +27,9 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-from storage.ledger import Ledger, open_ledger
 
 from dicom_node.config import Config, load_config
+from storage.ledger import Ledger, open_ledger
 from storage.records import Job
 
 console = Console()
@@ -72,14 +72,14 @@ def find_job(ledger: Ledger, wanted: str) -> Job:
     if len(found) == 1:
         return found[0]
     if not found:
-        fail(f"no job has an id that begins with {wanted!r}; `dicom-node jobs list` shows them")
-    fail(f"{len(found)} jobs begin with {wanted!r}: {', '.join(job.id[:12] for job in found[:5])}")
+        raise fail(f"no job has an id that begins with {wanted!r}; `dicom-node jobs list` shows them")
+    raise fail(f"{len(found)} jobs begin with {wanted!r}: {', '.join(job.id[:12] for job in found[:5])}")
 
 
-def fail(message: str, code: int = 1) -> NoReturn:
-    """Say what is wrong and leave."""
+def fail(message: str, code: int = 1) -> typer.Exit:
+    """Say what is wrong; the caller raises what comes back: `raise fail("…")`."""
     console_err.print(message, style="red", markup=False)
-    raise typer.Exit(code)
+    return typer.Exit(code)
 
 
 def parse_time(value: str) -> datetime | None:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 NODE_AE = "SYNPET"
 PACS_AE = "DEMOPACS"
-SLICE_MM = 4.0
-MATRIX = 512
 FIELD_OF_VIEW_MM = 500.0
 JOB_TIMEOUT_S = 1800.0
 POLL_S = 0.25
@@ -42,6 +40,8 @@ def demo(
     coverage: Annotated[str, typer.Option(help="whole: head to feet; thigh: head to mid-thigh.")] = "whole",
     seed: Annotated[int, typer.Option(help="Another seed is another phantom patient.")] = 20_260,
     bundle: Annotated[str, typer.Option(help="A shipped bundle's name, or the folder of a bundle.")] = "phantom",
+    matrix: Annotated[int, typer.Option(min=64, max=1024, help="Rows and columns of the CT.")] = 512,
+    slice_mm: Annotated[float, typer.Option(min=1.0, max=10.0, help="Slice spacing of the CT in mm.")] = 4.0,
 ) -> None:
     """Start the node and an embedded PACS on loopback and follow one generated CT study through both.
 
@@ -49,7 +49,7 @@ def demo(
     into the same study, and the demo reads it from the PACS again. Writes overview.png.
     """
     if coverage not in COVERAGES:
-        fail(f"--coverage {coverage!r}: one of {', '.join(COVERAGES)}", code=2)
+        raise fail(f"--coverage {coverage!r}: one of {', '.join(COVERAGES)}", code=2)
     _fresh(out)
     from training.phantom import PhantomSpec
 
@@ -57,12 +57,12 @@ def demo(
         seed=seed,
         pose=pose,
         coverage=COVERAGES[coverage],
-        spacing_mm=(SLICE_MM, FIELD_OF_VIEW_MM / MATRIX, FIELD_OF_VIEW_MM / MATRIX),
+        spacing_mm=(slice_mm, FIELD_OF_VIEW_MM / matrix, FIELD_OF_VIEW_MM / matrix),
         fov_mm=FIELD_OF_VIEW_MM,
     )
     started = time.monotonic()
     with progress_bar() as bar, ExitStack() as running:
-        paths = _paint(bar, spec, out)
+        paths = _paint(bar, spec, matrix, out)
         node_port, pacs_port = free_port(), free_port()
         config = _configure(out, node_port=node_port, pacs_port=pacs_port, bundle=bundle)
         pacs = running.enter_context(
@@ -76,7 +76,7 @@ def demo(
         got = _read_back(bar, pacs, study_uid, out) if job.state is JobState.DONE else []
     print_job(job)
     if job.state is not JobState.DONE:
-        fail(f"the job ended {job.state.value}: {job.reason_code}: {job.reason}")
+        raise fail(f"the job ended {job.state.value}: {job.reason_code}: {job.reason}")
     suv = _suv_from(got)
     console.print(
         f"read back from the PACS: {len(got)} instances, SUV max {float(suv.max()):.2f}, in the CT's own study"
@@ -90,19 +90,19 @@ def _fresh(out: Path) -> None:
     """An empty folder; only a folder that an earlier demo made is ever removed."""
     if out.exists():
         if any(out.iterdir()) and not (out / "config.toml").is_file():
-            fail(f"{out}: is not empty and not an earlier demo's; name another folder with --out", code=2)
+            raise fail(f"{out}: is not empty and not an earlier demo's; name another folder with --out", code=2)
         shutil.rmtree(out)
     out.mkdir(parents=True)
 
 
-def _paint(bar: RichProgress, spec: PhantomSpec, out: Path) -> list[Path]:
+def _paint(bar: RichProgress, spec: PhantomSpec, matrix: int, out: Path) -> list[Path]:
     from training.phantom.dicom import write_ct_series
 
     from training.phantom import make_phantom
 
     task = bar.add_task("paint the phantom's CT", total=1)
     phantom = make_phantom(spec)
-    paths = write_ct_series(phantom, out / "ct", matrix=MATRIX)
+    paths = write_ct_series(phantom, out / "ct", matrix=matrix)
     bar.update(task, completed=1)
     return paths
 
@@ -150,7 +150,7 @@ def _toml_string(value: str) -> str:
     """A folder's name is a TOML literal string: no escapes; a relative one is made absolute."""
     resolved = str(Path(value).resolve()) if Path(value).is_dir() else value
     if "'" in resolved or "\n" in resolved:
-        fail(f"--bundle {value!r}: no apostrophe or line break", code=2)
+        raise fail(f"--bundle {value!r}: no apostrophe or line break", code=2)
     return f"'{resolved}'"
 
 
@@ -191,7 +191,7 @@ def _follow(bar: RichProgress, config: Config, study_uid: str) -> Job:
                     bar.update(task, completed=1, total=1)
                     return job
             time.sleep(POLL_S)
-    fail(f"no end of the job within {JOB_TIMEOUT_S:.0f} s")
+    raise fail(f"no end of the job within {JOB_TIMEOUT_S:.0f} s")
 
 
 def _read_back(bar: RichProgress, pacs: DemoPacs, study_uid: str, out: Path) -> list[Path]:
@@ -219,11 +219,11 @@ def _suv_from(paths: list[Path]) -> FloatVolume:
 def _draw(paths: list[Path], suv: FloatVolume, spec: PhantomSpec, out: Path) -> None:
     """The picture: CT, districts, the PET that came back, fusion, and the phantom's true PET on the same grid."""
     from pipeline.ct_reader import read_ct
-    from pipeline.geometry import grid_at_spacing
     from pipeline.outputs.picture import overview_png
 
     from pipeline.bundle import bundle_path, load_bundle
     from pipeline.districts import find_districts
+    from pipeline.geometry import grid_at_spacing
     from pipeline.types import SuvVolume
 
     config = load_config(out / "config.toml")

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from storage.ledger import Ledger
 
 from dicom_node.cli.common import (
     DEFAULT_CONFIG,
@@ -26,6 +25,7 @@ from dicom_node.cli.common import (
     table,
 )
 from storage.errors import StorageError
+from storage.ledger import Ledger
 from storage.records import Job, JobFilter, JobState
 
 app = typer.Typer(help="List, show, retry, cancel and release jobs.", no_args_is_help=True)
@@ -198,7 +198,7 @@ def _change(config: ConfigPath, job_id: str, change: Callable[[Ledger, str], Job
         try:
             now = change(ledger, job.id)
         except StorageError as error:
-            fail(f"job {job.id[:8]}: {error}")
+            raise fail(f"job {job.id[:8]}: {error}")
     console.print(f"job {now.id[:8]}: {job.state.value} -> {now.state.value}")
 
 

@@ -40,12 +40,12 @@ def run(
     Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, overview.png and result.json into OUT_FOLDER.
     """
     from pipeline.ct_reader import choose_ct
-    from pipeline.run import synthesize_series, write_result
 
     from pipeline.bundle import bundle_path, load_bundle
+    from pipeline.run import synthesize_series, write_result
 
     if not ct_folder.is_dir():
-        fail(f"{ct_folder}: no such folder", code=2)
+        raise fail(f"{ct_folder}: no such folder", code=2)
     _refuse_occupied(out_folder, force)
     folder = bundle_path(bundle)
     options = PipelineOptions(
@@ -67,7 +67,7 @@ def run(
     print_result(result)
     console.print(safe(f"written: {out_folder} (look at {out_folder / 'overview.png'})"))
     if result.held:
-        fail(f"the output gate would hold this result: {result.held.code}: {result.held.text}")
+        raise fail(f"the output gate would hold this result: {result.held.code}: {result.held.text}")
 
 
 def _refuse_occupied(folder: Path, force: bool) -> None:
@@ -75,9 +75,9 @@ def _refuse_occupied(folder: Path, force: bool) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        fail(f"{folder}: is not a folder", code=2)
+        raise fail(f"{folder}: is not a folder", code=2)
     if any(folder.iterdir()) and not (force and (folder / "result.json").is_file()):
-        fail(f"{folder}: is not empty; name another folder, or --force to replace an earlier result", code=2)
+        raise fail(f"{folder}: is not empty; name another folder, or --force to replace an earlier result", code=2)
 
 
 class StageBars:

@@ -24,9 +24,9 @@ def phantom(
 ) -> None:
     """Write one phantom patient as DICOM: CT, its true PET (BQML), and the districts (SEG)."""
     if out.exists() and any(out.iterdir()):
-        fail(f"{out}: is not empty", code=2)
+        raise fail(f"{out}: is not empty", code=2)
     if high - low < 0.05:
-        fail("--low must be at least 0.05 under --high", code=2)
+        raise fail("--low must be at least 0.05 under --high", code=2)
     from training.phantom.dicom import write_ct_series, write_pet_series, write_seg
 
     from training.phantom import PhantomSpec, make_phantom

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from storage.ledger import Ledger
 
 from dicom_node.cli.common import (
     DEFAULT_CONFIG,
@@ -20,6 +19,7 @@ from dicom_node.cli.common import (
     print_json,
     safe,
 )
+from storage.ledger import Ledger
 from storage.records import Delivery, DeliveryState, Event, Job, JobFilter, JobState
 
 MEANING = {
@@ -59,7 +59,7 @@ def why(
         )
         return
     if not found and not events:
-        fail(
+        raise fail(
             f"nothing in the ledger about {accession!r}: it never arrived here, or it was forgotten "
             "(storage.keep_events_days).\nAsk the PACS whether it was sent; `dicom-node check` proves that the node "
             "can be reached."

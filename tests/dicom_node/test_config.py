@@ -1,0 +1,74 @@
+"""A wrong configuration is refused with the key, the value and the rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dicom_node.config import Config, ConfigError, load_config
+
+CASES = {
+    "a misspelled key": ("[node]\nprot = 1", "[node].prot is not a key; did you mean 'port'?"),
+    "a misspelled table": ("[nod]\nport = 1", "nod is not a key; did you mean 'node'?"),
+    "a misspelled key of a peer": (
+        '[[peers]]\nname = "pacs"\nae_title = "A"\nprot = 1',
+        "[peers.pacs].prot is not a key; did you mean 'port'?",
+    ),
+    "a port out of range": ("[node]\nport = 99999", "[node].port = 99999: Input should be less than or equal to 65535"),
+    "a port that is a word": ('[node]\nport = "dicom"', "[node].port = 'dicom'"),
+    "a long AE title": ('[node]\nae_title = "ABCDEFGHIJKLMNOPQ"', "1 to 16 printable ASCII"),
+    "an AE title with a line break": ('[node]\nae_title = "A\\nB"', "1 to 16 printable ASCII"),
+    "an odd PDU": ("[node]\nmax_pdu = 17", "[node].max_pdu = 17"),
+    "a destination without its peer": (
+        '[[destinations]]\nname = "x"\npeer = "nobody"',
+        "destinations.x.peer: no peer is named 'nobody'",
+    ),
+    "two peers of one name": (
+        '[[peers]]\nname = "a"\nae_title = "A"\n[[peers]]\nname = "a"\nae_title = "B"',
+        "peers: the name 'a' is used twice",
+    ),
+    "an address that is none": (
+        '[[peers]]\nname = "a"\nae_title = "A"\nallowed_addresses = ["10.0.0.300"]',
+        "[peers.a].allowed_addresses",
+    ),
+    "a description that hides the word": ('[output]\nseries_description = "PET"', "must begin with the word SYNTHETIC"),
+    "not TOML": ("[node", "not valid TOML"),
+    "a device that is none": ('[pipeline]\ndevice = "gpu"', "one of auto, cpu, cuda, cuda:N"),
+    "an unknown encoding": (
+        '[[peers]]\nname = "a"\nae_title = "A"\n[[destinations]]\nname = "d"\npeer = "a"\nencoding = "nm"',
+        "[destinations.d].encoding = 'nm'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_file_is_refused_with_the_key_the_value_and_the_rule(case: str, tmp_path: Path) -> None:
+    text, expected = CASES[case]
+    path = tmp_path / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("[node]\nport = 0\nmax_associations = 0", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_an_empty_file_is_the_defaults_with_the_spool_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("", encoding="utf-8")
+    config = load_config(path)
+    assert config.storage.root == tmp_path / "spool"
+    assert config.node == Config().node
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.toml")

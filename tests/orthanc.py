@@ -1,0 +1,127 @@
+"""A real Orthanc on loopback for tests: started, asked over REST, stopped.
+
+Shipped and reviewed like product code. `running_orthanc` ends only the process that it started.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import pytest
+
+START_TIMEOUT_S = 60.0
+
+
+def orthanc_binary() -> str:
+    """The path of Orthanc; skips the test where it is not installed."""
+    found = shutil.which("Orthanc") or shutil.which("orthanc")
+    if found is None:
+        pytest.skip("Orthanc is not installed (Debian: apt-get install orthanc)")
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Orthanc:
+    """A running Orthanc. Everything goes over its REST interface."""
+
+    ae_title: str
+    dicom_port: int
+    http_port: int
+
+    def get(self, path: str) -> Any:
+        with urlopen(f"http://127.0.0.1:{self.http_port}{path}", timeout=30) as answer:
+            body = answer.read()
+        return json.loads(body) if answer.headers["Content-Type"].startswith("application/json") else body
+
+    def post(self, path: str, body: Any) -> Any:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = Request(f"http://127.0.0.1:{self.http_port}{path}", data=data, method="POST")
+        with urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def series(self, modality: str) -> list[Mapping[str, Any]]:
+        """The series of this modality, as `/series/{id}` shows them."""
+        query = {"Level": "Series", "Query": {"Modality": modality}, "Expand": True}
+        found: list[Mapping[str, Any]] = self.post("/tools/find", query)
+        return found
+
+    def instances(self, series: Mapping[str, Any], folder: Path) -> list[Path]:
+        """Write the files of a series into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for number, instance in enumerate(sorted(series["Instances"])):
+            path = folder / f"{number:04d}.dcm"
+            path.write_bytes(self.get(f"/instances/{instance}/file"))
+            paths.append(path)
+        return paths
+
+
+@contextmanager
+def running_orthanc(
+    folder: Path, *, modalities: Mapping[str, tuple[str, int]], lua_scripts: Sequence[Path] = ()
+) -> Iterator[Orthanc]:
+    """Orthanc with its database in `folder`; `modalities` are symbolic name to (AE title, loopback port)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = Orthanc(ae_title="ORTHANC", dicom_port=free_port(), http_port=free_port())
+    settings = {
+        "Name": "test",
+        "StorageDirectory": str(folder / "storage"),
+        "IndexDirectory": str(folder / "index"),
+        "DicomAet": made.ae_title,
+        "DicomPort": made.dicom_port,
+        "HttpPort": made.http_port,
+        "RemoteAccessAllowed": False,
+        "AuthenticationEnabled": False,
+        "Plugins": [],
+        "LuaScripts": [str(path) for path in lua_scripts],
+        "DicomModalities": {name: [ae, "127.0.0.1", port] for name, (ae, port) in modalities.items()},
+        "DicomAlwaysAllowStore": True,
+        "StableAge": 2,
+        "JobsHistorySize": 100,
+    }
+    path = folder / "orthanc.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    with (folder / "orthanc.log").open("wb") as log:
+        process = subprocess.Popen([orthanc_binary(), str(path)], stdout=log, stderr=log)
+        try:
+            _wait(made, process)
+            yield made
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait(orthanc: Orthanc, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise RuntimeError(f"Orthanc ended at once with {process.returncode}: see orthanc.log")
+        try:
+            orthanc.get("/system")
+        except (URLError, ConnectionError):
+            time.sleep(0.2)
+        else:
+            return
+    raise RuntimeError("Orthanc did not answer")
