@@ -124,9 +124,7 @@ def do_job(start: Start, library: Library, send: Callable[[Message], None]) -> D
 
     try:
         bundle = library.bundle(start.options.bundle)
-        result = synthesize_series(
-            start.paths, bundle, start.options, created=start.created, on_progress=send
-        )
+        result = synthesize_series(start.paths, bundle, start.options, created=start.created, on_progress=send)
         write_result(result, start.result_folder)
     except PipelineError as error:
         return Refused(job_id=start.job_id, error_class=type(error).__name__, code=error.code, text=error.text)

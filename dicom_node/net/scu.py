@@ -11,7 +11,7 @@ no_presentation_context, no_response, interrupted, instance_unreadable, instance
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -57,7 +57,10 @@ class Timeouts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SendOutcome:
-    """What became of a series. `statuses`: SOP Instance UID to "0x0000" or a word, for every file that was tried."""
+    """What became of a series. `statuses`: SOP Instance UID to "0x0000", or a word, for every instance to be sent.
+
+    Words: not_sent, no_response, no_presentation_context.
+    """
 
     statuses: Mapping[str, str] = field(default_factory=dict)
     code: str = ""
@@ -113,10 +116,11 @@ def send_series(
     calling_ae: str,
     timeouts: Timeouts | None = None,
     max_pdu: int = 262144,
+    only: Collection[str] | None = None,
     on_sent: Callable[[int], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> SendOutcome:
-    """C-STORE the files, in the order given, over one association.
+    """C-STORE the files, in the order given, over one association; `only` names the SOP Instance UIDs still missing.
 
     The peer gets the bytes of the files; a peer that takes Implicit VR Little Endian only gets them transcoded.
     `on_sent(n)` is called after each response with the number of instances that the peer has. `should_stop` is
@@ -124,14 +128,17 @@ def send_series(
     """
     began = monotonic()
     try:
-        parts = [_read_meta(path) for path in files]
+        everything = [_read_meta(path) for path in files]
     except (OSError, InvalidDicomError, AttributeError) as error:
         text = f"a result file cannot be read: {type(error).__name__}"
         return SendOutcome(code="instance_unreadable", text=text, permanent=True)
+    parts = [part for part in everything if only is None or part.sop_instance_uid in only]
+    nothing_yet = {part.sop_instance_uid: NOT_SENT for part in parts}
     with _Link(peer, _contexts(parts), calling_ae, timeouts or Timeouts(), max_pdu) as link:
         if link.trouble:
-            return _outcome({}, link.trouble, began)
-        statuses, trouble = _send_all(link.assoc, parts, on_sent, should_stop)
+            return _outcome(nothing_yet, link.trouble, began)
+        tried, trouble = _send_all(link.assoc, parts, on_sent, should_stop)
+    statuses = {**nothing_yet, **tried}
     return _outcome(statuses, trouble or _refusal(statuses, peer), began)
 
 
@@ -149,9 +156,7 @@ def echo(peer: PeerConfig, *, calling_ae: str, timeouts: Timeouts | None = None)
                 trouble = _Trouble("echo_refused", f"C-ECHO was answered with 0x{status:04X}", True)
     seconds = monotonic() - began
     if trouble:
-        return EchoOutcome(
-            ok=False, code=trouble.code, text=trouble.text, permanent=trouble.permanent, seconds=seconds
-        )
+        return EchoOutcome(ok=False, code=trouble.code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
     return EchoOutcome(ok=True, seconds=seconds)
 
 

@@ -1,0 +1,297 @@
+"""From the outbox to the destinations: one association per series, every attempt written to the ledger.
+
+One dispatcher thread claims what is due and keeps the leases; each destination has a thread of its own, so that a
+dead one delays no other. A later attempt sends only the instances that are still missing; after a kill everything
+of that delivery is sent again, which is the same bytes under the same UIDs. `settle` is the one place that decides
+what becomes of a delivery.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from queue import SimpleQueue
+from time import monotonic
+
+import structlog
+
+from dicom_node.config import Config, DestinationConfig, PeerConfig
+from dicom_node.net.scu import SendOutcome, Timeouts, is_stored, send_series
+from dicom_node.retry import retry_delay_s
+from storage.errors import StaleState
+from storage.ledger import Ledger, utc_now
+from storage.records import Delivery, DeliveryState, JobFilter, JobState
+from storage.spool import Spool
+
+log = structlog.get_logger()
+
+OPTIONAL_KINDS = frozenset({"mip"})  # a destination that refuses these for good does not fail the job
+POLL_S = 1.0
+RENEW_EVERY_S = 5.0
+MANY = 1_000_000  # all of them
+Send = Callable[..., SendOutcome]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What becomes of a delivery after one attempt."""
+
+    state: DeliveryState
+    code: str = ""
+    text: str = ""
+    retry_in_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Claimed:
+    """A delivery in our hands. `stop` is set when the lease was lost, the job cancelled, or the node is stopping."""
+
+    delivery: Delivery
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def settle(delivery: Delivery, outcome: SendOutcome, stored: int, destination: DestinationConfig) -> Verdict:
+    """SENT when every instance is with the peer; else PENDING again, FAILED, or CANCELLED for an optional object.
+
+    `stored` counts over all attempts. Rules, in this order: whole; refused for good; told to stop (does not count
+    as an attempt that failed); attempts used up; again after a growing pause.
+    """
+    if outcome.ok and stored == delivery.instances:
+        return Verdict(state=DeliveryState.SENT)
+    if outcome.ok:
+        text = f"{stored} of {delivery.instances} instances were in the outbox: the result is not whole"
+        return Verdict(state=DeliveryState.FAILED, code="result_incomplete", text=text)
+    if outcome.permanent and outcome.code == "no_presentation_context" and delivery.kind in OPTIONAL_KINDS:
+        text = f"skipped, it is optional: {outcome.text}"
+        return Verdict(state=DeliveryState.CANCELLED, code="optional_refused", text=text)
+    if outcome.permanent:
+        return Verdict(state=DeliveryState.FAILED, code=outcome.code, text=outcome.text)
+    if outcome.code == "interrupted":
+        return Verdict(state=DeliveryState.PENDING, code=outcome.code, text=outcome.text, retry_in_s=0.0)
+    if delivery.attempts >= destination.max_attempts:
+        text = f"{outcome.text}; given up after {delivery.attempts} attempts"
+        return Verdict(state=DeliveryState.FAILED, code=outcome.code, text=text)
+    pause = retry_delay_s(
+        max(delivery.attempts, 1), first_s=destination.first_retry_s, longest_s=destination.max_retry_s
+    )
+    return Verdict(state=DeliveryState.PENDING, code=outcome.code, text=outcome.text, retry_in_s=pause)
+
+
+def missing(delivery: Delivery) -> frozenset[str] | None:
+    """The SOP Instance UIDs that earlier attempts left unsent; None when all have to be sent.
+
+    The ledger keeps the statuses that were not a success. They are trusted only if they account for every
+    instance that is not counted as sent.
+    """
+    left = frozenset(uid for uid, status in delivery.statuses.items() if not is_stored(status))
+    if delivery.sent and left and delivery.sent + len(left) == delivery.instances:
+        return left
+    return None
+
+
+def outbox_files(folder: Path) -> list[Path]:
+    """The instances of one result series in sending order: the writer numbers them by InstanceNumber."""
+    return sorted(folder.glob("*.dcm"), key=lambda path: (len(path.name), path.name))
+
+
+class Deliveries:
+    """The threads that deliver. `send` is `send_series`, or another sender in a test."""
+
+    def __init__(
+        self,
+        config: Config,
+        ledger: Ledger,
+        spool: Spool,
+        *,
+        owner: str,
+        send: Send = send_series,
+        clock: Callable[[], datetime] = utc_now,
+        poll_s: float = POLL_S,
+    ) -> None:
+        self._config, self._ledger, self._spool = config, ledger, spool
+        self._owner, self._send, self._clock, self._poll_s = owner, send, clock, poll_s
+        self._timeouts = Timeouts(
+            acse_s=config.node.acse_timeout_s,
+            dimse_s=config.node.dimse_timeout_s,
+            network_s=config.node.network_timeout_s,
+        )
+        self._destinations: Mapping[str, DestinationConfig] = {d.name: d for d in config.destinations}
+        self._lanes: dict[str, SimpleQueue[_Claimed | None]] = {name: SimpleQueue() for name in self._destinations}
+        self._lock = threading.Lock()
+        self._in_hand: dict[int, _Claimed] = {}
+        self._stopping = threading.Event()
+        self._wake = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        self._threads = [threading.Thread(target=self._dispatch, name="delivery-dispatch")]
+        for name in self._lanes:
+            self._threads.append(threading.Thread(target=self._drive, args=(name,), name=f"delivery-{name}"))
+        for thread in self._threads:
+            thread.start()
+
+    def reclaim(self) -> None:
+        """At start: what an earlier life of this owner was sending is due again, from its first instance."""
+        for job in self._ledger.find(JobFilter(states=(JobState.DELIVERING,), limit=MANY)):
+            for delivery in self._ledger.deliveries(job.id):
+                if delivery.state is DeliveryState.SENDING:
+                    again = Verdict(
+                        state=DeliveryState.PENDING,
+                        code="restarted",
+                        text="the node ended while sending; everything is sent again",
+                        retry_in_s=0.0,
+                    )
+                    self._finish(delivery, again, 0, {})
+
+    def wake(self) -> None:
+        """Something was put into the outbox: look now."""
+        self._wake.set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether every thread still runs."""
+        return bool(self._threads) and all(thread.is_alive() for thread in self._threads)
+
+    def stop(self) -> None:
+        """Let the instance on the wire end, give the rest back to the ledger, and join."""
+        self._stopping.set()
+        self._wake.set()
+        with self._lock:
+            for claimed in self._in_hand.values():
+                claimed.stop.set()
+        for lane in self._lanes.values():
+            lane.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    # ---- the dispatcher
+
+    def _dispatch(self) -> None:
+        renewed = monotonic()
+        while not self._stopping.is_set():
+            try:
+                while not self._stopping.is_set() and self._claim_one():
+                    pass
+                if monotonic() - renewed > min(RENEW_EVERY_S, self._config.engine.lease_s / 3):
+                    self._renew_all()
+                    renewed = monotonic()
+            except Exception:  # the ledger's disk may come back: deliver then
+                log.exception("delivery.dispatch_failed")
+            self._wake.wait(self._poll_s)
+            self._wake.clear()
+
+    def _claim_one(self) -> bool:
+        delivery = self._ledger.claim_delivery(self._owner, lease_s=self._config.engine.lease_s)
+        if delivery is None:
+            return False
+        lane = self._lanes.get(delivery.destination)
+        if lane is None:
+            text = f"the configuration has no destination {delivery.destination!r} any more"
+            verdict = Verdict(state=DeliveryState.FAILED, code="unknown_destination", text=text)
+            self._finish(delivery, verdict, delivery.sent, {})
+            return True
+        claimed = _Claimed(delivery=delivery)
+        with self._lock:
+            self._in_hand[delivery.id] = claimed
+        lane.put(claimed)
+        return True
+
+    def _renew_all(self) -> None:
+        with self._lock:
+            waiting = list(self._in_hand.values())
+        for claimed in waiting:
+            if not self._ledger.renew_delivery(claimed.delivery.id, self._owner, lease_s=self._config.engine.lease_s):
+                claimed.stop.set()
+
+    # ---- one thread per destination
+
+    def _drive(self, name: str) -> None:
+        destination = self._destinations[name]
+        peer = self._config.peer(destination.peer)
+        while (claimed := self._lanes[name].get()) is not None:
+            try:
+                self._attempt(claimed, destination, peer)
+            except Exception:  # the edge: the lease runs out, and the sweep makes it PENDING again
+                log.exception("delivery.broken", job_id=claimed.delivery.job_id, destination=name)
+            finally:
+                with self._lock:
+                    self._in_hand.pop(claimed.delivery.id, None)
+
+    def _attempt(self, claimed: _Claimed, destination: DestinationConfig, peer: PeerConfig) -> None:
+        delivery = claimed.delivery
+        files = outbox_files(self._spool.result_folder(delivery.job_id) / f"{delivery.kind}-{delivery.encoding}")
+        if len(files) != delivery.instances:
+            text = f"the outbox holds {len(files)} of {delivery.instances} instances: run the job again"
+            self._finish(
+                delivery, Verdict(state=DeliveryState.FAILED, code="result_missing", text=text), delivery.sent, {}
+            )
+            return
+        outcome, stored = self._send_missing(claimed, files, peer)
+        self._finish(delivery, settle(delivery, outcome, stored, destination), stored, outcome.statuses, outcome)
+
+    def _send_missing(self, claimed: _Claimed, files: Sequence[Path], peer: PeerConfig) -> tuple[SendOutcome, int]:
+        """The outcome, and how many instances the peer has now over all attempts."""
+        left = missing(claimed.delivery)
+        before = claimed.delivery.sent if left is not None else 0
+        outcome = self._send(
+            files,
+            peer,
+            calling_ae=self._config.node.ae_title,
+            timeouts=self._timeouts,
+            max_pdu=self._config.node.max_pdu,
+            only=left,
+            should_stop=lambda: claimed.stop.is_set() or self._stopping.is_set(),
+        )
+        return outcome, before + outcome.stored
+
+    def _finish(
+        self,
+        delivery: Delivery,
+        verdict: Verdict,
+        stored: int,
+        statuses: Mapping[str, str],
+        outcome: SendOutcome | None = None,
+    ) -> None:
+        again = None
+        if verdict.retry_in_s is not None:
+            again = self._clock() + timedelta(seconds=verdict.retry_in_s)
+        bound = log.bind(
+            job_id=delivery.job_id,
+            destination=delivery.destination,
+            kind=delivery.kind,
+            series_uid=delivery.series_uid,
+            instances=delivery.instances,
+            stored=stored,
+            attempt=delivery.attempts,
+            seconds=round(outcome.seconds, 3) if outcome else 0.0,
+        )
+        try:
+            self._ledger.finish_delivery(
+                delivery.id,
+                self._owner,
+                state=verdict.state,
+                sent=stored,
+                statuses=statuses,
+                code=verdict.code,
+                text=verdict.text,
+                next_attempt=again,
+            )
+        except StaleState:
+            bound.info("delivery.discarded", reason="cancelled, or taken over after the lease ran out")
+            return
+        event = _EVENTS[verdict.state]
+        if verdict.state is DeliveryState.SENT:
+            bound.info(event)
+        else:
+            bound.warning(event, code=verdict.code, reason=verdict.text, retry_in_s=verdict.retry_in_s)
+
+
+_EVENTS = {
+    DeliveryState.SENT: "delivery.sent",
+    DeliveryState.PENDING: "delivery.deferred",
+    DeliveryState.FAILED: "delivery.failed",
+    DeliveryState.CANCELLED: "delivery.skipped",
+}

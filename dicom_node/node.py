@@ -1,0 +1,264 @@
+"""The composition root: joins the parts, starts them in order, stops them in the reverse order.
+
+Start: log, lock, spool, ledger, what an earlier life left, engine, worker, delivery, assembler, clockwork, and the
+receiver last, so that nothing is acknowledged before everything that will look after it is there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from queue import SimpleQueue
+from types import FrameType
+
+import structlog
+
+from dicom_node import __version__
+from dicom_node.assembler import Assembler
+from dicom_node.config import Config
+from dicom_node.delivery import Deliveries
+from dicom_node.engine import Engine, EngineError
+from dicom_node.engine.local import LocalEngine
+from dicom_node.log import configure_logging
+from dicom_node.net.associations import AssociationRegistry
+from dicom_node.net.receive import Receiver
+from dicom_node.notify import Notifier
+from dicom_node.schedule import Schedule
+from dicom_node.worker import Worker, pipeline_options
+from storage.errors import NotFound
+from storage.ledger import Ledger, open_ledger, utc_now
+from storage.records import FINAL_JOB_STATES
+from storage.spool import Spool
+
+log = structlog.get_logger()
+
+DRAIN_S = 30.0  # below systemd's default TimeoutStopSec of 90 s
+SWEEP_EVERY_S = 60.0
+RETENTION_EVERY_S = 3600.0
+
+
+class NodeError(Exception):
+    """The node cannot start; the text says what stands in the way."""
+
+
+def ledger_url(config: Config) -> str:
+    """The ledger's URL; an SQLite file in the storage root when none is configured."""
+    return config.storage.database_url or f"sqlite:///{config.storage.root / 'ledger.sqlite'}"
+
+
+class Node:
+    """One running node. `start` and `stop` are called once each, from one thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        engine: Engine | None = None,
+        drain_s: float = DRAIN_S,
+        notifier: Notifier | None = None,
+    ) -> None:
+        self.config = config
+        self._engine = engine
+        self._drain_s = drain_s
+        self._notifier = notifier or Notifier()
+        self._parts = ExitStack()
+        self._alive: list[Callable[[], bool]] = []
+        self.registry = AssociationRegistry(limit=config.node.max_associations, clock=time.monotonic)
+        self.ledger: Ledger
+        self.spool: Spool
+
+    def start(self, *, port: int | None = None) -> int:
+        """Start everything; returns the port that is listened on. `port` overrides the configuration (0: any).
+
+        Raises:
+            NodeError: another node uses the storage root, or the port is taken. LedgerError: no ledger.
+        """
+        try:
+            return self._start(port)
+        except BaseException:
+            self._parts.close()
+            raise
+
+    def stop(self) -> None:
+        """Stop receiving, let the running job end within the grace or go back to the queue, then end the rest."""
+        log.info("node.stopping")
+        self._parts.close()
+        log.info("node.stopped")
+
+    def run_forever(self) -> None:
+        """Run until a signal. The first SIGTERM or SIGINT drains; the second ends the process at once.
+
+        That is safe at any instant: the next start takes up what this one left.
+        """
+        configure_logging(self.config.log)
+        self._notifier = Notifier.from_environment()
+        signals: SimpleQueue[int] = SimpleQueue()  # its put() may be called from a signal handler
+        seen: list[int] = []
+
+        def on_signal(number: int, _frame: FrameType | None) -> None:
+            seen.append(number)
+            if len(seen) > 1:
+                os._exit(128 + number)
+            signals.put(number)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+        self.start()
+        self._notifier.ready()
+        log.info("node.signal", signal=signal.Signals(signals.get()).name)
+        self._notifier.stopping()
+        self.stop()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every thread that must run does."""
+        return all(check() for check in self._alive)
+
+    # ---- the parts
+
+    def _start(self, port: int | None) -> int:
+        config, parts = self.config, self._parts
+        root = config.storage.root
+        root.mkdir(parents=True, exist_ok=True)
+        parts.callback(_lock(root / "node.lock"))
+        self.spool = Spool(root, min_free_bytes=config.intake.min_free_bytes)
+        self.spool.clean_temp()
+        self.ledger = open_ledger(ledger_url(config))
+        parts.callback(self.ledger.close)
+        owner = _identity(root / "node.id")
+
+        engine = self._engine or LocalEngine(job_timeout_s=config.engine.job_timeout_s)
+        parts.callback(engine.close)
+        deliveries = Deliveries(config, self.ledger, self.spool, owner=owner)
+        worker = Worker(config, self.ledger, self.spool, engine, owner=owner, on_result=deliveries.wake)
+        worker.reclaim()
+        deliveries.reclaim()
+        self._sweep()
+        self._warm_up(engine)
+
+        worker.start()
+        parts.callback(worker.stop, grace_s=self._drain_s)
+        deliveries.start()
+        parts.callback(deliveries.stop)
+        assembler = Assembler(config, self.spool, self.ledger, self.registry)
+        ticker = Ticker("assembler", assembler.tick, config.intake.scan_interval_s)
+        ticker.start()
+        parts.callback(ticker.stop)
+        self._alive = [lambda: worker.alive, lambda: deliveries.alive, lambda: ticker.alive]
+        schedule = self._schedule()
+        schedule.start()
+        parts.callback(schedule.stop)
+        return self._listen(port)
+
+    def _listen(self, port: int | None) -> int:
+        receiver = Receiver(self.config, self.spool, self.ledger, self.registry)
+        try:
+            bound = receiver.start(port=port)
+        except OSError as error:
+            wanted = self.config.node.port if port is None else port
+            raise NodeError(f"[node].port = {wanted}: cannot listen: {error.strerror}") from error
+        self._parts.callback(receiver.stop)
+        log.info("node.started", version=__version__, ae_title=self.config.node.ae_title, port=bound)
+        return bound
+
+    def _warm_up(self, engine: Engine) -> None:
+        try:
+            engine.warm_up(pipeline_options(self.config))
+        except EngineError as error:  # receiving goes on; each job will try again and say so
+            log.error("engine.not_ready", code=error.code, reason=error.text)
+
+    def _schedule(self) -> Schedule:
+        schedule = Schedule()
+        schedule.every(SWEEP_EVERY_S, "sweep", self._sweep)
+        schedule.every(RETENTION_EVERY_S, "retention", self._retention)
+        if self._notifier.watchdog_s:
+            schedule.every(self._notifier.watchdog_s / 2, "watchdog", self._sign_of_life)
+        return schedule
+
+    def _sweep(self) -> None:
+        engine = self.config.engine
+        swept = self.ledger.sweep(max_attempts=engine.max_attempts, retry_s=engine.retry_s)
+        if swept:
+            log.warning("node.swept", jobs=swept)
+
+    def _retention(self) -> None:
+        keep, now = self.config.storage, utc_now()
+        gone = self.spool.apply_retention(
+            timedelta(days=keep.keep_inputs_days),
+            timedelta(days=keep.keep_results_days),
+            now,
+            is_final=self._is_final,
+        )
+        events = self.ledger.forget_before(now - timedelta(days=keep.keep_events_days))
+        if gone or events:
+            log.info("node.retention", removed=len(gone), events=events)
+
+    def _is_final(self, job_id: str) -> bool:
+        try:
+            return self.ledger.get(job_id).state in FINAL_JOB_STATES
+        except NotFound:
+            return True  # of a ledger that was replaced: nobody will ask for it
+
+    def _sign_of_life(self) -> None:
+        if self.healthy:
+            self._notifier.alive()
+
+
+class Ticker:
+    """A thread that calls a function again and again; what it raises is logged, and it goes on."""
+
+    def __init__(self, name: str, function: Callable[[], object], interval_s: float) -> None:
+        self._function, self._interval_s = function, interval_s
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name=name)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while not self._stopping.wait(self._interval_s):
+            try:
+                self._function()
+            except Exception:
+                log.exception("node.tick_failed", part=self._thread.name)
+
+
+def _lock(path: Path) -> Callable[[], None]:
+    """Hold the storage root for this process; returns how to let go. A killed process lets go by itself."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise NodeError(f"[storage].root = {path.parent}: another node is running on it") from error
+    return lambda: os.close(descriptor)
+
+
+def _identity(path: Path) -> str:
+    """The name of this storage root in leases, the same in every life: so that a start takes back its own leases."""
+    try:
+        known = path.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        known = ""
+    if not known:
+        known = f"node-{secrets.token_hex(4)}"
+        temp = path.with_suffix(".tmp")
+        temp.write_text(known + "\n", encoding="ascii")
+        temp.replace(path)
+    return known

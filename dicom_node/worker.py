@@ -1,0 +1,357 @@
+"""The worker: one job at a time from the ledger through the engine into the outbox.
+
+This is one of the two edges where an error becomes *retry*, *held*, *rejected* or *failed* (the other one is
+`delivery.settle`). The rules are in `judge`, one table that a test walks.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import structlog
+
+from dicom_node.config import Config, DestinationConfig
+from dicom_node.engine import Engine, EngineError, EngineStopped
+from dicom_node.retry import retry_delay_s
+from pipeline.errors import DistrictError, GateRefusal, PipelineError, UnsupportedSeries
+from pipeline.result import ResultSummary, SeriesSummary, read_summary
+from pipeline.types import OutputOptions, PipelineOptions, Progress, Stage
+from storage.errors import LedgerError, NoSpace, NotFound, StaleState
+from storage.ledger import Ledger, utc_now
+from storage.records import Job, JobFilter, JobState, NewDelivery
+from storage.spool import Spool
+
+log = structlog.get_logger()
+
+POLL_S = 1.0
+RENEW_EVERY_S = 5.0  # also how late a cancellation is noticed
+PROGRESS_EVERY_S = 2.0  # a person watches; the ledger is not a progress bar
+LONGEST_RETRY_S = 3600.0
+MANY = 1_000_000  # all of them
+REJECTING = (UnsupportedSeries, DistrictError, GateRefusal)  # the series is at fault: nobody can mend it here
+LATER_CODES = frozenset({"not_written"})  # a PipelineError that a disk with room again would not meet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """How a run that gave no result ends: `rejected`, else failed when `permanent`, else tried again."""
+
+    code: str
+    text: str
+    permanent: bool = False
+    rejected: bool = False
+
+
+def judge(error: Exception) -> Verdict:
+    """Tell permanent from transient by class; an error nobody expected is worth another attempt.
+
+    Only our own errors' texts are kept: another's message may quote a header.
+    """
+    match error:
+        case PipelineError():
+            rejected = isinstance(error, REJECTING)
+            permanent = error.permanent and error.code not in LATER_CODES
+            return Verdict(code=error.code, text=error.text, permanent=permanent, rejected=rejected)
+        case EngineError():
+            return Verdict(code=error.code, text=error.text)
+        case NotFound():
+            return Verdict(code="input_gone", text="the series is not in the spool any more", permanent=True)
+        case NoSpace():
+            return Verdict(code="no_space", text="the disk is full")
+        case _:
+            return Verdict(code="internal_error", text=f"{type(error).__name__} in the worker: see the log")
+
+
+def pipeline_options(config: Config) -> PipelineOptions:
+    """What the engine needs to know: one encoding for each that a destination asks for, "sc" without destinations."""
+    wanted = {destination.encoding for destination in config.destinations} or {"sc"}
+    pipeline, output = config.pipeline, config.output
+    return PipelineOptions(
+        bundle=Path(pipeline.bundle),
+        device=pipeline.device,
+        precision=pipeline.precision,
+        batch=pipeline.batch,
+        blending=pipeline.blending,
+        stitching=pipeline.stitching,
+        districts=pipeline.districts,
+        min_confidence=pipeline.min_confidence,
+        low_confidence=pipeline.low_confidence,
+        threads=pipeline.threads,
+        min_coverage_mm=config.gate.min_coverage_mm,
+        max_slices=config.gate.max_slices,
+        output=OutputOptions(
+            encodings=tuple(encoding for encoding in ("sc", "pet") if encoding in wanted),
+            mip=output.mip,
+            series_number=output.series_number,
+            mip_series_number=output.mip_series_number,
+            series_description=output.series_description,
+            institution_name=output.institution_name,
+            emit_patient_position=output.emit_patient_position,
+            emit_sc_markers=output.emit_sc_markers,
+            omit_patient_size=output.omit_patient_size,
+        ),
+    )
+
+
+def new_deliveries(series: Sequence[SeriesSummary], destinations: Sequence[DestinationConfig]) -> list[NewDelivery]:
+    """The PET series of each destination's encoding first, then its MIP where it wants one."""
+    return [
+        NewDelivery(
+            destination=destination.name,
+            kind=one.kind,
+            encoding=one.encoding,
+            series_uid=one.series_uid,
+            instances=one.instances,
+        )
+        for destination in destinations
+        for kind in ("pet", *(("mip",) if destination.send_mip else ()))
+        for one in _of_kind(series, kind, destination.encoding)
+    ]
+
+
+def _of_kind(series: Sequence[SeriesSummary], kind: str, encoding: str) -> list[SeriesSummary]:
+    """The series of a kind in an encoding; a MIP is a picture in either, so one of another encoding will do."""
+    found = [one for one in series if one.kind == kind]
+    exact = [one for one in found if one.encoding == encoding]
+    return exact or (found[:1] if kind == "mip" else [])
+
+
+class Worker:
+    """One thread that runs jobs. `on_result` is called when deliveries were opened."""
+
+    def __init__(
+        self,
+        config: Config,
+        ledger: Ledger,
+        spool: Spool,
+        engine: Engine,
+        *,
+        owner: str,
+        on_result: Callable[[], None] = lambda: None,
+        clock: Callable[[], datetime] = utc_now,
+        poll_s: float = POLL_S,
+    ) -> None:
+        self._config, self._ledger, self._spool, self._engine = config, ledger, spool, engine
+        self._owner, self._on_result, self._clock, self._poll_s = owner, on_result, clock, poll_s
+        self._options = pipeline_options(config)
+        self._stop_at: float | None = None  # monotonic; set: claim nothing more, and stop the job then
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._loop, name="worker")
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Something was queued: look now."""
+        self._wake.set()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def stop(self, *, grace_s: float) -> None:
+        """Claim nothing more; let the running job end within `grace_s`, or give it back to the queue; join."""
+        self._stop_at = monotonic() + grace_s
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def reclaim(self) -> None:
+        """At start: what an earlier life of this owner was running goes back to the queue, and counts as an attempt."""
+        for job in self._ledger.find(JobFilter(states=(JobState.RUNNING,), limit=MANY)):
+            if job.lease_owner == self._owner:
+                self._ledger.fail_run(
+                    job.id,
+                    self._owner,
+                    code="restarted",
+                    text=f"the node ended in stage {job.stage or 'start'}, attempt {job.attempts}",
+                    permanent=False,
+                    retry_at=self._clock(),
+                    max_attempts=self._config.engine.max_attempts,
+                )
+                log.warning("job.reclaimed", job_id=job.id, attempt=job.attempts)
+
+    def work_one(self) -> bool:
+        """Claim and run one job; False when none waits."""
+        job = self._ledger.claim(self._owner, lease_s=self._config.engine.lease_s)
+        if job is None:
+            return False
+        with structlog.contextvars.bound_contextvars(job_id=job.id):
+            self._work(job)
+        return True
+
+    def _loop(self) -> None:
+        while self._stop_at is None:
+            try:
+                if self.work_one():
+                    continue
+            except Exception:  # the ledger's disk may come back; a job that was claimed has a lease that ends
+                log.exception("worker.loop_failed")
+            self._wake.wait(self._poll_s)
+            self._wake.clear()
+
+    # ---- one job
+
+    def _work(self, job: Job) -> None:
+        log.info("job.started", series_uid=job.info.series_uid, attempt=job.attempts)
+        began = monotonic()
+        try:
+            if not self._spool.has_result(job.id):
+                self._run(job)
+            done = self._complete(job)
+        except StaleState:
+            self._discard(job)
+        except EngineStopped as error:
+            self._given_back(job, error)
+        except Exception as error:  # the edge
+            if not isinstance(error, PipelineError | EngineError):
+                log.exception("job.error")
+            self._failed(job, judge(error))
+        else:
+            log.info("job.completed", state=done.state.value, seconds=round(monotonic() - began, 3))
+            self._on_result()
+
+    def _run(self, job: Job) -> None:
+        paths = self._spool.ct_files(job.id)
+        if not paths:
+            raise NotFound(f"job {job.id}: no CT files")
+        folder = self._spool.result_folder(job.id)
+        shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)  # left by a killed run
+        watch = _Watch(self._ledger, job.id, self._owner, self._config.engine.lease_s, lambda: self._stop_at)
+        # the first creation, not now: a run that is repeated writes the same bytes under the same UIDs
+        self._engine.run(
+            job.id,
+            paths,
+            self._options,
+            folder,
+            job.created,
+            on_progress=watch.on_progress,
+            should_stop=watch.should_stop,
+        )
+        watch.end()
+
+    def _complete(self, job: Job) -> Job:
+        summary = read_summary(self._spool.result_folder(job.id))
+        held = (summary.held.code, summary.held.text) if summary.held else None
+        return self._ledger.complete_run(
+            job.id,
+            self._owner,
+            deliveries=new_deliveries(summary.series, self._config.destinations),
+            held=held,
+            details=result_details(summary),
+        )
+
+    # ---- ends without a result
+
+    def _failed(self, job: Job, verdict: Verdict) -> None:
+        pause = retry_delay_s(max(job.attempts, 1), first_s=self._config.engine.retry_s, longest_s=LONGEST_RETRY_S)
+        try:
+            ended = self._ledger.fail_run(
+                job.id,
+                self._owner,
+                code=verdict.code,
+                text=verdict.text,
+                permanent=verdict.permanent,
+                rejected=verdict.rejected,
+                retry_at=self._clock() + timedelta(seconds=pause),
+                max_attempts=self._config.engine.max_attempts,
+            )
+        except StaleState:
+            self._discard(job)
+            return
+        again = {"retry_in_s": pause} if ended.state is JobState.QUEUED else {}
+        log.warning("job.ended", state=ended.state.value, code=verdict.code, reason=verdict.text, **again)
+
+    def _given_back(self, job: Job, error: EngineStopped) -> None:
+        """The node is stopping: back to the queue, whatever the number of attempts. Or the lease is gone."""
+        if self._stop_at is None:
+            self._discard(job)
+            return
+        try:
+            self._ledger.fail_run(
+                job.id,
+                self._owner,
+                code="interrupted",
+                text="the node was stopped: the job goes on when it is back",
+                permanent=False,
+                retry_at=self._clock(),
+                max_attempts=job.attempts + 1,
+            )
+        except StaleState:
+            self._discard(job)
+            return
+        log.info("job.given_back", reason=error.text)
+
+    def _discard(self, job: Job) -> None:
+        """Cancelled, or in other hands: the ledger keeps what is true there; a cancelled job's result goes."""
+        state = self._ledger.get(job.id).state
+        if state is JobState.CANCELLED:
+            self._spool.discard_result(job.id)
+        log.info("job.discarded", state=state.value)
+
+
+class _Watch:
+    """Follows one run: keeps the lease, writes a stage event when a stage ends, and says when to stop."""
+
+    def __init__(
+        self, ledger: Ledger, job_id: str, owner: str, lease_s: float, stop_at: Callable[[], float | None]
+    ) -> None:
+        self._ledger, self._job_id, self._owner, self._lease_s, self._stop_at = ledger, job_id, owner, lease_s, stop_at
+        self._renewed = self._told = monotonic()
+        self._stage: Stage | None = None
+        self._stage_began = monotonic()
+
+    def should_stop(self) -> bool:
+        """True when the node's grace is over, or the lease is lost. A database that is busy is asked again."""
+        now = monotonic()
+        stop_at = self._stop_at()
+        if stop_at is not None and now >= stop_at:
+            return True
+        if now - self._renewed < min(RENEW_EVERY_S, self._lease_s / 3):
+            return False
+        try:
+            kept = self._ledger.renew(self._job_id, self._owner, lease_s=self._lease_s)
+        except LedgerError:
+            return now - self._renewed > self._lease_s
+        self._renewed = now
+        return not kept
+
+    def on_progress(self, progress: Progress) -> None:
+        """A new stage ends the one before."""
+        now = monotonic()
+        if progress.stage is not self._stage:
+            self.end()
+            self._stage, self._stage_began = progress.stage, now
+            self._tell(progress, now)
+        elif now - self._told >= PROGRESS_EVERY_S:
+            self._tell(progress, now)
+
+    def end(self) -> None:
+        """Write the event of the stage that is over."""
+        if self._stage is None:
+            return
+        seconds = monotonic() - self._stage_began
+        stage = self._stage.value
+        self._ledger.note(self._job_id, "stage_done", f"{stage} took {seconds:.1f} s", stage=stage, seconds=seconds)
+        log.info("job.stage", stage=stage, seconds=round(seconds, 3))
+        self._stage = None
+
+    def _tell(self, progress: Progress, now: float) -> None:
+        self._told = now
+        shown = {"stage": progress.stage.value, "done": progress.done, "total": progress.total}
+        self._ledger.update(self._job_id, stage=progress.stage.value, details={"progress": shown})
+
+
+def result_details(summary: ResultSummary) -> Mapping[str, Any]:
+    """What the ledger keeps of a result: stage times, SUV per district, lineage, notes."""
+    plain = summary.model_dump(mode="json")
+    kept = {key: plain[key] for key in ("stage_seconds", "stats", "provenance", "notes")}
+    return {**kept, "result_series": plain["series"]}
