@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
+import SimpleITK as sitk  # noqa: N813 - the name its own manual uses
 from numpy.typing import NDArray
 
 from pipeline.types import GeometryError, Grid

@@ -1,0 +1,289 @@
+"""A CT series on disk to one volume in Hounsfield units on an axis-aligned LPS grid.
+
+What is mended, each with a note for the ledger: identical duplicates and localizers are dropped, jitter of the
+positions is evened out, flipped and permuted axes are turned (no resampling), oblique and tilted stacks are
+resampled, a missing Frame of Reference UID is derived from the series. Everything else is refused by name
+(`pipeline.errors`): in particular two slice spacings in one series, because a volume has one.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import SimpleITK as sitk  # noqa: N813 - the name its own manual uses
+from pydicom import Dataset
+
+from pipeline.ct_headers import Frame, date_and_time, earliest, frames_of, is_localizer, parse, uid_of
+from pipeline.ct_pixels import AIR_HU, hounsfield, planes_are_equal, stored_planes
+from pipeline.ct_stack import (
+    Stack,
+    aligned_axes,
+    aligned_grid,
+    axes_of,
+    check_same,
+    check_size,
+    enclosing_grid,
+    sort_along_normal,
+    stack_of,
+)
+from pipeline.errors import UnsupportedSeries
+from pipeline.geometry import resample_image
+from pipeline.types import (
+    CtVolume,
+    FloatVolume,
+    Grid,
+    OnProgress,
+    Progress,
+    SourceInstance,
+    SourceSeries,
+    Stage,
+    ignore_progress,
+)
+
+
+def read_ct(paths: Sequence[Path], *, max_slices: int = 3000, on_progress: OnProgress = ignore_progress) -> CtVolume:
+    """The volume of the one CT series in `paths` (any order).
+
+    Progress counts every file twice, once for its header and once for its pixels. Raises UnsupportedSeries with
+    a code of `pipeline.errors`; an exception of `on_progress` ends the reading and passes through.
+    """
+    with _quiet_pydicom():
+        frames, notes = _read_headers(paths, max_slices, on_progress)
+        check_same(frames)
+        frames, dropped = _without_duplicates(sort_along_normal(frames))
+        stack = stack_of(frames)
+        frame_uid, minted = _frame_of_reference(stack.frames[0])
+        check_size(math.prod(stack.sizes), stack.frames[0].series_uid)
+        hu, grid, turned = _assemble(stack, frame_uid, on_progress)
+        source = _source(stack, (*notes, *dropped, *stack.notes, *minted, *turned))
+    return CtVolume(hu=hu, grid=grid, source=source)
+
+
+def find_series(folder: Path) -> dict[str, list[Path]]:
+    """SeriesInstanceUID -> files, for every DICOM file under `folder`; whatever else lies there is skipped."""
+    series: dict[str, list[Path]] = {}
+    with _quiet_pydicom():
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            try:
+                uid = uid_of(_header(path), "SeriesInstanceUID", "file")
+            except UnsupportedSeries:  # no DICOM, or no image (DICOMDIR)
+                continue
+            series.setdefault(uid, []).append(path)
+    return series
+
+
+def choose_ct(folder: Path) -> list[Path]:
+    """The files of the CT series under `folder` that covers most of the body (then: has most slices).
+
+    Localizers do not count. A lone CT series that has faults is returned all the same: `read_ct` names them.
+    Raises UnsupportedSeries: not_dicom (no DICOM file at all), localizer, not_ct.
+    """
+    series = find_series(folder)
+    if not series:
+        raise UnsupportedSeries("not_dicom", "there is no DICOM file in the folder")
+    with _quiet_pydicom():
+        ranked = {uid: rank for uid, files in series.items() if (rank := _rank(files)) is not None}
+        if ranked:
+            return series[max(ranked, key=lambda uid: (*ranked[uid], uid))]
+        localizers = any(is_localizer(_header(files[0])) for files in series.values())
+    code, what = ("localizer", "only localizers") if localizers else ("not_ct", "no CT series")
+    raise UnsupportedSeries(code, f"of the {len(series)} series in the folder there is {what}")
+
+
+def _rank(files: Sequence[Path]) -> tuple[float, int] | None:
+    """Coverage (mm, rounded to 5 so that reconstructions of one scan are equal) and slices; None if it is no CT."""
+    frames: list[Frame] = []
+    faulty = 0
+    for number, path in enumerate(files, 1):
+        try:
+            frames += frames_of(path, f"file {number}", max_frames=10**6)
+        except UnsupportedSeries as error:
+            if error.code == "not_ct":
+                return None
+            faulty += 1
+    if not frames:
+        return (-1.0, faulty) if faulty else None
+    try:
+        _, _, normal = axes_of(frames[0])
+    except UnsupportedSeries:
+        return 0.0, len(frames)
+    along = np.array([f.position for f in frames]) @ normal
+    return 5.0 * round(float(np.ptp(along)) / 5.0), len(frames)
+
+
+def _header(path: Path) -> Dataset:
+    with path.open("rb") as file:
+        return parse(file, "file")
+
+
+@contextmanager
+def _quiet_pydicom() -> Iterator[None]:
+    """The reader checks values itself; pydicom's remarks about them would only repeat hostile text in the log."""
+    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _read_headers(
+    paths: Sequence[Path], max_slices: int, on_progress: OnProgress
+) -> tuple[list[Frame], tuple[str, ...]]:
+    """The frames of all files and a note when localizers were among them."""
+    if not paths:
+        raise UnsupportedSeries("too_few_slices", "there is no file to read")
+    if len(paths) > max_slices:
+        raise UnsupportedSeries("too_large", f"{len(paths)} files, at most {max_slices} slices are accepted")
+    frames: list[Frame] = []
+    localizers = 0
+    for number, path in enumerate(sorted(paths), 1):
+        found = frames_of(path, f"file {number} of {len(paths)}", max_frames=max_slices)
+        frames += found
+        localizers += not found
+        if len(frames) > max_slices:
+            raise UnsupportedSeries("too_large", f"more than {max_slices} slices, at most that many are accepted")
+        on_progress(Progress(stage=Stage.READ, done=number, total=2 * len(paths), text="headers"))
+    if not frames:
+        raise UnsupportedSeries("localizer", f"all {localizers} images are localizers")
+    return frames, (f"{localizers} localizer images dropped",) if localizers else ()
+
+
+def _without_duplicates(groups: list[list[Frame]]) -> tuple[list[Frame], tuple[str, ...]]:
+    """One frame for each position. Raises duplicate_positions where the pixels at one position differ."""
+    for group in groups:
+        if len(group) > 1 and not planes_are_equal(group):
+            x, y, z = group[0].position
+            text = f"series {group[0].series_uid}: {len(group)} different images lie at ({x:.1f}, {y:.1f}, {z:.1f}) mm"
+            raise UnsupportedSeries("duplicate_positions", text)
+    frames = [group[0] for group in groups]
+    if len({(f.sop_instance_uid, f.index) for f in frames}) < len(frames):
+        text = f"series {frames[0].series_uid}: images at different positions share one SOP Instance UID"
+        raise UnsupportedSeries("mixed_series", text)
+    dropped = sum(map(len, groups)) - len(frames)
+    return frames, (f"{dropped} duplicate images with identical pixels dropped",) if dropped else ()
+
+
+def _frame_of_reference(frame: Frame) -> tuple[str, tuple[str, ...]]:
+    """The series' Frame of Reference UID, or a stable one made from its series UID (PS3.5 annex B.2) with a note."""
+    if frame.frame_of_reference_uid:
+        return frame.frame_of_reference_uid, ()
+    minted = f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, 'frame of reference of ' + frame.series_uid).int}"
+    return minted, (f"no Frame of Reference UID: {minted} derived from the series",)
+
+
+def _assemble(stack: Stack, frame_uid: str, on_progress: OnProgress) -> tuple[FloatVolume, Grid, tuple[str, ...]]:
+    """Hounsfield units on an axis-aligned grid: turned where the axes allow it, else resampled with a note."""
+    axes = aligned_axes(stack)
+    if axes is not None:
+        flips = [stack.steps[axis, k] < 0 for k, axis in enumerate(axes)]
+        hu = _fill(stack, (flips[0], flips[1]), on_progress)
+        grid = aligned_grid(stack, axes, frame_uid)
+        # array axis 0 is the slice step, 1 the column step, 2 the row step; wanted are z, y, x
+        order = [(2 - list(axes).index(lps)) for lps in (2, 1, 0)]
+        return np.ascontiguousarray(hu.transpose(order)), grid, ()
+    grid = enclosing_grid(stack, frame_uid)
+    hu = resample_image(
+        sitk.GetImageFromArray(_fill(stack, (False, False), on_progress)), grid, _lps_to_index(stack), fill=AIR_HU
+    )
+    if stack.tilt_deg > 0.05:
+        return hu, grid, (f"gantry tilt of {stack.tilt_deg:.1f} degrees resampled",)
+    return hu, grid, (f"oblique planes ({_obliquity_deg(stack):.1f} degrees) resampled",)
+
+
+def _fill(stack: Stack, flips: tuple[bool, bool], on_progress: OnProgress) -> FloatVolume:
+    """All planes [slice, row, column]; `flips` reverses columns (along a row), rows (along a column)."""
+    columns, rows, slices = stack.sizes
+    volume = np.empty((slices, rows, columns), np.float32)
+    turn = (slice(None, None, -1 if flips[1] else 1), slice(None, None, -1 if flips[0] else 1))
+    done = 0
+    numbered = sorted(enumerate(stack.frames), key=lambda item: item[0] if item[1].index == 0 else 0)
+    for _, members in groupby(numbered, key=lambda item: item[1].path):
+        group = list(members)
+        for (k, frame), raw in zip(group, stored_planes([frame for _, frame in group]), strict=True):
+            hounsfield(raw[turn], frame, volume[k])
+            done += 1
+            on_progress(Progress(stage=Stage.READ, done=slices + done, total=2 * slices, text="pixels"))
+    return volume
+
+
+def _lps_to_index(stack: Stack) -> sitk.AffineTransform:
+    """Maps an LPS point to (column, row, slice), the "physical" point of an image without spacing or direction."""
+    inverse = np.linalg.inv(stack.steps)
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix(inverse.ravel().tolist())
+    transform.SetTranslation((-inverse @ stack.origin_mm).tolist())
+    return transform
+
+
+def _obliquity_deg(stack: Stack) -> float:
+    units = np.abs(stack.steps) / np.linalg.norm(stack.steps, axis=0)
+    return math.degrees(math.acos(min(1.0, float(units.max(axis=0).min()))))
+
+
+def _source(stack: Stack, notes: tuple[str, ...]) -> SourceSeries:
+    first = stack.frames[0]
+    header, left_out = _read_header(first.path)
+    acquired = earliest(f.acquired for f in stack.frames)
+    for kind in ("Series", "Study"):
+        if acquired == ("", ""):
+            acquired = date_and_time(str(header.get(f"{kind}Date") or ""), str(header.get(f"{kind}Time") or ""))
+    return SourceSeries(
+        study_uid=first.study_uid,
+        series_uid=first.series_uid,
+        header=header,
+        instances=_instances(stack),
+        earliest_acquisition=acquired,
+        lossy=any(f.lossy for f in stack.frames),
+        notes=(*notes, *left_out),
+    )
+
+
+def _instances(stack: Stack) -> tuple[SourceInstance, ...]:
+    """One entry for each SOP instance, foot to head; an enhanced instance lies at the middle of its frames."""
+    columns, rows, _ = stack.sizes
+    to_center = stack.steps[:, 0] * (columns - 1) / 2 + stack.steps[:, 1] * (rows - 1) / 2
+    members: dict[str, list[Frame]] = {}
+    for frame in stack.frames:
+        members.setdefault(frame.sop_instance_uid, []).append(frame)
+    instances = []
+    for uid, frames in members.items():
+        x, y, z = np.mean([f.position for f in frames], axis=0) + to_center
+        instances.append(
+            SourceInstance(
+                sop_class_uid=frames[0].sop_class_uid,
+                sop_instance_uid=uid,
+                position_mm=(float(x), float(y), float(z)),
+            )
+        )
+    return tuple(instances)
+
+
+def _read_header(path: Path) -> tuple[Dataset, tuple[str, ...]]:
+    """The data set without pixel data, private elements, and elements that cannot be read (they get a note)."""
+    ds = pydicom.dcmread(path, stop_before_pixels=True)
+    broken = _prune(ds)
+    return ds, (f"header elements that cannot be read left out: {', '.join(broken)}",) if broken else ()
+
+
+def _prune(ds: Dataset) -> list[str]:
+    broken = []
+    for tag in list(ds.keys()):
+        if tag.is_private:
+            del ds[tag]
+            continue
+        try:
+            element = ds[tag]
+            items = list(element.value) if element.VR == "SQ" else []
+        except Exception:  # whatever a malformed value raises: the outputs do without the element
+            del ds[tag]
+            broken.append(str(tag))
+            continue
+        for item in items:
+            broken += _prune(item)
+    return broken
