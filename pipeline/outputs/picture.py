@@ -1,0 +1,328 @@
+"""Two pictures: the MIP as a DICOM object for the viewer, and the overview of one job for people."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from pydicom import Dataset
+from pydicom.uid import SecondaryCaptureImageStorage
+
+from pipeline.outputs.attributes import free_series_number, set_character_set
+from pipeline.outputs.drawing import (
+    Box,
+    Page,
+    box_of,
+    color_bar,
+    frame,
+    mark_sides,
+    new_page,
+    scale_bar,
+    scale_for,
+    show,
+)
+from pipeline.outputs.explicit import EXPLICIT_VR_LITTLE_ENDIAN, part10
+from pipeline.outputs.modules import Uids, result_dataset, secondary_capture
+from pipeline.types import (
+    CtVolume,
+    District,
+    DistrictMap,
+    EncodedInstance,
+    EncodedSeries,
+    FloatVolume,
+    GeometryError,
+    Grid,
+    OutputOptions,
+    Provenance,
+    SourceSeries,
+    SuvVolume,
+)
+
+Place = tuple[float, float, float, float]  # left, bottom, width, height in pixels
+
+MIP_BANNER = "SYNTHETIC PET (AI) - NOT FOR DIAGNOSIS"
+OVERVIEW_BANNER = "SYNTHETIC - RESEARCH ONLY"
+MIP_DESCRIPTION = "SYNTHETIC FDG PET MIP - AI, RESEARCH ONLY"
+
+SUV_SHOWN = (0.0, 7.0)  # g/ml: brain and bladder saturate, liver is mid-gray, as in the usual MIP window
+CT_CENTER_HU, CT_WIDTH_HU = 40.0, 400.0
+MARGIN_MM = 15.0
+INVERSE_GRAY = "gray_r"
+FUSION_COLORS = "hot"
+FUSION_FULL_SUV = 2.5  # g/ml: where the PET is as opaque as it gets, about the liver
+FUSION_OPACITY = 0.75
+DISTRICT_COLORS = {
+    District.HEAD: "#e6b422",
+    District.TRUNK: "#4aa3df",
+    District.ARMS: "#d2609b",
+    District.LEGS: "#5fbf72",
+}
+NIGHT, INK, WARNING = "#101216", "#e8e8e8", "#ff5a4d"
+
+
+def encode_mip(
+    suv: SuvVolume,
+    *,
+    source: SourceSeries,
+    provenance: Provenance,
+    options: OutputOptions,
+    encoding: str,
+    uids: Uids,
+    created: datetime,
+) -> EncodedSeries:
+    """A one-instance Secondary Capture series: coronal, sagittal and axial MIP in inverse gray, banner burned in.
+
+    `encoding` is that of the PET series which it accompanies; the picture is the same but has its own UIDs. Modality
+    is OT, so that it does not compete with the volume in hanging protocols. Raises OutputError like the PET series.
+    """
+    ds = result_dataset(source=source, provenance=provenance, options=options, created=created)
+    ds.SOPClassUID = SecondaryCaptureImageStorage
+    ds.SOPInstanceUID = uids.uid("mip")
+    ds.Modality = "OT"
+    ds.SeriesInstanceUID = uids.uid("mip_series")
+    ds.SeriesNumber = free_series_number(options.mip_series_number, source)
+    ds.SeriesDescription = MIP_DESCRIPTION
+    ds.InstanceNumber = 1
+    ds.ImageType = ["DERIVED", "SECONDARY"]
+    ds.PatientOrientation = None  # three views in one image
+    ds.BurnedInAnnotation = "YES"
+    secondary_capture(ds, provenance)
+    _eight_bit_pixels(ds, mip_image(suv))
+    set_character_set(ds, source)
+    instance = EncodedInstance(
+        sop_class_uid=str(SecondaryCaptureImageStorage),
+        sop_instance_uid=str(ds.SOPInstanceUID),
+        transfer_syntax_uid=EXPLICIT_VR_LITTLE_ENDIAN,
+        file_name="0001.dcm",
+        data=part10(ds),
+    )
+    return EncodedSeries(kind="mip", encoding=encoding, series_uid=str(ds.SeriesInstanceUID), instances=(instance,))
+
+
+def mip_image(suv: SuvVolume) -> NDArray[np.uint8]:
+    """The MIP page as gray values [row, column], 255 white; dark is high SUV, as PET is read."""
+    values = _finite(suv.suv)
+    box = box_of(values > 0, suv.grid, margin_mm=MARGIN_MM)
+    z_mm, y_mm, x_mm = (high - low for low, high in box)
+    gap, bar_px, top, bottom = 16, 70, 64, 44
+    scale = scale_for(2 * x_mm + y_mm, z_mm, width_px=1200, height_px=1000, at_most=3.0)
+    panels = [
+        ("coronal", x_mm * scale, z_mm * scale, values.max(axis=1)),
+        ("sagittal", y_mm * scale, z_mm * scale, values.max(axis=2)),
+        ("axial", x_mm * scale, y_mm * scale, values.max(axis=0)),
+    ]
+    content = sum(width for _, width, _, _ in panels) + 3 * gap + bar_px
+    width = int(max(content + gap, 560))
+    height = int(max(z_mm, y_mm) * scale) + top + bottom
+    page = new_page(width, height, scale, background="white")
+    left = (width - content) / 2
+    for plane, panel_width, panel_height, image in panels:
+        axes = page.add(left, bottom, panel_width, panel_height)
+        show(axes, image, suv.grid, plane, box, colors=INVERSE_GRAY, limits=SUV_SHOWN)
+        mark_sides(axes, plane, color="black")
+        scale_bar(axes, page, color="black")
+        frame(axes, "black", (plane,))
+        left += panel_width + gap
+    bar = page.add(left, bottom, 14, min(z_mm * scale, 240))
+    bar.set_yticks([0])
+    color_bar(bar, INVERSE_GRAY, SUV_SHOWN, ink="black", label="SUVbw (g/ml)")
+    page.text(width / 2, height - 20, MIP_BANNER, ha="center", va="center", fontsize=14, weight="bold", color="black")
+    page.text(width / 2, 18, _not_evaluated(suv), ha="center", va="center", fontsize=9, color="black")
+    return page.gray()
+
+
+def overview_png(
+    ct: CtVolume,
+    districts: DistrictMap,
+    suv: SuvVolume,
+    *,
+    true_suv: FloatVolume | None = None,
+    title: str = "",
+) -> bytes:
+    """One PNG: CT, districts, synthetic PET MIP, fusion, and the true PET's MIP where it is known; all coronal.
+
+    One scale in all panels (mm), head up, the patient's left at the right. `true_suv` is [z, y, x] on `suv.grid`.
+    `title` must hold nothing that identifies a patient.
+    """
+    if true_suv is not None and true_suv.shape != suv.grid.shape:
+        raise GeometryError(f"the true SUV {true_suv.shape} does not fit grid {suv.grid.shape}")
+    box = box_of(districts.labels > 0, districts.grid, margin_mm=MARGIN_MM)
+    z_mm, x_mm = (box[0][1] - box[0][0], box[2][1] - box[2][0])
+    n_panels = 4 if true_suv is None else 5
+    gap, bar_px, top, bottom = 18, 76, 92, 96
+    scale = scale_for(n_panels * x_mm, z_mm, width_px=n_panels * 380, height_px=820, at_most=2.5)
+    panel_px = (x_mm * scale, z_mm * scale)
+    content = n_panels * (panel_px[0] + gap) + bar_px
+    width = int(max(content + 2 * gap, 900))
+    page = new_page(width, int(panel_px[1]) + top + bottom, scale, background=NIGHT)
+
+    y_mm = _fullest_coronal_mm(districts)
+    lefts = [(width - content) / 2 + i * (panel_px[0] + gap) for i in range(n_panels)]
+    places: list[Place] = [(left, bottom, *panel_px) for left in lefts]
+    _ct_panel(page, places[0], ct, box, y_mm)
+    _districts_panel(page, places[1], ct, districts, box, y_mm)
+    _mip_panel(page, places[2], suv.suv, suv.grid, box, ("Synthetic PET, MIP", _suv_range()))
+    _fusion_panel(page, places[3], ct, suv, box, y_mm)
+    if true_suv is not None:
+        _mip_panel(page, places[4], true_suv, suv.grid, box, ("True PET, MIP", _suv_range()))
+    bar = page.add(lefts[-1] + panel_px[0] + gap, bottom, 14, min(panel_px[1], 240))
+    color_bar(bar, INVERSE_GRAY, SUV_SHOWN, ink=INK, label="SUVbw (g/ml)")
+    _captions(page, districts, suv, title)
+    return page.png()
+
+
+def _ct_panel(page: Page, place: Place, ct: CtVolume, box: Box, y_mm: float) -> None:
+    axes = _ct_axes(page, place, ct, box, y_mm)
+    frame(axes, INK, ("CT, coronal", f"W {CT_WIDTH_HU:g} L {CT_CENTER_HU:g} HU"))
+
+
+def _districts_panel(
+    page: Page,
+    place: Place,
+    ct: CtVolume,
+    districts: DistrictMap,
+    box: Box,
+    y_mm: float,
+) -> None:
+    axes = _ct_axes(page, place, ct, box, y_mm)
+    overlay = _district_rgba(districts.labels[:, _index(districts.grid, y_mm)])
+    show(axes, overlay, districts.grid, "coronal", box, smooth=False)
+    frame(axes, INK, ("Districts", f"by {districts.segmenter} {districts.version}"))
+
+
+def _mip_panel(
+    page: Page,
+    place: Place,
+    suv: FloatVolume,
+    grid: Grid,
+    box: Box,
+    labels: tuple[str, ...],
+) -> None:
+    axes = page.add(*place)
+    axes.set_facecolor("white")
+    show(axes, _finite(suv.max(axis=1)), grid, "coronal", box, colors=INVERSE_GRAY, limits=SUV_SHOWN)
+    mark_sides(axes, "coronal", color="black")
+    scale_bar(axes, page, color="black")
+    frame(axes, INK, labels)
+
+
+def _fusion_panel(
+    page: Page,
+    place: Place,
+    ct: CtVolume,
+    suv: SuvVolume,
+    box: Box,
+    y_mm: float,
+) -> None:
+    axes = _ct_axes(page, place, ct, box, y_mm)
+    plane = _finite(suv.suv[:, _index(suv.grid, y_mm)])
+    rgba = colormaps[FUSION_COLORS](np.clip(plane / SUV_SHOWN[1], 0, 1))
+    rgba[..., 3] = np.clip(plane / FUSION_FULL_SUV, 0, 1) * FUSION_OPACITY
+    show(axes, rgba, suv.grid, "coronal", box)
+    frame(axes, INK, ("Fusion, coronal", "synthetic PET on CT"))
+
+
+def _ct_axes(page: Page, place: Place, ct: CtVolume, box: Box, y_mm: float) -> Axes:
+    axes = page.add(*place)
+    axes.set_facecolor("black")
+    low = CT_CENTER_HU - CT_WIDTH_HU / 2
+    show(
+        axes,
+        ct.hu[:, _index(ct.grid, y_mm)],
+        ct.grid,
+        "coronal",
+        box,
+        colors="gray",
+        limits=(low, low + CT_WIDTH_HU),
+    )
+    mark_sides(axes, "coronal", color=INK)
+    scale_bar(axes, page, color=INK)
+    return axes
+
+
+def _captions(page: Page, districts: DistrictMap, suv: SuvVolume, title: str) -> None:
+    middle = page.width_px / 2
+    page.text(
+        middle,
+        page.height_px - 20,
+        OVERVIEW_BANNER,
+        ha="center",
+        va="center",
+        fontsize=14,
+        weight="bold",
+        color=WARNING,
+    )
+    if title:
+        page.text(middle, page.height_px - 42, title, ha="center", va="center", fontsize=10, color=INK)
+    handles = [
+        Patch(
+            color=DISTRICT_COLORS[district],
+            label=f"{district.key} (not evaluated)" if district in suv.not_evaluated else district.key,
+        )
+        for district in districts.present
+    ]
+    if handles:
+        page.figure.legend(
+            handles=handles,
+            loc="lower center",
+            bbox_to_anchor=(0.5, 40 / page.height_px),
+            ncols=len(handles),
+            frameon=False,
+            labelcolor=INK,
+            fontsize=9,
+        )
+    page.text(middle, 24, _not_evaluated(suv), ha="center", va="center", fontsize=9, color=INK)
+
+
+def _not_evaluated(suv: SuvVolume) -> str:
+    if not suv.not_evaluated:
+        return "All districts in the field of view were evaluated. Predicted from CT; no radiotracer was given."
+    names = ", ".join(district.key for district in suv.not_evaluated)
+    return f"NOT EVALUATED: {names} (white there means no statement, not absence of uptake). Predicted from CT."
+
+
+def _suv_range() -> str:
+    return f"SUV {SUV_SHOWN[0]:g}-{SUV_SHOWN[1]:g}, inverse gray"
+
+
+def _district_rgba(labels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    table = np.zeros((256, 4))
+    for district, color in DISTRICT_COLORS.items():
+        table[district, :3] = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        table[district, 3] = 0.45
+    return table[labels]
+
+
+def _fullest_coronal_mm(districts: DistrictMap) -> float:
+    """The y (mm) of the coronal plane with the most body in it."""
+    counts = np.count_nonzero(districts.labels, axis=(0, 2))
+    return districts.grid.origin_mm[1] + int(counts.argmax()) * districts.grid.spacing_mm[1]
+
+
+def _index(grid: Grid, y_mm: float) -> int:
+    """The row of the grid nearest to y, inside it."""
+    return int(np.clip(round((y_mm - grid.origin_mm[1]) / grid.spacing_mm[1]), 0, grid.shape[1] - 1))
+
+
+def _finite(values: FloatVolume) -> FloatVolume:
+    return np.nan_to_num(values, nan=0.0, posinf=SUV_SHOWN[1], neginf=0.0)
+
+
+def _eight_bit_pixels(ds: Dataset, image: NDArray[np.uint8]) -> None:
+    """Image Pixel (PS3.3 C.7.6.3) and a window that shows all of it."""
+    ds.SamplesPerPixel = 1
+    ds.PhotometricInterpretation = "MONOCHROME2"
+    ds.Rows, ds.Columns = image.shape
+    ds.BitsAllocated = 8
+    ds.BitsStored = 8
+    ds.HighBit = 7
+    ds.PixelRepresentation = 0
+    ds.WindowCenter = "128"
+    ds.WindowWidth = "256"
+    data = image.tobytes()
+    ds.PixelData = data + b"\0" * (len(data) % 2)
+    ds["PixelData"].VR = "OB"
