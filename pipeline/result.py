@@ -11,33 +11,24 @@ any instant leaves either nothing or all of it, and the work can simply be done 
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import OutputError
-from pipeline.types import District, EncodedSeries, Provenance, ResultSet
+from pipeline.types import DistrictStats, EncodedSeries, GateFinding, Provenance, ResultSet
 
 SUMMARY = "result.json"
 OVERVIEW = "overview.png"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9]+)?")
 
-# NaN ("nothing was measured") is null in the file: JSON has no NaN
-_Number = Annotated[
-    float,
-    BeforeValidator(lambda value: math.nan if value is None else value),
-    PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
-]
-
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class SeriesSummary(_Frozen):
@@ -51,54 +42,26 @@ class SeriesSummary(_Frozen):
     folder: str
 
 
-class StatsSummary(_Frozen):
-    """`DistrictStats` as it is stored; SUV are NaN where nothing was evaluated."""
-
-    district: District
-    volume_ml: _Number
-    suv_mean: _Number
-    suv_max: _Number
-    confidence: _Number
-    evaluated: bool
-
-
-class HeldSummary(_Frozen):
-    """Why the output gate holds the result."""
-
-    code: str
-    text: str
-
-
 class ResultSummary(_Frozen):
     """What a result is, without its pixels: for the ledger, the deliveries and the command line."""
 
     series: tuple[SeriesSummary, ...]
-    stats: tuple[StatsSummary, ...]
+    stats: tuple[DistrictStats, ...]
     provenance: Provenance
     stage_seconds: Mapping[str, float]
     notes: tuple[str, ...] = ()
-    held: HeldSummary | None = None
+    held: GateFinding | None = None
 
 
 def summarize(result: ResultSet) -> ResultSummary:
     """The summary of a result, as `write_result` stores it."""
     return ResultSummary(
         series=tuple(_series_summary(series) for series in result.series),
-        stats=tuple(
-            StatsSummary(
-                district=s.district,
-                volume_ml=s.volume_ml,
-                suv_mean=s.suv_mean,
-                suv_max=s.suv_max,
-                confidence=s.confidence,
-                evaluated=s.evaluated,
-            )
-            for s in result.stats
-        ),
+        stats=result.stats,
         provenance=result.provenance,
         stage_seconds=dict(result.stage_seconds),
         notes=result.notes,
-        held=HeldSummary(code=result.held.code, text=result.held.text) if result.held else None,
+        held=result.held,
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pipeline.types import FloatVolume, GeometryError
 
 GAUSSIAN_SIGMA = 0.125  # of the window's side, as in MONAI's and nnU-Net's importance maps
-SMALLEST_WEIGHT = 1e-3  # of the peak: a voxel that only a window's corner covers still has a sound quotient
+SMALLEST_WEIGHT = 1e-3  # as in MONAI: a voxel that only a window's corner covers still has a sound quotient
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
@@ -156,7 +156,7 @@ def cut_out(volume: NDArray[Scalar], origin: tuple[int, int, int], shape: tuple[
 
 
 def window_weights(window: int, blending: str) -> Tensor:
-    """How much each voxel of a window counts, float32 [window, window, window], largest 1.
+    """How much each voxel of a window counts, float32 [window, window, window], at most 1.
 
     "mean" weighs all the same (eq. 14); "gaussian" trusts the middle, where the network saw context on all sides.
 
@@ -170,7 +170,7 @@ def window_weights(window: int, blending: str) -> Tensor:
     offset = torch.arange(window, dtype=torch.float64) - (window - 1) / 2
     line = torch.exp(-0.5 * (offset / (GAUSSIAN_SIGMA * window)) ** 2)
     cube = line[:, None, None] * line[None, :, None] * line[None, None, :]
-    return (cube / cube.max()).clamp(min=SMALLEST_WEIGHT).to(torch.float32)
+    return cube.clamp(min=SMALLEST_WEIGHT).to(torch.float32)
 
 
 def _blend(

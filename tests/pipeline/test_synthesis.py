@@ -1,0 +1,281 @@
+"""Sliding windows: exact where they look, blind where nothing is asked for, and safe when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.inferers import sliding_window_inference
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.device import Compute, DeviceError, choose_compute, is_out_of_memory, rungs, with_fallbacks
+from pipeline.networks import NetworkSpec, build_network
+from pipeline.synthesis import bounding_box, place_windows, synthesize, window_weights
+from pipeline.types import FloatVolume, GeometryError
+
+CPU = torch.device("cpu")
+SHAPES = st.tuples(*[st.integers(1, 18)] * 3)
+OVERLAPS = st.sampled_from([0, 1, 3, 4, 5, 6])  # 7 of 8 would be 512 windows over each voxel: right, and slow
+
+
+def tiny_network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_network(NetworkSpec(width=4, depth=2, window=8)).eval().requires_grad_(False)
+
+
+def noise(shape: tuple[int, ...], seed: int = 0) -> FloatVolume:
+    return np.random.default_rng(seed).random(shape, dtype=np.float32)
+
+
+def blob(shape: tuple[int, ...], seed: int = 0, share: float = 0.02) -> NDArray[np.bool_]:
+    """A ragged mask with at least one voxel."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random(shape) < share
+    mask[tuple(int(rng.integers(n)) for n in shape)] = True
+    return mask
+
+
+def run(ct: FloatVolume, mask: NDArray[np.bool_], network: nn.Module, **changes: object) -> FloatVolume:
+    arguments: dict[str, object] = {"window": 8, "overlap": 4, "blending": "gaussian", "batch": 5, "device": CPU}
+    return synthesize(ct, mask, network, **(arguments | changes))  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=SHAPES,
+    overlap=OVERLAPS,
+    blending=st.sampled_from(["mean", "gaussian"]),
+    margin=st.integers(0, 5),
+    batch=st.integers(1, 40),
+    seed=st.integers(0, 10),
+)
+def test_an_identity_network_gives_the_input_back(
+    shape: tuple[int, int, int], overlap: int, blending: str, margin: int, batch: int, seed: int
+) -> None:
+    ct, mask = noise(shape, seed), blob(shape, seed)
+    out = run(ct, mask, nn.Identity(), overlap=overlap, blending=blending, margin=margin, batch=batch)
+    assert out.dtype == np.float32
+    np.testing.assert_allclose(out[mask], ct[mask], atol=1e-5)
+    looked_at = out != 0
+    np.testing.assert_allclose(out[looked_at], ct[looked_at], atol=1e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(shape=SHAPES, overlap=OVERLAPS, margin=st.integers(0, 5), seed=st.integers(0, 10))
+def test_the_windows_cover_the_mask_and_each_contains_some_of_it(
+    shape: tuple[int, int, int], overlap: int, margin: int, seed: int
+) -> None:
+    mask = blob(shape, seed)
+    lattice = place_windows(mask, window=8, overlap=overlap, margin=margin)
+    assert lattice is not None
+    seen = np.zeros_like(mask)
+    for start in lattice.starts + np.array(lattice.origin):
+        window = tuple(slice(max(int(a), 0), max(int(a) + 8, 0)) for a in start)
+        assert mask[window].any()
+        seen[window] = True
+    assert seen[mask].all()
+
+
+@pytest.mark.parametrize("blending", ["mean", "gaussian"])
+def test_skipping_equals_the_dense_result_where_air_is_constant(blending: str) -> None:
+    """The dense result here is the definition, written with every window of the lattice and no skipping."""
+    ct, network = noise((25, 18, 30)), tiny_network()
+    mask = np.zeros(ct.shape, dtype=bool)
+    mask[3:9, 2:6, 4:7] = mask[15:22, 12:17, 20:29] = True
+    skipped = run(ct, mask, network, blending=blending)
+    lattice, every = place_windows(mask, window=8, overlap=4), place_windows(np.ones_like(mask), window=8, overlap=4)
+    assert lattice is not None
+    assert every is not None
+    assert len(lattice.starts) < len(every.starts)
+
+    padded = np.pad(ct, 16)
+    total, weight = np.zeros(padded.shape), np.zeros(padded.shape)
+    weights = window_weights(8, blending).numpy()
+    for start in lattice.starts + np.array(lattice.origin) + 16:
+        window = tuple(slice(int(a), int(a) + 8) for a in start)
+        with torch.inference_mode():
+            total[window] += network(torch.from_numpy(padded[window].copy())[None, None])[0, 0].numpy() * weights
+        weight[window] += weights
+    dense = np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)[16:-16, 16:-16, 16:-16]
+    np.testing.assert_allclose(skipped, dense, atol=1e-6)
+
+
+@pytest.mark.parametrize(("blending", "mode"), [("mean", "constant"), ("gaussian", "gaussian")])
+def test_a_full_mask_agrees_with_monai(blending: str, mode: str) -> None:
+    ct, network = noise((24, 20, 28)), tiny_network()  # 8 + 4 n along each axis: both place the same windows
+    ours = run(ct, np.ones(ct.shape, dtype=bool), network, blending=blending)
+    with torch.inference_mode():
+        theirs = sliding_window_inference(
+            torch.from_numpy(ct)[None, None], (8, 8, 8), 4, network, overlap=0.5, mode=mode, sigma_scale=0.125
+        )
+    np.testing.assert_allclose(ours, theirs[0, 0].numpy(), atol=2e-6)
+
+
+def test_the_batch_does_not_change_the_result() -> None:
+    ct, mask, network = noise((20, 20, 20)), blob((20, 20, 20)), tiny_network()
+    np.testing.assert_allclose(run(ct, mask, network, batch=1), run(ct, mask, network, batch=64), atol=1e-6)
+
+
+def test_the_same_input_gives_the_same_bytes_on_the_cpu() -> None:
+    ct, mask, network = noise((24, 20, 20)), blob((24, 20, 20)), tiny_network()
+    assert run(ct, mask, network).tobytes() == run(ct, mask, network).tobytes()
+
+
+def test_bf16_stays_close_to_fp32() -> None:
+    ct, mask, network = noise((16, 16, 16)), blob((16, 16, 16)), tiny_network()
+    np.testing.assert_allclose(run(ct, mask, network, precision="bf16"), run(ct, mask, network), atol=0.01)
+
+
+def test_an_empty_mask_asks_the_network_nothing() -> None:
+    class Unwanted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("called")
+
+    ct = noise((10, 10, 10))
+    assert not run(ct, np.zeros(ct.shape, dtype=bool), Unwanted()).any()
+    assert bounding_box(np.zeros((2, 2, 2), dtype=bool)) is None
+
+
+def test_memory_follows_the_box_of_the_mask_not_the_volume() -> None:
+    mask = np.zeros((200, 150, 150), dtype=bool)
+    mask[90:100, 70:80, 60:75] = True
+    lattice = place_windows(mask, window=8, overlap=4)
+    assert lattice is not None
+    assert lattice.shape == (12, 12, 16)
+
+
+def test_progress_counts_windows_to_the_end() -> None:
+    reports: list[tuple[int, int]] = []
+    run(
+        noise((16, 16, 16)),
+        np.ones((16, 16, 16), dtype=bool),
+        nn.Identity(),
+        batch=10,
+        on_progress=lambda *r: reports.append(r),
+    )
+    assert reports == [(10, 27), (20, 27), (27, 27)]
+
+
+def test_gaussian_weights_trust_the_middle_and_are_never_zero() -> None:
+    weights = window_weights(32, "gaussian")
+    assert weights.max() == weights[15, 15, 15] == pytest.approx(1, abs=0.03)
+    assert weights.min() == pytest.approx(1e-3)
+    torch.testing.assert_close(weights, weights.flip(0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"overlap": 8}, {"overlap": -1}, {"batch": 0}, {"precision": "fp8"}, {"blending": "median"}],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(GeometryError):
+        run(noise((8, 8, 8)), np.ones((8, 8, 8), dtype=bool), nn.Identity(), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("ct", "mask"),
+    [
+        (noise((8, 8, 8)), np.ones((8, 8, 9), dtype=bool)),
+        (noise((8, 8, 8)).astype(np.float64), np.ones((8, 8, 8), dtype=bool)),
+        (noise((8, 8, 8)), np.ones((8, 8, 8), dtype=np.uint8)),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(ct: FloatVolume, mask: NDArray[np.bool_]) -> None:
+    with pytest.raises(GeometryError):
+        run(ct, mask, nn.Identity())
+
+
+# --- out of memory ---------------------------------------------------------------------------------------------
+
+
+def needs_batch_of(limit: int, error: Callable[[], Exception]) -> Callable[[Compute], int]:
+    def work(rung: Compute) -> int:
+        if rung.batch > limit or rung.device.type != "cpu":
+            raise error()
+        return rung.batch
+
+    return work
+
+
+def cpu_allocator_error() -> RuntimeError:
+    return RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, cpu_allocator_error])
+def test_too_little_memory_means_fewer_windows_at_once(error: Callable[[], Exception]) -> None:
+    said: list[str] = []
+    first = Compute(device=CPU, precision="fp32", batch=16)
+    result, rung = with_fallbacks(needs_batch_of(4, error), first, said.append)
+    assert (result, rung.batch) == (4, 4)
+    assert said == [
+        "out of memory on cpu with 16 windows at once: 8 at once",
+        "out of memory on cpu with 8 windows at once: 4 at once",
+    ]
+
+
+def test_a_gpu_without_memory_hands_over_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    said: list[str] = []
+    first = Compute(device=torch.device("cuda:0"), precision="bf16", batch=2)
+    result, rung = with_fallbacks(needs_batch_of(16, torch.OutOfMemoryError), first, said.append)
+    assert (result, rung) == (16, Compute(device=CPU, precision="fp32", batch=16))
+    assert said[-1] == "out of memory on cuda:0 with 1 windows at once: on the cpu"
+
+
+def test_the_ladder_ends_with_one_window_on_the_cpu() -> None:
+    ladder = list(rungs(Compute(device=torch.device("cuda:0"), precision="bf16", batch=3)))
+    assert [(r.device.type, r.precision, r.batch) for r in ladder] == [
+        ("cuda", "bf16", 3),
+        ("cuda", "bf16", 1),
+        ("cpu", "fp32", 16),
+        ("cpu", "fp32", 8),
+        ("cpu", "fp32", 4),
+        ("cpu", "fp32", 2),
+        ("cpu", "fp32", 1),
+    ]
+    with pytest.raises(MemoryError):
+        with_fallbacks(needs_batch_of(0, MemoryError), ladder[-2], lambda _: None)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    def work(_: Compute) -> None:
+        raise RuntimeError("expected scalar type Float but found Half")
+
+    said: list[str] = []
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        with_fallbacks(work, Compute(device=CPU, precision="fp32", batch=16), said.append)
+    assert not said
+
+
+def test_torch_says_in_known_words_that_the_machine_has_no_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+def test_the_options_choose_the_device() -> None:
+    assert choose_compute("cpu") == Compute(device=CPU, precision="fp32", batch=16)
+    assert choose_compute("cpu", "bf16", 3) == Compute(device=CPU, precision="bf16", batch=3)
+    assert choose_compute("cpu").name == "cpu"
+    assert choose_compute("auto").device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    with pytest.raises(DeviceError, match="cuda:99"):
+        choose_compute("cuda:99")
+
+
+@pytest.mark.gpu
+def test_the_gpu_agrees_with_the_cpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    ct, mask = noise((40, 30, 30)), blob((40, 30, 30))
+    gpu = torch.device("cuda", 0)
+    np.testing.assert_allclose(
+        run(ct, mask, tiny_network().to(gpu), device=gpu), run(ct, mask, tiny_network()), atol=1e-3
+    )
