@@ -77,9 +77,11 @@ def upgrade(engine: Engine, revision: str = "head") -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     script = ScriptDirectory.from_config(config)
-    with engine.execution_options(**WRITE).begin() as connection:  # begins with a write lock: proves it is writable
+    with engine.execution_options(**WRITE).begin() as connection:
         current = MigrationContext.configure(connection).get_current_revision()
         if revision == "head" and current == script.get_current_head():
+            # SQLite gives a write lock on a read-only file too: only a write tells, at start and not in mid-job
+            connection.exec_driver_sql("UPDATE alembic_version SET version_num = version_num")
             return
         config.attributes["connection"] = connection
         try:

@@ -72,7 +72,8 @@ def move(source: Path, target: Path) -> None:
 def link_file(source: Path, target: Path) -> None:
     """Give a file a second name, or a copy where the file system has no hard links. The caller fsyncs the folder."""
     try:
-        target.hardlink_to(source)
+        with full_disk_is_no_space(target):
+            target.hardlink_to(source)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK):
             raise

@@ -273,7 +273,7 @@ class Ledger(DeliveryLedger):
         retry_at: datetime | None = None,
         max_attempts: int,
     ) -> Job:
-        """A run ended without a result: REJECTED, FAILED (permanent or the last attempt), else QUEUED until `retry_at`."""
+        """A run had no result: REJECTED, FAILED (permanent, or the last attempt), else QUEUED until `retry_at`."""
         with self._write() as session:
             row = self._job(session, job_id)
             self._check_owner(row, owner)
