@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
@@ -34,6 +35,7 @@ _config.STORE_SEND_CHUNKED_DATASET = True
 TRANSIENT_REJECTION = 2  # PS3.8 table 9-21, field Result
 PRESENTATION_SERVICE = 3  # the same table, field Source: congestion or a limit of associations, whatever the Result
 NOT_SENT = "not_sent"
+_JOIN_S = 10.0  # for pynetdicom's threads to see that their socket is closed
 REJECTIONS = {  # PS3.8 table 9-21: (Source, Reason)
     (1, 1): "no reason given",
     (1, 2): "the application context name is not supported",
@@ -97,7 +99,7 @@ class _Part10:
     transfer_syntax_uid: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Trouble:
     code: str
     text: str
@@ -179,6 +181,17 @@ def _contexts(parts: Sequence[_Part10]) -> list[PresentationContext]:
     return [build_context(sop_class, syntax) for sop_class, syntax in wanted]
 
 
+class _Requestor(AE):
+    """An AE that remembers its socket: pynetdicom leaves it to the garbage collector when the peer was not there."""
+
+    raw_socket: socket.socket | None = None
+
+    def _create_socket(self, *args: Any, **kwargs: Any) -> Any:
+        made = super()._create_socket(*args, **kwargs)
+        self.raw_socket = made.socket
+        return made
+
+
 class _Link:
     """One association as a context manager: established, or `trouble` says why not. Released at the end."""
 
@@ -193,7 +206,7 @@ class _Link:
         max_pdu: int,
     ) -> None:
         self._peer, self._contexts, self._timeouts, self._max_pdu = peer, contexts, timeouts, max_pdu
-        self._ae = AE(ae_title=calling_ae)
+        self._ae = _Requestor(ae_title=calling_ae)
         self._ae.connection_timeout = timeouts.acse_s
         self._ae.acse_timeout = timeouts.acse_s
         self._ae.dimse_timeout = timeouts.dimse_s
@@ -220,11 +233,15 @@ class _Link:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not hasattr(self, "assoc"):
-            return
-        if self.assoc.is_established:
-            self.assoc.release()
-        self._ae.shutdown()
+        if hasattr(self, "assoc"):
+            if self.assoc.is_established:
+                self.assoc.release()
+            self._ae.shutdown()
+            for thread in (self.assoc, self.assoc.dul):
+                if thread.is_alive():
+                    thread.join(_JOIN_S)
+        if self._ae.raw_socket is not None:
+            self._ae.raw_socket.close()
 
     def _tune(self, event: evt.Event) -> None:
         """No Nagle (45 ms an image), and no send that blocks for ever on a peer that stopped reading."""
@@ -249,8 +266,8 @@ class _Link:
         return _Trouble("association_aborted", f"{where} did not answer the association request", False)
 
 
-def _rejection(where: str, result: int, source: int, reason: int) -> _Trouble:
-    said = REJECTIONS.get((source, reason), f"source {source}, reason {reason}")
+def _rejection(where: str, result: int | None, source: int | None, reason: int | None) -> _Trouble:
+    said = REJECTIONS.get((source or 0, reason or 0), f"source {source}, reason {reason}")
     permanent = result != TRANSIENT_REJECTION and source != PRESENTATION_SERVICE
     return _Trouble("association_rejected", f"{where} rejected the association: {said}", permanent)
 
