@@ -93,7 +93,10 @@ class PixelFormat:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Frame:
-    """One CT plane: where it lies (LPS, mm) and how its stored values become Hounsfield units."""
+    """One CT plane: where it lies (LPS, mm) and how its stored values become Hounsfield units.
+
+    The UIDs of study, series and Frame of Reference are "" where the file has none.
+    """
 
     path: Path
     index: int  # of the frame in its file
@@ -101,7 +104,7 @@ class Frame:
     sop_instance_uid: str
     study_uid: str
     series_uid: str
-    frame_of_reference_uid: str  # "" where the file has none
+    frame_of_reference_uid: str
     position: tuple[float, float, float]  # center of the first pixel
     orientation: tuple[float, ...]  # direction cosines along a row (3), then along a column (3)
     pixel_spacing_mm: tuple[float, float]  # between rows, between columns
@@ -120,17 +123,18 @@ def frames_of(path: Path, name: str, *, max_frames: int) -> tuple[Frame, ...]:
     """
     with path.open("rb") as file:
         ds = parse(file, name)
-        sop_class = _text(ds, "SOPClassUID")
+        sop_class = _text(ds, "SOPClassUID") or _text(ds.file_meta, "MediaStorageSOPClassUID")
         if sop_class not in CLASSIC | ENHANCED or _text(ds, "Modality") not in ("CT", ""):
             known = UID(sop_class).name if _UID.fullmatch(sop_class) else "without a valid SOP Class UID"
             raise UnsupportedSeries("not_ct", f"{name} is no CT image but {known}")
         if is_localizer(ds):
             return ()
-        name = f"instance {uid_of(ds, 'SOPInstanceUID', name)}"
+        sop_instance_uid = _sop_instance_uid(ds, name)
+        name = f"instance {sop_instance_uid}"
         pixels = _pixel_format(ds, file, name)
     count = _frame_count(ds, sop_class, name, max_frames)
     _check_length(path, pixels, count, name)
-    return tuple(_frame(ds, path, index, pixels, name) for index in range(count))
+    return tuple(_frame(ds, path, index, (sop_class, sop_instance_uid), pixels) for index in range(count))
 
 
 def parse(file: IO[bytes], name: str) -> Dataset:
@@ -165,7 +169,15 @@ def uid_of(ds: Dataset, keyword: str, name: str, *, required: bool = True) -> st
     return text
 
 
-def _frame(ds: Dataset, path: Path, index: int, pixels: PixelFormat, name: str) -> Frame:
+def _sop_instance_uid(ds: Dataset, name: str) -> str:
+    """The data set's own, else the file meta information's, which is the same by PS3.10 section 7.1."""
+    if not _text(ds, "SOPInstanceUID") and _text(ds.file_meta, "MediaStorageSOPInstanceUID"):
+        return uid_of(ds.file_meta, "MediaStorageSOPInstanceUID", name)
+    return uid_of(ds, "SOPInstanceUID", name)
+
+
+def _frame(ds: Dataset, path: Path, index: int, sop: tuple[str, str], pixels: PixelFormat) -> Frame:
+    name = f"instance {sop[1]}"
     measures = _macro(ds, index, "PixelMeasuresSequence")
     rescale = _macro(ds, index, "PixelValueTransformationSequence")
     content = _macro(ds, index, "FrameContentSequence")
@@ -185,10 +197,10 @@ def _frame(ds: Dataset, path: Path, index: int, pixels: PixelFormat, name: str) 
     return Frame(
         path=path,
         index=index,
-        sop_class_uid=_text(ds, "SOPClassUID"),
-        sop_instance_uid=uid_of(ds, "SOPInstanceUID", name),
-        study_uid=uid_of(ds, "StudyInstanceUID", name),
-        series_uid=uid_of(ds, "SeriesInstanceUID", name),
+        sop_class_uid=sop[0],
+        sop_instance_uid=sop[1],
+        study_uid=uid_of(ds, "StudyInstanceUID", name, required=False),
+        series_uid=uid_of(ds, "SeriesInstanceUID", name, required=False),
         frame_of_reference_uid=uid_of(ds, "FrameOfReferenceUID", name, required=False),
         position=(position[0], position[1], position[2]),
         orientation=tuple(orientation),

@@ -2,8 +2,8 @@
 
 What is mended, each with a note for the ledger: identical duplicates and localizers are dropped, jitter of the
 positions is evened out, flipped and permuted axes are turned (no resampling), oblique and tilted stacks are
-resampled, a missing Frame of Reference UID is derived from the series. Everything else is refused by name
-(`pipeline.errors`): in particular two slice spacings in one series, because a volume has one.
+resampled, UIDs that every file lacks (de-identified series) are derived from those that are there. Everything
+else is refused by name (`pipeline.errors`): in particular two slice spacings in one series, since a volume has one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -57,26 +58,31 @@ def read_ct(paths: Sequence[Path], *, max_slices: int = 3000, on_progress: OnPro
     """
     with _quiet_pydicom():
         frames, notes = _read_headers(paths, max_slices, on_progress)
+        frames, minted = _with_uids(frames)
         check_same(frames)
         frames, dropped = _without_duplicates(sort_along_normal(frames))
         stack = stack_of(frames)
-        frame_uid, minted = _frame_of_reference(stack.frames[0])
         check_size(math.prod(stack.sizes), stack.frames[0].series_uid)
-        hu, grid, turned = _assemble(stack, frame_uid, on_progress)
-        source = _source(stack, (*notes, *dropped, *stack.notes, *minted, *turned))
+        hu, grid, turned = _assemble(stack, on_progress)
+        source = _source(stack, (*notes, *minted, *dropped, *stack.notes, *turned))
     return CtVolume(hu=hu, grid=grid, source=source)
 
 
 def find_series(folder: Path) -> dict[str, list[Path]]:
-    """SeriesInstanceUID -> files, for every DICOM file under `folder`; whatever else lies there is skipped."""
+    """SeriesInstanceUID -> files, for every DICOM file under `folder`; whatever else lies there is skipped.
+
+    CT images without a series UID (de-identified) count as one series for each folder, under a derived UID.
+    """
     series: dict[str, list[Path]] = {}
     with _quiet_pydicom():
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             try:
-                uid = uid_of(_header(path), "SeriesInstanceUID", "file")
-            except UnsupportedSeries:  # no DICOM, or no image (DICOMDIR)
+                ds = _header(path)
+                uid = uid_of(ds, "SeriesInstanceUID", "file", required=False)
+            except UnsupportedSeries:
                 continue
-            series.setdefault(uid, []).append(path)
+            if uid or "Modality" in ds:  # a DICOMDIR has neither
+                series.setdefault(uid or derived_uid(str(path.parent.relative_to(folder))), []).append(path)
     return series
 
 
@@ -169,16 +175,38 @@ def _without_duplicates(groups: list[list[Frame]]) -> tuple[list[Frame], tuple[s
     return frames, (f"{dropped} duplicate images with identical pixels dropped",) if dropped else ()
 
 
-def _frame_of_reference(frame: Frame) -> tuple[str, tuple[str, ...]]:
-    """The series' Frame of Reference UID, or a stable one made from its series UID (PS3.5 annex B.2) with a note."""
-    if frame.frame_of_reference_uid:
-        return frame.frame_of_reference_uid, ()
-    minted = f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, 'frame of reference of ' + frame.series_uid).int}"
-    return minted, (f"no Frame of Reference UID: {minted} derived from the series",)
+def _with_uids(frames: Sequence[Frame]) -> tuple[list[Frame], tuple[str, ...]]:
+    """The frames, with UIDs that not one of them has derived from those that they have, and a note for each.
+
+    The same files give the same UIDs, which makes the result's UIDs repeatable too (PS3.5 annex B.2).
+    """
+    known = frames[0].series_uid or "\n".join(sorted({f.sop_instance_uid for f in frames}))
+    derived = {
+        kind: derived_uid(f"{kind} {known}")
+        for kind in ("series_uid", "study_uid", "frame_of_reference_uid")
+        if not any(getattr(f, kind) for f in frames)  # only some have none: `check_same` refuses that
+    }
+    mended = [
+        replace(
+            f,
+            series_uid=derived.get("series_uid", f.series_uid),
+            study_uid=derived.get("study_uid", f.study_uid),
+            frame_of_reference_uid=derived.get("frame_of_reference_uid", f.frame_of_reference_uid),
+        )
+        for f in frames
+    ]
+    notes = (f"no {kind.replace('_', ' ')}: {uid} is derived from the instances" for kind, uid in derived.items())
+    return mended, tuple(notes)
 
 
-def _assemble(stack: Stack, frame_uid: str, on_progress: OnProgress) -> tuple[FloatVolume, Grid, tuple[str, ...]]:
+def derived_uid(name: str) -> str:
+    """A UID that is a function of `name` (PS3.5 annex B.2: a name-based UUID under 2.25)."""
+    return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, name).int}"
+
+
+def _assemble(stack: Stack, on_progress: OnProgress) -> tuple[FloatVolume, Grid, tuple[str, ...]]:
     """Hounsfield units on an axis-aligned grid: turned where the axes allow it, else resampled with a note."""
+    frame_uid = stack.frames[0].frame_of_reference_uid
     axes = aligned_axes(stack)
     if axes is not None:
         flips = [stack.steps[axis, k] < 0 for k, axis in enumerate(axes)]
@@ -228,7 +256,7 @@ def _obliquity_deg(stack: Stack) -> float:
 
 def _source(stack: Stack, notes: tuple[str, ...]) -> SourceSeries:
     first = stack.frames[0]
-    header, left_out = _read_header(first.path)
+    header, left_out = _read_header(first)
     acquired = earliest(f.acquired for f in stack.frames)
     for kind in ("Series", "Study"):
         if acquired == ("", ""):
@@ -264,10 +292,16 @@ def _instances(stack: Stack) -> tuple[SourceInstance, ...]:
     return tuple(instances)
 
 
-def _read_header(path: Path) -> tuple[Dataset, tuple[str, ...]]:
-    """The data set without pixel data, private elements, and elements that cannot be read (they get a note)."""
-    ds = pydicom.dcmread(path, stop_before_pixels=True)
+def _read_header(frame: Frame) -> tuple[Dataset, tuple[str, ...]]:
+    """The data set without pixel data, private elements, and elements that cannot be read (they get a note).
+
+    Its UIDs are those of `frame`, also where the file had none.
+    """
+    ds = pydicom.dcmread(frame.path, stop_before_pixels=True)
     broken = _prune(ds)
+    ds.SOPClassUID, ds.SOPInstanceUID = frame.sop_class_uid, frame.sop_instance_uid
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = frame.study_uid, frame.series_uid
+    ds.FrameOfReferenceUID = frame.frame_of_reference_uid
     return ds, (f"header elements that cannot be read left out: {', '.join(broken)}",) if broken else ()
 
 
