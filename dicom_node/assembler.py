@@ -1,0 +1,400 @@
+"""From files in the inbox to jobs: which instances make a series, when it is complete, and whether it is used.
+
+`tick` is called again and again by one thread. Whatever it remembers is rebuilt from the spool and the ledger at
+start, and each of its steps can be repeated: kill -9 between any two of them loses nothing and doubles nothing.
+
+    incoming file --adopt--> series folder --open_job--> RECEIVING --quiet, complete, chosen--> QUEUED
+                 \\--> quarantine (unreadable, hostile)                       \\--> REJECTED or HELD, with the reason
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from dicom_node.config import Config
+from dicom_node.headers import BadInstance, InstanceHeader, read_header
+from dicom_node.incoming import CHOSEN, STANDING, IncomingSeries, gaps_text, source_digest
+from dicom_node.net.associations import AssociationRegistry, sender_of
+from dicom_node.selection import Decision, EarlierChoice, SeriesSummary, choose, matches, summarize, unfit
+from storage.errors import IllegalMove, NotFound, StaleState
+from storage.ledger import Ledger
+from storage.records import Job, JobState
+from storage.spool import Adopted, Spool
+
+log = structlog.get_logger(__name__)
+
+_RETRY_S = 60.0  # after an unexpected error with one study: the others go on meanwhile
+_STATE_OF = {"synthesize": JobState.QUEUED, "hold": JobState.HELD, "reject": JobState.REJECTED}
+_ORDER = {"reject": 0, "hold": 1, "synthesize": 2}  # the chosen series last: after a kill it is chosen again
+
+_Faults = dict[tuple[str, str], list[str]]
+
+
+class Assembler:
+    """Sorts the inbox into series and decides on complete studies. One thread calls `tick`."""
+
+    def __init__(
+        self,
+        config: Config,
+        spool: Spool,
+        ledger: Ledger,
+        registry: AssociationRegistry,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Rebuild what was being received. `clock` is monotonic seconds, the same as the registry's."""
+        self._config = config
+        self._spool = spool
+        self._ledger = ledger
+        self._registry = registry
+        self._clock = clock
+        self._series: dict[str, IncomingSeries] = {}
+        self._blocked: dict[str, float] = {}  # study UID or file name -> not before
+        self._folders: set[Path] = set()
+        self._rebuild()
+
+    def tick(self) -> None:
+        """Index what came, keep the ledger's counts, decide on what is complete."""
+        self._index()
+        self._follow_ledger()
+        for series in list(self._series.values()):
+            self._keep_job(series)
+        self._finish_duplicates()
+        for study_uid in {s.study_uid for s in self._series.values()}:
+            self._fenced(study_uid, partial(self._consider, study_uid))
+
+    @property
+    def receiving(self) -> int:
+        """How many series are on their way in."""
+        return len(self._series)
+
+    # -- what came ---------------------------------------------------------------------------------------------------
+
+    def _index(self) -> None:
+        faults: _Faults = {}
+        for path in self._spool.incoming():
+            self._folders.add(path.parent)
+            self._fenced(path.name, partial(self._index_one, path, faults))
+        for (token, code), texts in faults.items():
+            calling_ae, address = sender_of(token)
+            text = f"{len(texts)} instances were put into quarantine ({code}); the first: {texts[0]}"
+            log.warning("instances.quarantined", code=code, instances=len(texts), first=texts[0])
+            details = {"reason": code, "instances": len(texts), "calling_ae": calling_ae, "address": address}
+            self._ledger.note("", "quarantined", text, details=details)
+        self._remove_empty_folders()
+
+    def _index_one(self, path: Path, faults: _Faults) -> None:
+        token = self._spool.association_of(path)
+        try:
+            header = read_header(path)
+            if header.sop_instance_uid != _uid_of(path):
+                raise BadInstance("uid_mismatch", f"holds instance {header.sop_instance_uid}, sent as {_uid_of(path)}")
+            series = self._series_of(header)
+            if series.study_uid != header.study_uid:
+                text = f"series {series.series_uid} is of study {series.study_uid}, this instance of {header.study_uid}"
+                raise BadInstance("mixed_study", text)
+        except FileNotFoundError:  # an operator took it away
+            return
+        except BadInstance as fault:
+            self._spool.quarantine(path, fault.code)
+            faults.setdefault((token, fault.code), []).append(f"{_uid_of(path)}: {fault}")
+            return
+        self._series[series.series_uid] = series
+        self._add(series, path, token, header, faults)
+
+    def _add(self, series: IncomingSeries, path: Path, token: str, header: InstanceHeader, faults: _Faults) -> None:
+        series.last_seen = self._clock()
+        series.latest = header
+        series.tokens.add(token)
+        series.calling_ae, series.address = sender_of(token)
+        uid = header.sop_instance_uid
+        if uid not in series.headers and len(series.instances) >= self._config.intake.max_instances_per_series:
+            self._too_many(series, path)
+            return
+        known = [job.id for job in (series.job, series.succeeds) if job is not None]
+        adopted = self._spool.adopt(path, series.series_uid, known=known)
+        if adopted is Adopted.NEW:
+            series.headers[uid] = header
+        elif adopted is Adopted.SAME:
+            series.duplicates += 1
+        else:
+            faults.setdefault((token, "different_content"), []).append(f"{uid}: came before with other content")
+
+    def _too_many(self, series: IncomingSeries, path: Path) -> None:
+        self._spool.drop(path)
+        series.too_many += 1
+        if series.too_many == 1 and series.job is not None:
+            series.job = self._ledger.update(series.job.id, details={"too_many": True})  # survives a kill
+
+    def _series_of(self, header: InstanceHeader) -> IncomingSeries:
+        known = self._series.get(header.series_uid)
+        return known or self._load(header.series_uid, header.study_uid, job=None)
+
+    def _remove_empty_folders(self) -> None:
+        for folder in list(self._folders):
+            if not self._registry.is_open(folder.name, idle_limit_s=math.inf):
+                self._folders.discard(folder)
+                with suppress(OSError):  # not empty: the next tick takes the rest
+                    folder.rmdir()
+
+    # -- what is known -----------------------------------------------------------------------------------------------
+
+    def _rebuild(self) -> None:
+        for job in self._ledger.receiving():
+            if job.info.series_uid in self._series:
+                other = self._series[job.info.series_uid].job
+                text = f"series is being received as job {other.id if other else ''} already"
+                self._ledger.move(job.id, JobState.REJECTED, code="duplicate_series", text=text)
+                continue
+            self._series[job.info.series_uid] = self._load(job.info.series_uid, job.info.study_uid, job=job)
+        for series_uid in self._spool.series_uids():
+            if series_uid not in self._series:
+                self._adopt_leftover(series_uid)
+
+    def _adopt_leftover(self, series_uid: str) -> None:
+        """A folder without a receiving job: killed before the job was opened, or slices that came a moment late."""
+        series = self._load(series_uid, "", job=None)
+        first = next(iter(series.headers.values()), None)
+        if first is not None:
+            series.study_uid = first.study_uid
+            series.latest = first
+            self._series[series_uid] = series
+
+    def _load(self, series_uid: str, study_uid: str, *, job: Job | None) -> IncomingSeries:
+        earlier = next(
+            (
+                other
+                for other in self._ledger.jobs_of_series(series_uid)
+                if other.state is not JobState.RECEIVING and other.reason_code != "duplicate_series"
+            ),
+            None,
+        )
+        series = IncomingSeries(
+            study_uid=study_uid, series_uid=series_uid, last_seen=self._clock(), job=job, earlier=earlier
+        )
+        if job is not None:
+            series.calling_ae, series.address = job.info.calling_ae, job.info.peer_address
+            series.too_many = int(bool(job.details.get("too_many")))
+            series.headers.update(self._headers(self._spool.ct_files(job.id)))
+        series.headers.update(self._headers(self._spool.series_files(series_uid)))
+        if earlier is not None:
+            series.inherited.update(self._headers(self._spool.ct_files(earlier.id)))
+        if job is not None and not series.headers and series.succeeds is not None:
+            series.duplicates = len(series.inherited)  # killed between opening and rejecting a duplicate
+        return series
+
+    def _headers(self, paths: Iterable[Path]) -> dict[str, InstanceHeader]:
+        headers = {}
+        for path in paths:
+            try:
+                headers[_uid_of(path)] = read_header(path)
+            except BadInstance as fault:  # it was readable when it was adopted: the disk, or somebody's hand
+                log.error("instance.unreadable", sop_instance_uid=_uid_of(path), code=fault.code)
+                self._spool.quarantine(path, fault.code)
+        return headers
+
+    def _follow_ledger(self) -> None:
+        """Let go of what an operator cancelled; its files stay with the job, for retention or a retry."""
+        receiving = {job.id for job in self._ledger.receiving()}
+        for series in list(self._series.values()):
+            if series.job is not None and series.job.id not in receiving:
+                self._take(series.job, series.series_uid)
+                self._forget(series)
+
+    def _keep_job(self, series: IncomingSeries) -> None:
+        """Every series with an instance of its own has a RECEIVING job with the right count."""
+        if series.job is None:
+            if not series.headers:
+                return
+            earlier = series.succeeds
+            series.job = self._ledger.open_job(series.info(), supersedes=earlier.id if earlier else "")
+            log.info("series.receiving", job_id=series.job.id, series_uid=series.series_uid)
+            if earlier is not None:
+                text = f"slices came after the job began: job {series.job.id} takes them in"
+                self._ledger.note(earlier.id, "late_slices", text, details={"successor": series.job.id})
+        count = len(series.instances)
+        if series.job.instances != count:
+            with suppress(NotFound):
+                series.job = self._ledger.update(series.job.id, instances=count)
+
+    # -- what is complete --------------------------------------------------------------------------------------------
+
+    def _quiet(self, members: Iterable[IncomingSeries], period_s: float) -> bool:
+        """Nothing came for `period_s`, and no open association carried any of it.
+
+        An association that stays open without bringing more counts for `incomplete_after_s` at most.
+        """
+        members = list(members)
+        limit_s = self._config.intake.incomplete_after_s
+        silent_s = self._clock() - max(s.last_seen for s in members)
+        if silent_s < period_s:
+            return False
+        tokens = set().union(*(s.tokens for s in members))
+        return silent_s > limit_s or not any(self._registry.is_open(t, idle_limit_s=limit_s) for t in tokens)
+
+    def _finish_duplicates(self) -> None:
+        """The same series again after its job: say so, and keep nothing."""
+        for series in [s for s in self._series.values() if s.only_duplicates]:
+            if not self._quiet([series], self._config.intake.quiet_period_s) or series.earlier is None:
+                continue
+            series.job = series.job or self._ledger.open_job(series.info())
+            text = f"all {series.duplicates} instances are those of job {series.earlier.id}"
+            decision = Decision(series_uid=series.series_uid, action="reject", code="duplicate_series", text=text)
+            self._finish(series, decision)
+
+    def _consider(self, study_uid: str) -> None:
+        """Decide on the series of a study once all of it is quiet and whole."""
+        intake = self._config.intake
+        members = [
+            s for s in self._series.values() if s.study_uid == study_uid and s.job is not None and not s.only_duplicates
+        ]
+        for series in members:
+            if series.earlier is not None:
+                series.earlier = self._ledger.get(series.earlier.id)  # it may have ended meanwhile
+        for series in [s for s in members if s.earlier is not None and s.earlier.state in CHOSEN]:
+            members.remove(series)
+            if self._quiet([series], intake.quiet_period_s) and not self._awaits_slices(series):
+                self._finish_successor(series)
+        if not members or not self._quiet(members, max(intake.quiet_period_s, intake.study_quiet_period_s)):
+            return
+        if any(self._awaits_slices(series) for series in members):
+            return
+        whole = []
+        for series in members:
+            refusal = self._incomplete(series)
+            if refusal is None:
+                whole.append(series)
+            else:
+                self._finish(series, refusal)
+        decisions = choose(
+            [self._summary(series) for series in whole],
+            self._config.rules,
+            self._config.selection,
+            earlier=self._earlier_choices(study_uid),
+        )
+        for decision in sorted(decisions, key=lambda d: _ORDER[d.action]):
+            self._finish(self._series[decision.series_uid], decision)
+
+    def _summary(self, series: IncomingSeries) -> SeriesSummary:
+        return summarize(series.instances, calling_ae=series.calling_ae, geometry=series.geometry)
+
+    def _has_gaps(self, series: IncomingSeries) -> bool:
+        """Slices are missing, and the series would be used if they were not."""
+        if not series.headers or not series.geometry.gaps_mm:
+            return False
+        summary = self._summary(series)
+        rule = next((rule for rule in self._config.rules if matches(rule, summary)), None)
+        return rule.action != "ignore" if rule is not None else unfit(summary, self._config.selection) is None
+
+    def _awaits_slices(self, series: IncomingSeries) -> bool:
+        waited_s = self._clock() - series.last_seen
+        return waited_s < self._config.intake.incomplete_after_s and (not series.headers or self._has_gaps(series))
+
+    def _incomplete(self, series: IncomingSeries) -> Decision | None:
+        """Why a series that was waited for long enough cannot be used, or None."""
+        code, text = "", ""
+        if not series.headers:
+            code, text = "no_instances", "the files of the series are gone from the spool"
+        elif series.too_many:
+            limit = self._config.intake.max_instances_per_series
+            code, text = "too_large", f"more than {limit} instances; the rest was dropped"
+        elif self._has_gaps(series):
+            waited = f"waited {self._config.intake.incomplete_after_s:.0f} s for them"
+            code, text = "missing_slices", f"{gaps_text(series.geometry)}; {waited}"
+        return Decision(series_uid=series.series_uid, action="reject", code=code, text=text) if code else None
+
+    def _earlier_choices(self, study_uid: str) -> list[EarlierChoice]:
+        jobs = [job for job in self._ledger.jobs_of_study(study_uid) if job.state in STANDING]
+        superseded = {job.supersedes for job in jobs}
+        return [
+            EarlierChoice(
+                series_uid=job.info.series_uid,
+                job_id=job.id,
+                coverage_mm=float(job.details.get("coverage_mm") or 0.0),
+            )
+            for job in jobs
+            if job.id not in superseded and job.info.series_uid not in self._series
+        ]
+
+    # -- what becomes of it ------------------------------------------------------------------------------------------
+
+    def _finish_successor(self, series: IncomingSeries) -> None:
+        earlier = series.earlier
+        assert earlier is not None
+        refusal = self._incomplete(series)
+        if refusal is not None:
+            self._finish(series, refusal)
+            return
+        new = len(series.headers.keys() - series.inherited.keys())
+        text = f"{new} late slices join the {len(series.inherited)} of job {earlier.id}"
+        decision = Decision(series_uid=series.series_uid, action="synthesize", code="late_slices", text=text)
+        self._finish(series, decision)
+
+    def _finish(self, series: IncomingSeries, decision: Decision) -> None:
+        """Files first, then facts, then the move: each step may be repeated after a kill."""
+        job = series.job
+        assert job is not None
+        self._take(job, series.series_uid)
+        if series.earlier is not None and series.headers:
+            self._spool.link_previous(job.id, series.earlier.id)
+        uids = [_uid_of(path) for path in self._spool.ct_files(job.id)]
+        details = {
+            "slices": len(uids),
+            "coverage_mm": round(series.geometry.coverage_mm, 1),
+            "spacing_mm": round(series.geometry.spacing_mm, 3),
+            "score": decision.score,
+            "duplicates": series.duplicates,
+        }
+        try:
+            self._ledger.update(job.id, instances=len(uids), source_digest=source_digest(uids), details=details)
+            if decision.action == "synthesize" and series.succeeds is not None:
+                self._supersede(series.succeeds, job)
+            to = _STATE_OF[decision.action]
+            self._ledger.move(
+                job.id, to, code=decision.code, text=decision.text, expected={JobState.RECEIVING}, details=details
+            )
+            log.info("series.decided", job_id=job.id, state=to.value, code=decision.code, slices=len(uids))
+        except (IllegalMove, StaleState) as error:  # an operator was quicker
+            log.warning("series.moved_by_another", job_id=job.id, reason=str(error))
+        self._forget(series)
+
+    def _supersede(self, earlier: Job, successor: Job) -> None:
+        """An earlier job that has not begun is not begun any more; one that has goes on, and both say so."""
+        text = f"superseded by job {successor.id}, which has the late slices"
+        try:
+            self._ledger.move(earlier.id, JobState.CANCELLED, code="superseded", text=text, expected={JobState.QUEUED})
+        except (IllegalMove, StaleState):
+            self._ledger.note(earlier.id, "superseded", text, details={"successor": successor.id})
+
+    def _take(self, job: Job, series_uid: str) -> None:
+        with suppress(NotFound):  # nothing but duplicates came, or an operator removed the files
+            self._spool.take_series(job.id, series_uid)
+
+    def _forget(self, series: IncomingSeries) -> None:
+        self._series.pop(series.series_uid, None)
+        if self._spool.series_files(series.series_uid):
+            self._adopt_leftover(series.series_uid)
+
+    def _fenced(self, what: str, step: Callable[[], None]) -> None:
+        """Keep one file's or study's unexpected error from stopping the others; it is tried again later."""
+        now = self._clock()
+        if self._blocked.get(what, now) > now:
+            return
+        self._blocked.pop(what, None)
+        try:
+            step()
+        except Exception:
+            self._blocked[what] = now + _RETRY_S
+            log.exception("assembler.step_failed", what=what, retry_s=_RETRY_S)
+
+
+def _uid_of(path: Path) -> str:
+    """The SOP Instance UID of a spool file; `<uid>~2.dcm` is another content under the same UID."""
+    return path.name.removesuffix(".dcm").partition("~")[0]

@@ -1,0 +1,264 @@
+"""What the node needs to know of an instance, read without its pixels, and the geometry of a series of them.
+
+Only the elements named here are looked at; the patient's name is not among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from pydicom import Dataset, dcmread
+from pydicom.charset import decode_bytes, python_encoding
+from pydicom.dataelem import RawDataElement
+from pydicom.errors import InvalidDicomError
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
+
+from storage.errors import BadUid
+from storage.spool import check_uid
+
+Vector = tuple[float, float, float]
+
+_TAGS = {
+    name: Tag(name)
+    for name in (
+        "SpecificCharacterSet",
+        "ImageType",
+        "SOPClassUID",
+        "SOPInstanceUID",
+        "StudyDate",
+        "AccessionNumber",
+        "Modality",
+        "Manufacturer",
+        "StudyDescription",
+        "SeriesDescription",
+        "PatientID",
+        "BodyPartExamined",
+        "SliceThickness",
+        "ConvolutionKernel",
+        "StudyInstanceUID",
+        "SeriesInstanceUID",
+        "SeriesNumber",
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "NumberOfFrames",
+    )
+}
+_FRAME_TAGS = [Tag("SharedFunctionalGroupsSequence"), Tag("PerFrameFunctionalGroupsSequence")]
+_MULTI_FRAME = frozenset({EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage})
+
+SAME_PLACE_MM = 0.01  # positions are written with 2 to 6 decimals
+GAP_FACTOR = 1.5  # one missing slice doubles the distance; scanners' jitter stays well below this
+_MAX_GAP_SHARE = 0.2  # more gaps than this among the steps: a series of mixed spacing, the reader's matter
+
+
+class BadInstance(Exception):
+    """A file that cannot be assigned to a series: `code` names the quarantine folder, the text has no PHI."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InstanceHeader:
+    """One instance. `positions` are LPS mm, one per frame; empty where the file does not say where it lies."""
+
+    study_uid: str
+    series_uid: str
+    sop_instance_uid: str
+    sop_class_uid: str
+    modality: str = ""
+    image_type: tuple[str, ...] = ()
+    study_date: str = ""
+    accession: str = ""
+    patient_id: str = ""
+    manufacturer: str = ""
+    study_description: str = ""
+    series_description: str = ""
+    series_number: str = ""
+    body_part: str = ""
+    kernel: str = ""
+    thickness_mm: float = 0.0
+    positions: tuple[Vector, ...] = ()
+    orientation: tuple[float, ...] = ()  # six direction cosines, or empty
+
+
+def read_header(path: Path) -> InstanceHeader:
+    """Read one file of the spool.
+
+    Raises `BadInstance`: not_dicom, missing_uid, bad_uid. A missing position is no fault here: a localizer or a
+    screen capture may lack it, and the series is then refused by name.
+    """
+    try:
+        ds = dcmread(path, stop_before_pixels=True, specific_tags=[*_TAGS.values(), *_FRAME_TAGS])
+    except InvalidDicomError as error:
+        raise BadInstance("not_dicom", "no DICOM file: the prefix is missing") from error
+    except OSError:
+        raise
+    except Exception as error:  # a hostile file may break the parser anywhere; only the kind of error is told
+        raise BadInstance("not_dicom", f"the data set cannot be parsed ({type(error).__name__})") from error
+    uids = {name: _uid(ds, name) for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")}
+    charset = tuple(_ascii(ds, "SpecificCharacterSet").split("\\"))
+    orientation, positions = _places(ds, uids["SOPClassUID"])
+    return InstanceHeader(
+        study_uid=uids["StudyInstanceUID"],
+        series_uid=uids["SeriesInstanceUID"],
+        sop_instance_uid=uids["SOPInstanceUID"],
+        sop_class_uid=uids["SOPClassUID"],
+        modality=_ascii(ds, "Modality").upper(),
+        image_type=tuple(part.strip().upper() for part in _ascii(ds, "ImageType").split("\\") if part.strip()),
+        study_date=_ascii(ds, "StudyDate"),
+        accession=_text(ds, "AccessionNumber", charset),
+        patient_id=_text(ds, "PatientID", charset),
+        manufacturer=_text(ds, "Manufacturer", charset),
+        study_description=_text(ds, "StudyDescription", charset),
+        series_description=_text(ds, "SeriesDescription", charset),
+        series_number=_ascii(ds, "SeriesNumber"),
+        body_part=_ascii(ds, "BodyPartExamined"),
+        kernel=_text(ds, "ConvolutionKernel", charset),
+        thickness_mm=_number(_ascii(ds, "SliceThickness")),
+        positions=positions,
+        orientation=orientation,
+    )
+
+
+def _raw(ds: Dataset, tag: BaseTag) -> bytes:
+    """The element's bytes as they are in the file: pydicom would warn with the value of what it finds invalid."""
+    if tag not in ds:
+        return b""
+    elem = ds.get_item(tag)
+    if isinstance(elem, RawDataElement):
+        return elem.value or b""
+    value = elem.value if elem is not None else None  # pydicom has decoded SpecificCharacterSet already
+    parts = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    return "\\".join(str(part) for part in parts if part is not None).encode("ascii", "replace")
+
+
+def _ascii(ds: Dataset, name: str) -> str:
+    return _raw(ds, _TAGS[name]).decode("latin-1").strip("\0 ")
+
+
+def _text(ds: Dataset, name: str, charset: tuple[str, ...]) -> str:
+    """Text in the data set's character set (PS3.5 section 6.1.2); what it does not explain becomes U+FFFD."""
+    value = _raw(ds, _TAGS[name])
+    if value.isascii() and b"\x1b" not in value:
+        return value.decode("ascii").strip("\0 ")
+    encodings = [python_encoding[term.strip()] for term in charset if term.strip() in python_encoding]
+    if len(encodings) > 1:
+        return decode_bytes(value, encodings, set()).strip("\0 ")
+    return value.decode(encodings[0] if encodings else "latin-1", errors="replace").strip("\0 ")
+
+
+def _uid(ds: Dataset, name: str) -> str:
+    value = _ascii(ds, name)
+    if not value:
+        raise BadInstance("missing_uid", f"{name} is missing")
+    try:
+        return check_uid(value)
+    except BadUid as error:
+        raise BadInstance("bad_uid", f"{name}: {error}") from error
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) else 0.0
+
+
+def _numbers(text: str, count: int) -> tuple[float, ...]:
+    """`count` finite numbers of a DS value, or nothing."""
+    parts = text.split("\\")
+    try:
+        values = tuple(float(part) for part in parts)
+    except ValueError:
+        return ()
+    return values if len(values) == count and all(map(math.isfinite, values)) else ()
+
+
+def _places(ds: Dataset, sop_class_uid: str) -> tuple[tuple[float, ...], tuple[Vector, ...]]:
+    if sop_class_uid in _MULTI_FRAME:
+        return _frame_places(ds)
+    position = _numbers(_ascii(ds, "ImagePositionPatient"), 3)
+    orientation = _numbers(_ascii(ds, "ImageOrientationPatient"), 6)
+    return orientation, ((position[0], position[1], position[2]),) if position else ()
+
+
+def _frame_places(ds: Dataset) -> tuple[tuple[float, ...], tuple[Vector, ...]]:
+    """Plane orientation (shared, else of the first frame) and the position of each frame (PS3.3 C.7.6.16.2.3)."""
+    try:
+        shared = ds.get("SharedFunctionalGroupsSequence") or [Dataset()]
+        frames = ds.get("PerFrameFunctionalGroupsSequence") or []
+        plane = shared[0].get("PlaneOrientationSequence") or frames[0].get("PlaneOrientationSequence")
+        orientation = tuple(float(v) for v in plane[0].ImageOrientationPatient)
+        places = [frame.PlanePositionSequence[0].ImagePositionPatient for frame in frames]
+        return orientation, tuple((float(x), float(y), float(z)) for x, y, z in places)
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return (), ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeriesGeometry:
+    """Where the slices of a series lie along its normal.
+
+    `z_mm` are distances along `normal`, sorted, without duplicates; `gaps_mm` the places where slices are missing,
+    each (below, above). `even` is False for a series of mixed orientation or without positions.
+    """
+
+    normal: Vector | None
+    z_mm: tuple[float, ...]
+    spacing_mm: float
+    coverage_mm: float
+    gaps_mm: tuple[tuple[float, float], ...]
+    instances_without_place: int
+
+
+def geometry_of(headers: Iterable[InstanceHeader]) -> SeriesGeometry:
+    """The geometry of one series' instances.
+
+    The spacing is the median step. A step of more than `GAP_FACTOR` medians is a gap, unless so many are that the
+    series must have been acquired with mixed spacing. Coverage is edge to edge.
+    """
+    headers = list(headers)
+    placed = [h for h in headers if h.positions and len(h.orientation) == 6]
+    if not placed:
+        return SeriesGeometry(
+            normal=None,
+            z_mm=(),
+            spacing_mm=0.0,
+            coverage_mm=0.0,
+            gaps_mm=(),
+            instances_without_place=len(headers),
+        )
+    normal = _normal(placed[0].orientation)
+    along = sorted(sum(n * p for n, p in zip(normal, place, strict=True)) for h in placed for place in h.positions)
+    z = [along[0]]
+    z.extend(b for a, b in pairwise(along) if b - a > SAME_PLACE_MM)
+    steps = [b - a for a, b in pairwise(z)]
+    spacing = median(steps) if steps else placed[0].thickness_mm
+    gaps = [(a, b) for a, b in pairwise(z) if b - a > GAP_FACTOR * spacing]
+    if steps and len(gaps) > max(1.0, _MAX_GAP_SHARE * len(steps)):
+        gaps = []
+    return SeriesGeometry(
+        normal=normal,
+        z_mm=tuple(z),
+        spacing_mm=spacing,
+        coverage_mm=z[-1] - z[0] + spacing,
+        gaps_mm=tuple(gaps),
+        instances_without_place=len(headers) - len(placed),
+    )
+
+
+def _normal(orientation: Sequence[float]) -> Vector:
+    """Row direction x column direction (PS3.3 C.7.6.2.1.1), of unit length where the header allows it."""
+    rx, ry, rz, cx, cy, cz = orientation
+    normal = (ry * cz - rz * cy, rz * cx - rx * cz, rx * cy - ry * cx)
+    length = math.sqrt(sum(v * v for v in normal))
+    return (normal[0] / length, normal[1] / length, normal[2] / length) if length > 0 else (0.0, 0.0, 1.0)

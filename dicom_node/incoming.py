@@ -1,0 +1,97 @@
+"""A series on its way in: what the assembler remembers of it, and when it counts as complete."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from dicom_node.headers import InstanceHeader, SeriesGeometry, geometry_of
+from storage.records import Job, JobState, SeriesInfo
+
+# a job of the series in one of these states stands; in any other it was given up and the series has a new chance
+STANDING = frozenset({JobState.QUEUED, JobState.RUNNING, JobState.DELIVERING, JobState.DONE, JobState.HELD})
+# of these, the ones that were chosen for synthesis: a successor with late slices need not be chosen again
+CHOSEN = STANDING - {JobState.HELD}
+
+_SHOWN_GAPS = 5
+
+
+@dataclass(kw_only=True, slots=True)
+class IncomingSeries:
+    """One series in the inbox. Everything here can be rebuilt from the spool and the ledger.
+
+    `headers` are the instances of this job, by SOP Instance UID; `inherited` those of `earlier`, a job of the same
+    series from before, which are linked to this one. `last_seen` is of the assembler's monotonic clock.
+    """
+
+    study_uid: str
+    series_uid: str
+    last_seen: float
+    job: Job | None = None
+    earlier: Job | None = None
+    headers: dict[str, InstanceHeader] = field(default_factory=dict)
+    inherited: dict[str, InstanceHeader] = field(default_factory=dict)
+    tokens: set[str] = field(default_factory=set)
+    calling_ae: str = ""
+    address: str = ""
+    duplicates: int = 0
+    too_many: int = 0
+    latest: InstanceHeader | None = None  # also of a duplicate: describes a series that has nothing new
+    _geometry: tuple[int, SeriesGeometry] | None = None
+
+    @property
+    def instances(self) -> list[InstanceHeader]:
+        """All instances that the job will run on."""
+        return list({**self.inherited, **self.headers}.values())
+
+    @property
+    def only_duplicates(self) -> bool:
+        """Everything that came is part of an earlier job that stands."""
+        return not self.headers and self.duplicates > 0
+
+    @property
+    def succeeds(self) -> Job | None:
+        """The standing job whose series got late slices."""
+        return self.earlier if self.earlier is not None and self.earlier.state in STANDING else None
+
+    @property
+    def geometry(self) -> SeriesGeometry:
+        count = len(self.headers)
+        if self._geometry is None or self._geometry[0] != count:
+            self._geometry = (count, geometry_of(self.instances))
+        return self._geometry[1]
+
+    def info(self) -> SeriesInfo:
+        """What opens the job."""
+        header = next(iter(self.headers.values()), self.latest)
+        if header is None:
+            raise ValueError(f"series {self.series_uid}: has no instance to describe it")
+        return SeriesInfo(
+            study_uid=header.study_uid,
+            series_uid=header.series_uid,
+            accession=header.accession,
+            patient_id=header.patient_id,
+            modality=header.modality,
+            sop_class_uid=header.sop_class_uid,
+            series_number=header.series_number,
+            series_description=header.series_description,
+            study_date=header.study_date,
+            calling_ae=self.calling_ae,
+            peer_address=self.address,
+        )
+
+
+def source_digest(sop_instance_uids: Iterable[str]) -> str:
+    """sha256 in hex of the sorted SOP Instance UIDs, one a line: what a job runs on."""
+    return hashlib.sha256("\n".join(sorted(sop_instance_uids)).encode("ascii")).hexdigest()
+
+
+def gaps_text(geometry: SeriesGeometry) -> str:
+    """Name the places where slices are missing: `2 slices missing near z = -431.0 mm`."""
+    places = []
+    for below, above in geometry.gaps_mm[:_SHOWN_GAPS]:
+        missing = max(1, round((above - below) / geometry.spacing_mm) - 1)
+        places.append(f"{missing} between z = {below:.1f} and {above:.1f} mm")
+    more = len(geometry.gaps_mm) - len(places)
+    return f"slices missing: {', '.join(places)}" + (f", and {more} more places" if more > 0 else "")

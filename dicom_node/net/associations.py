@@ -1,0 +1,156 @@
+"""Which associations are open, whose they are, and what they carried.
+
+An association's token names its folder in the spool and says in hex who sent: after a kill -9 the files in that
+folder still know their sender, and no text of a peer is ever part of a path.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+from dicom_node.net.peers import plain_address
+
+_RANDOM_HEX = 16
+_AE_BYTES = 16  # VR AE (PS3.5 table 6.2-1)
+
+
+def make_token(calling_ae: str, address: str) -> str:
+    """A fresh hex token: 8 random bytes, the AE title padded to 16 bytes, the packed IPv4 address.
+
+    An IPv6 address does not fit the 64 digits of a token and is left out.
+    """
+    title = calling_ae.encode("ascii", "replace")[:_AE_BYTES].ljust(_AE_BYTES)
+    try:
+        parsed = ip_address(plain_address(address))
+        packed = parsed.packed if parsed.version == 4 else b""
+    except ValueError:
+        packed = b""
+    return secrets.token_hex(_RANDOM_HEX // 2) + title.hex() + packed.hex()
+
+
+def sender_of(token: str) -> tuple[str, str]:
+    """(calling AE title, address) of a token; empty texts for what is not one of ours."""
+    try:
+        raw = bytes.fromhex(token[_RANDOM_HEX:])
+    except ValueError:
+        return "", ""
+    title, packed = raw[:_AE_BYTES], raw[_AE_BYTES:]
+    calling_ae = "".join(c for c in title.decode("ascii", "replace") if c.isprintable()).strip()
+    try:
+        return calling_ae, str(ip_address(packed)) if packed else ""
+    except ValueError:
+        return calling_ae, ""
+
+
+@dataclass(kw_only=True, slots=True)
+class Association:
+    """One accepted association. Times are of the registry's monotonic clock, in seconds."""
+
+    token: str
+    calling_ae: str
+    address: str
+    peer: str
+    opened: float
+    last_activity: float
+    stored: int = 0
+    stored_bytes: int = 0
+    refused: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # SOP Class UID -> instances
+    aborted: bool = False
+
+
+class AssociationRegistry:
+    """Thread-safe book of the open associations; enforces the limit.
+
+    `clock` is monotonic seconds; it must be the assembler's clock.
+    """
+
+    def __init__(self, *, limit: int, clock: Callable[[], float]) -> None:
+        self._limit = limit
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._open: dict[str, Association] = {}
+        self._accepted = 0
+        self._rejected: Counter[str] = Counter()
+
+    @property
+    def limit(self) -> int:
+        return self._limit
+
+    def open(self, *, calling_ae: str, address: str, peer: str) -> str | None:
+        """Take a place; returns the token, or None when the limit is reached."""
+        now = self._clock()
+        token = make_token(calling_ae, address)
+        with self._lock:
+            if len(self._open) >= self._limit:
+                return None
+            self._accepted += 1
+            self._open[token] = Association(
+                token=token, calling_ae=calling_ae, address=address, peer=peer, opened=now, last_activity=now
+            )
+        return token
+
+    def stored(self, token: str, n_bytes: int) -> None:
+        """An instance was made durable."""
+        self._touch(token, lambda a: _add_stored(a, n_bytes))
+
+    def dropped(self, token: str, sop_class_uid: str) -> None:
+        """An instance of a class that we do not use was answered with Success and forgotten."""
+        self._touch(token, lambda a: a.dropped.update((sop_class_uid,)))
+
+    def refused(self, token: str) -> None:
+        """An instance was answered with a failure."""
+        self._touch(token, _add_refused)
+
+    def close(self, token: str, *, aborted: bool = False) -> Association | None:
+        """Give the place back; returns what the association carried, or None when it was closed before."""
+        with self._lock:
+            association = self._open.pop(token, None)
+        if association is not None:
+            association.aborted = aborted
+        return association
+
+    def is_open(self, token: str, *, idle_limit_s: float) -> bool:
+        """True while the association is open and was not silent for longer than `idle_limit_s`."""
+        now = self._clock()
+        with self._lock:
+            association = self._open.get(token)
+            return association is not None and now - association.last_activity <= idle_limit_s
+
+    def open_tokens(self) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(self._open)
+
+    def count_rejection(self, code: str) -> int:
+        """Count a refused association request; returns how often this code was used."""
+        with self._lock:
+            self._rejected[code] += 1
+            return self._rejected[code]
+
+    def counts(self) -> dict[str, int]:
+        """Totals since start: `open`, `accepted`, and `rejected_<code>`."""
+        with self._lock:
+            rejected = {f"rejected_{code}": n for code, n in self._rejected.items()}
+            return {"open": len(self._open), "accepted": self._accepted, **rejected}
+
+    def _touch(self, token: str, change: Callable[[Association], None]) -> None:
+        now = self._clock()
+        with self._lock:
+            association = self._open.get(token)
+            if association is not None:
+                association.last_activity = now
+                change(association)
+
+
+def _add_stored(association: Association, n_bytes: int) -> None:
+    association.stored += 1
+    association.stored_bytes += n_bytes
+
+
+def _add_refused(association: Association) -> None:
+    association.refused += 1

@@ -1,0 +1,83 @@
+"""Who may do what here: a pure decision over `[node]` and `[[peers]]`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address, ip_network
+
+from dicom_node.config import NodeConfig, PeerConfig
+from dicom_node.net.status import CALLED_AE_NOT_RECOGNIZED, CALLING_AE_NOT_RECOGNIZED, Rejection, rejection
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """An association request that is let in. `peer` is the configured name, empty for an unknown caller."""
+
+    peer: str
+    may_store: bool
+    may_echo: bool
+
+
+def shown(text: str) -> str:
+    """A peer's text as one ASCII line in quotes: no line break or control character reaches a log or the ledger."""
+    return ascii(text[:64])
+
+
+def plain_address(address: str) -> str:
+    """The IP address without the IPv4-in-IPv6 wrapping of a dual-stack socket; other text is returned unchanged."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped:
+        return str(parsed.ipv4_mapped)
+    return str(parsed)
+
+
+def address_allowed(peer: PeerConfig, address: str) -> bool:
+    """True when the peer names no addresses, or `address` is one of them or lies in one of its networks."""
+    if not peer.allowed_addresses:
+        return True
+    try:
+        source = ip_address(plain_address(address))
+    except ValueError:
+        return False
+    return any(source in ip_network(allowed, strict=False) for allowed in peer.allowed_addresses)
+
+
+def admit(
+    node: NodeConfig, peers: Sequence[PeerConfig], *, calling_ae: str, called_ae: str, address: str
+) -> Admission | Rejection:
+    """Decide on an association request; AE titles are compared without outer spaces (PS3.5 table 6.2-1).
+
+    Several peers may share an AE title from different addresses: what any of them may, the caller may.
+    """
+    calling, called = calling_ae.strip(), called_ae.strip()
+    if node.require_called_ae and called != node.ae_title:
+        return rejection(
+            "called_ae_unknown",
+            CALLED_AE_NOT_RECOGNIZED,
+            f"{shown(calling)} at {shown(address)} called {shown(called)}: this node is {node.ae_title!r}",
+        )
+    titled = [peer for peer in peers if peer.ae_title == calling]
+    matching = [peer for peer in titled if address_allowed(peer, address)]
+    if matching:
+        return Admission(
+            peer=matching[0].name,
+            may_store=any("store" in peer.may for peer in matching),
+            may_echo=any("echo" in peer.may for peer in matching),
+        )
+    if titled:  # a known title from a foreign address is refused even where strangers are welcome
+        return rejection(
+            "address_not_allowed",
+            CALLING_AE_NOT_RECOGNIZED,
+            f"{shown(calling)} at {shown(address)}: not among the peer's allowed addresses",
+        )
+    if node.require_known_peer:
+        return rejection(
+            "calling_ae_unknown",
+            CALLING_AE_NOT_RECOGNIZED,
+            f"{shown(calling)} at {shown(address)}: no peer has this AE title",
+        )
+    return Admission(peer="", may_store=True, may_echo=True)

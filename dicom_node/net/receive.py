@@ -1,0 +1,335 @@
+"""The receiver: Success to a sender means that the bytes are durable.
+
+The store handler writes raw bytes and nothing else: it never decodes a data set. Everything a peer says (AE titles,
+UIDs) is checked before it is used and quoted before it is logged.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+from pydicom import Dataset
+from pydicom.dataset import FileMetaDataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_file_meta_info
+from pydicom.tag import Tag
+from pydicom.uid import UID
+from pynetdicom import evt
+from pynetdicom.association import Association as PynetAssociation
+from pynetdicom.events import Event, EventHandlerType
+
+from dicom_node.config import Config
+from dicom_node.net.associations import Association, AssociationRegistry
+from dicom_node.net.peers import Admission, admit, plain_address, shown
+from dicom_node.net.scp import (
+    CT_CLASSES,
+    IMPLEMENTATION_CLASS_UID,
+    IMPLEMENTATION_VERSION_NAME,
+    build_ae,
+    contexts_for,
+    make_server,
+    storage_services_for,
+)
+from dicom_node.net.status import LOCAL_LIMIT_EXCEEDED, NO_REASON_TRANSIENT, Rejection, Status, rejection
+from storage.errors import BadUid, NoSpace
+from storage.ledger import Ledger
+from storage.spool import Spool, check_uid
+
+log = structlog.get_logger(__name__)
+
+_C_STORE_RQ = 0x0001
+_COMMAND_FIELD = Tag(0x0000, 0x0100)
+_AFFECTED_CLASS = Tag(0x0000, 0x0002)
+_AFFECTED_INSTANCE = Tag(0x0000, 0x1000)
+_MESSAGE_ID = Tag(0x0000, 0x0110)
+_MOVE_ORIGINATOR_AE = Tag(0x0000, 0x1030)
+_PLACEHOLDER_UID = "0.0"  # stands in a response for what was no UID
+_REPEAT_S = 60.0  # a refusal that repeats is one ledger event a minute, with a count
+_MAX_REMEMBERED = 1000
+_JOIN_S = 10.0
+
+
+def file_header(*, sop_class_uid: str, sop_instance_uid: str, transfer_syntax: str) -> bytes:
+    """Preamble, prefix and file meta information (PS3.10 section 7.1) for a data set that is never decoded.
+
+    It holds nothing about the sender: the same data set from two senders gives the same bytes.
+    """
+    meta = FileMetaDataset()
+    meta.FileMetaInformationVersion = b"\x00\x01"
+    meta.MediaStorageSOPClassUID = UID(sop_class_uid)
+    meta.MediaStorageSOPInstanceUID = UID(sop_instance_uid)
+    meta.TransferSyntaxUID = UID(transfer_syntax)
+    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
+    meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
+    buffer = DicomBytesIO()
+    buffer.write(b"\x00" * 128 + b"DICM")
+    write_file_meta_info(buffer, meta)
+    return buffer.getvalue()
+
+
+class Receiver:
+    """Owns the listening socket and its threads.
+
+    `clock` is monotonic seconds (only for thinning out repeated refusals).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        spool: Spool,
+        ledger: Ledger,
+        registry: AssociationRegistry,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._spool = spool
+        self._ledger = ledger
+        self._registry = registry
+        self._clock = clock
+        self._ae = build_ae(config.node)
+        self._server: Any = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._tokens: dict[PynetAssociation, str] = {}
+        self._bad_uids: dict[tuple[str, int], str] = {}  # (token, message ID) -> what is wrong with the request
+        self._refusals: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def start(self, *, port: int | None = None) -> int:
+        """Listen; returns the bound port. `port` overrides the configuration (0: any free one).
+
+        Raises OSError when the address is taken.
+        """
+        node = self._config.node
+        self._server = make_server(self._ae, node, self._handlers(), port=node.port if port is None else port)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="dicom-acceptor", daemon=True)
+        self._thread.start()
+        bound = int(self._server.server_address[1])
+        log.info("receiver.started", ae_title=node.ae_title, host=node.host, port=bound)
+        return bound
+
+    def stop(self) -> None:
+        """Abort what is open, stop listening, join. Instances that were answered with Success are on disk."""
+        if self._server is None:
+            return
+        self._ae.shutdown()
+        if self._thread is not None:
+            self._thread.join(_JOIN_S)
+        with self._lock:
+            left = list(self._tokens)
+        for assoc in left:
+            self._closed(assoc, aborted=True)
+        self._server = None
+        log.info("receiver.stopped")
+
+    def _handlers(self) -> list[EventHandlerType]:
+        return [
+            (evt.EVT_REQUESTED, self._on_requested),
+            (evt.EVT_SOP_COMMON, self._on_sop_common),
+            (evt.EVT_C_ECHO, self._on_echo),
+            (evt.EVT_DIMSE_RECV, self._on_message),
+            (evt.EVT_C_STORE, self._on_store),
+            (evt.EVT_RELEASED, lambda event: self._closed(event.assoc, aborted=False)),
+            (evt.EVT_ABORTED, lambda event: self._closed(event.assoc, aborted=True)),
+            (evt.EVT_CONN_CLOSE, lambda event: self._closed(event.assoc, aborted=True)),
+        ]
+
+    # -- association ---------------------------------------------------------------------------------------------
+
+    def _on_requested(self, event: Event) -> None:
+        """Admit or reject; whatever goes wrong here must not let a stranger in."""
+        assoc = event.assoc
+        try:
+            decision = self._admit(assoc)
+        except Exception:
+            log.exception("association.admission_failed")
+            decision = rejection("internal_error", NO_REASON_TRANSIENT, "the admission check failed: see the log")
+        if isinstance(decision, Rejection):
+            self._reject(assoc, decision)
+
+    def _admit(self, assoc: PynetAssociation) -> Admission | Rejection:
+        request: Any = assoc.requestor.primitive
+        calling_ae, called_ae = str(request.calling_ae_title), str(request.called_ae_title)
+        address = plain_address(assoc.requestor.address)
+        decision = admit(
+            self._config.node, self._config.peers, calling_ae=calling_ae, called_ae=called_ae, address=address
+        )
+        if isinstance(decision, Rejection):
+            return decision
+        token = self._registry.open(calling_ae=calling_ae.strip(), address=address, peer=decision.peer)
+        if token is None:
+            text = f"{shown(calling_ae)} at {shown(address)}: {self._registry.limit} associations are open already"
+            return rejection("association_limit", LOCAL_LIMIT_EXCEEDED, text)
+        with self._lock:
+            self._tokens[assoc] = token
+        assoc.acceptor.supported_contexts = contexts_for(
+            assoc.requestor.requested_contexts, may_store=decision.may_store, may_echo=decision.may_echo
+        )
+        log.info("association.opened", association=token[:8], calling_ae=shown(calling_ae), address=address)
+        return decision
+
+    def _reject(self, assoc: PynetAssociation, decision: Rejection) -> None:
+        self._closed(assoc, aborted=True)
+        assoc.acse.send_reject(decision.result, decision.source, decision.diagnostic)
+        count = self._registry.count_rejection(decision.code)
+        log.warning("association.rejected", code=decision.code, reason=decision.text, count=count)
+        repeated = self._repeats(decision.code, decision.text)
+        if repeated is not None:
+            details = {"reason": decision.code, "repeated": repeated}
+            self._note("association_rejected", decision.text, details)
+        assoc.kill()  # waits until the rejection is sent and the peer closed (or the ARTIM timer ran out)
+
+    def _repeats(self, code: str, text: str) -> int | None:
+        """How often this refusal was left out since its last event; None: leave it out again."""
+        now = self._clock()
+        with self._lock:
+            if len(self._refusals) >= _MAX_REMEMBERED:
+                self._refusals.clear()
+            last, left_out = self._refusals.get((code, text), (now - _REPEAT_S, 0))
+            if now - last < _REPEAT_S:
+                self._refusals[code, text] = (last, left_out + 1)
+                return None
+            self._refusals[code, text] = (now, 0)
+            return left_out
+
+    def _closed(self, assoc: PynetAssociation, *, aborted: bool) -> None:
+        with self._lock:
+            token = self._tokens.pop(assoc, None)
+            if token is not None:
+                for key in [key for key in self._bad_uids if key[0] == token]:
+                    del self._bad_uids[key]
+        association = self._registry.close(token, aborted=aborted) if token else None
+        if association is None:
+            return
+        log.info(
+            "association.closed",
+            association=association.token[:8],
+            calling_ae=shown(association.calling_ae),
+            stored=association.stored,
+            dropped=association.dropped.total(),
+            refused=association.refused,
+            aborted=association.aborted,
+        )
+        self._note_dropped(association)
+
+    def _note_dropped(self, association: Association) -> None:
+        for sop_class_uid, count in sorted(association.dropped.items()):
+            name = UID(sop_class_uid).name if UID(sop_class_uid).is_valid else shown(sop_class_uid)
+            self._note(
+                "dropped_sop_class",
+                f"{count} instances of {name} from {shown(association.calling_ae)} were accepted and dropped: not CT",
+                {"sop_class_uid": sop_class_uid, "instances": count, "calling_ae": association.calling_ae},
+            )
+
+    def _on_sop_common(self, event: Event) -> dict[UID, Any]:
+        proposed: dict[UID, Any] = event.items  # type: ignore[attr-defined]
+        return {**proposed, **storage_services_for(event.assoc.acceptor.supported_contexts)}
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    def _on_echo(self, event: Event) -> int:  # noqa: ARG002
+        return Status.SUCCESS
+
+    def _on_message(self, event: Event) -> None:
+        """Look at a C-STORE request's UIDs before pynetdicom does.
+
+        pynetdicom aborts the association for a UID of 65 characters and never answers a request without one; a
+        router would stall on that instance for ever. A placeholder lets the request through to the store handler,
+        which answers it with a failure and goes on with the next instance.
+        """
+        command = event.message.command_set
+        if command[_COMMAND_FIELD].value != _C_STORE_RQ:
+            return
+        command.pop(_MOVE_ORIGINATOR_AE, None)  # of no use here, and one more text of a stranger
+        instance = _raw_text(command, _AFFECTED_INSTANCE)
+        sop_class = _raw_text(command, _AFFECTED_CLASS)
+        context = next((c for c in event.assoc.accepted_contexts if c.context_id == event.message.context_id), None)
+        fault = ""
+        try:
+            check_uid(instance)
+        except BadUid:
+            fault = f"SOP Instance UID {shown(instance)}"
+            command.add_new(_AFFECTED_INSTANCE, "UI", _PLACEHOLDER_UID)
+        if context is not None and sop_class != context.abstract_syntax:
+            fault = fault or f"SOP Class UID {shown(sop_class)} in a context for {context.abstract_syntax}"
+            command.add_new(_AFFECTED_CLASS, "UI", str(context.abstract_syntax))
+        if fault:
+            with self._lock:
+                token = self._tokens.get(event.assoc, "")
+                self._bad_uids[token, int(command[_MESSAGE_ID].value)] = fault
+
+    def _on_store(self, event: Event) -> int | Dataset:
+        """Answer one C-STORE: nothing raised here may leave the sender without a status."""
+        with self._lock:
+            token = self._tokens.get(event.assoc, "")
+            fault = self._bad_uids.pop((token, int(event.request.MessageID or 0)), "")
+        try:
+            status, comment = self._store(event, token, fault)
+        except NoSpace as error:
+            status, comment = Status.OUT_OF_RESOURCES, "no room on disk"
+            log.warning("store.no_space", association=token[:8], reason=str(error))
+        except Exception:
+            log.exception("store.failed", association=token[:8])
+            status, comment = Status.UNABLE_TO_PROCESS, "internal error"
+        if status == Status.SUCCESS:
+            return Status.SUCCESS
+        self._registry.refused(token)
+        if (repeated := self._repeats(f"0x{status:04X}", f"{token} {comment}")) is not None:
+            calling_ae = shown(self._registry_calling_ae(event))
+            details = {"status": f"0x{status:04X}", "repeated": repeated}
+            self._note("store_refused", f"an instance from {calling_ae} was refused: {fault or comment}", details)
+        answer = Dataset()
+        answer.Status = int(status)
+        answer.ErrorComment = comment
+        return answer
+
+    def _store(self, event: Event, token: str, fault: str) -> tuple[Status, str]:
+        request: Any = event.request  # pynetdicom types it as any DIMSE primitive
+        context = event.context
+        if context.abstract_syntax not in CT_CLASSES:
+            self._registry.dropped(token, str(context.abstract_syntax))
+            return Status.SUCCESS, ""
+        if fault:
+            log.warning("store.bad_uid", association=token[:8], fault=fault)
+            mismatch = fault.startswith("SOP Class")
+            status = Status.DATA_SET_MISMATCH if mismatch else Status.CANNOT_UNDERSTAND
+            return status, "SOP Class UID is not the context's" if mismatch else "SOP Instance UID is not a UID"
+        data: Any = request.DataSet.getbuffer() if request.DataSet is not None else b""  # no copy of the instance
+        if not len(data):
+            return Status.CANNOT_UNDERSTAND, "no data set"
+        header = file_header(
+            sop_class_uid=str(context.abstract_syntax),
+            sop_instance_uid=str(request.AffectedSOPInstanceUID),
+            transfer_syntax=str(context.transfer_syntax),
+        )
+        size = len(header) + len(data)
+        if not self._spool.room_for(size):
+            log.warning("store.no_space", association=token[:8], bytes=size, free=self._spool.free_bytes())
+            return Status.OUT_OF_RESOURCES, "no room on disk"
+        self._spool.store_incoming(token, str(request.AffectedSOPInstanceUID), (header, data))
+        self._registry.stored(token, size)
+        return Status.SUCCESS, ""
+
+    def _registry_calling_ae(self, event: Event) -> str:
+        return str(event.assoc.requestor.ae_title)
+
+    def _note(self, code: str, text: str, details: Mapping[str, Any]) -> None:
+        """A ledger event that belongs to no job; a ledger that cannot be written must not cost an instance."""
+        try:
+            self._ledger.note("", code, text, details=details)
+        except Exception:
+            log.exception("ledger.note_failed", code=code)
+
+
+def _raw_text(command: Dataset, tag: Any) -> str:
+    """The element's bytes as text, before pydicom validates or warns about them."""
+    if tag not in command:
+        return ""
+    value = command.get_item(tag).value
+    if isinstance(value, bytes):
+        return value.decode("latin-1").rstrip("\0 ")
+    return str(value or "")

@@ -1,0 +1,190 @@
+"""The acceptor: which presentation contexts we take, and a pynetdicom server set up for our use.
+
+Contexts are chosen per association from what was proposed, so that any storage class, public, retired or private,
+is taken: auto-routing must not stall on a series that we only drop. CT is taken in every transfer syntax that
+pydicom can decode here; the rest in whatever it comes, because nobody will decode it.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    EnhancedCTImageStorage,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    LegacyConvertedEnhancedCTImageStorage,
+    RLELossless,
+)
+from pynetdicom import AE, _config
+from pynetdicom._globals import ALL_TRANSFER_SYNTAXES
+from pynetdicom.events import EventHandlerType
+from pynetdicom.pdu_primitives import SOPClassCommonExtendedNegotiation
+from pynetdicom.presentation import AllStoragePresentationContexts, PresentationContext
+from pynetdicom.service_class import StorageServiceClass
+from pynetdicom.transport import ThreadedAssociationServer
+
+from dicom_node.config import NodeConfig
+
+IMPLEMENTATION_CLASS_UID = "2.25.178946538243586417430927114312346098701"  # ours, UUID-derived (PS3.5 annex B.2)
+IMPLEMENTATION_VERSION_NAME = "SYNPET_NODE_1"
+
+VERIFICATION = UID("1.2.840.10008.1.1")
+CT_CLASSES = frozenset({CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage})
+
+# the order in which we choose where a context offers several: native first, lossless before lossy
+_PREFERRED = (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGLSLossless,
+    JPEG2000Lossless,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEGLosslessSV1,
+    RLELossless,
+)
+_LAST = (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian)  # asks most of the reader, retired
+
+_PUBLIC_ROOT = "1.2.840.10008."
+_STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."  # PS3.6 annex A: current and retired storage classes lie here
+_STORAGE_SERVICE_CLASS = StorageServiceClass.uid
+
+_CONNECTIONS_PER_ASSOCIATION = 4  # sockets that may wait for their A-ASSOCIATE-RQ, per allowed association
+
+
+@cache
+def ct_transfer_syntaxes() -> tuple[str, ...]:
+    """The transfer syntaxes that CT is accepted in, in order of preference: what pydicom decodes on this machine."""
+    known = dict.fromkeys((*_PREFERRED, *ALL_TRANSFER_SYNTAXES))
+    decodable = [str(uid) for uid in known if uid not in _LAST and _can_decode(UID(uid))]
+    return (*decodable, *map(str, _LAST))
+
+
+def _can_decode(transfer_syntax: UID) -> bool:
+    try:
+        return get_decoder(transfer_syntax).is_available
+    except NotImplementedError:
+        return False
+
+
+@cache
+def _storage_classes() -> frozenset[str]:
+    return frozenset(str(context.abstract_syntax) for context in AllStoragePresentationContexts)
+
+
+def is_storage_class(abstract_syntax: str) -> bool:
+    """True for current, retired and private storage classes.
+
+    A private abstract syntax is taken for a storage class: a router proposes no other private service to us.
+    """
+    if abstract_syntax in _storage_classes() or abstract_syntax.startswith(_STORAGE_ROOT):
+        return True
+    return not abstract_syntax.startswith(_PUBLIC_ROOT)
+
+
+def contexts_for(
+    requested: Sequence[PresentationContext], *, may_store: bool, may_echo: bool
+) -> list[PresentationContext]:
+    """The contexts that an acceptor supports towards one requestor, one per proposed abstract syntax.
+
+    CT: `ct_transfer_syntaxes`. Any other storage class: native syntaxes first, then whatever was proposed.
+    """
+    proposed: dict[str, list[str]] = {}
+    for context in requested:
+        syntaxes = proposed.setdefault(str(context.abstract_syntax), [])
+        syntaxes.extend(str(uid) for uid in context.transfer_syntax)
+    supported = []
+    for abstract_syntax, syntaxes in proposed.items():
+        if abstract_syntax == VERIFICATION:
+            accepted: Iterable[str] = (ImplicitVRLittleEndian, ExplicitVRLittleEndian) if may_echo else ()
+        elif abstract_syntax in CT_CLASSES:
+            accepted = ct_transfer_syntaxes() if may_store else ()
+        elif is_storage_class(abstract_syntax):
+            native = [uid for uid in (ExplicitVRLittleEndian, ImplicitVRLittleEndian) if uid in syntaxes]
+            accepted = dict.fromkeys((*native, *syntaxes)) if may_store else ()
+        else:
+            accepted = ()
+        if accepted:
+            context = PresentationContext()
+            context.abstract_syntax = UID(abstract_syntax)
+            context.transfer_syntax = [UID(uid) for uid in accepted]
+            supported.append(context)
+    return supported
+
+
+def storage_services_for(contexts: Iterable[PresentationContext]) -> dict[UID, SOPClassCommonExtendedNegotiation]:
+    """Tell pynetdicom that classes it does not know belong to the Storage Service Class (nothing goes on the wire)."""
+    items = {}
+    for context in contexts:
+        uid = UID(str(context.abstract_syntax))
+        if uid not in _storage_classes() and is_storage_class(uid):
+            item = SOPClassCommonExtendedNegotiation()
+            item.sop_class_uid = uid
+            item.service_class_uid = UID(_STORAGE_SERVICE_CLASS)
+            items[uid] = item
+    return items
+
+
+class _Server(ThreadedAssociationServer):
+    """pynetdicom's threaded server with TCP_NODELAY on every accepted socket and a bound on idle connections."""
+
+    daemon_threads = True
+    request_queue_size = 64  # the kernel's backlog; pynetdicom's 5 drops connections of a busy router
+    connection_limit = 0  # 0: none
+
+    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
+        request, address = super().get_request()
+        # without it a response waits 45 ms for the peer's delayed ACK (Nagle)
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return request, address
+
+    def verify_request(self, request: object, client_address: object) -> bool:  # noqa: ARG002
+        """Connections that never ask for an association hold a thread each until the ACSE time-out."""
+        return not self.connection_limit or len(self.active_associations) < self.connection_limit
+
+
+def build_ae(node: NodeConfig) -> AE:
+    """The application entity of `[node]`; admission and the association limit are ours (see `receive`)."""
+    quiet_pynetdicom()
+    ae = AE(ae_title=node.ae_title)
+    ae.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
+    ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
+    ae.maximum_pdu_size = node.max_pdu
+    ae.acse_timeout = node.acse_timeout_s
+    ae.dimse_timeout = node.dimse_timeout_s
+    ae.network_timeout = node.network_timeout_s
+    ae.maximum_associations = 1_000_000  # the registry counts, so that a rejection is logged
+    ae.require_called_aet = False
+    ae.add_supported_context(VERIFICATION)
+    return ae
+
+
+def make_server(ae: AE, node: NodeConfig, handlers: list[EventHandlerType], *, port: int) -> ThreadedAssociationServer:
+    """Bind and listen (port 0: any free one); the caller runs `serve_forever` in a thread of its own.
+
+    Raises OSError when the address cannot be bound.
+    """
+    server = ae.make_server((node.host, port), evt_handlers=handlers, server_class=_Server)
+    assert isinstance(server, _Server)
+    server.connection_limit = node.max_associations * (1 + _CONNECTIONS_PER_ASSOCIATION)
+    ae._servers.append(server)  # as AE.start_server does: shutdown() removes it
+    return server
+
+
+def quiet_pynetdicom() -> None:
+    """No line per PDU and message (29 % of the store handler's time), warnings through the standard library."""
+    _config.LOG_HANDLER_LEVEL = "none"
+    logging.getLogger("pynetdicom").setLevel(logging.WARNING)

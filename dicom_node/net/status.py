@@ -1,0 +1,99 @@
+"""DIMSE statuses in one table: what we answer to a C-STORE, and what a peer's answer means to us.
+
+Sources: PS3.7 annex C (general statuses), PS3.4 table B.2-1 (Storage Service Class).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+
+class Status(IntEnum):
+    """The statuses that we answer with."""
+
+    SUCCESS = 0x0000
+    OUT_OF_RESOURCES = 0xA700  # no room on disk: nothing was kept, send it again later
+    DATA_SET_MISMATCH = 0xA900  # the instance is not of the class that was negotiated
+    CANNOT_UNDERSTAND = 0xC000  # no data set, or a SOP Instance UID that is none
+    UNABLE_TO_PROCESS = 0xC001  # our own fault: the log has it
+
+
+class Outcome(StrEnum):
+    """What a sender does about a status."""
+
+    OK = "ok"
+    TRANSIENT = "transient"
+    PERMANENT = "permanent"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meaning:
+    """A range of statuses (both ends included) and what it means."""
+
+    first: int
+    last: int
+    outcome: Outcome
+    text: str
+
+
+MEANINGS: tuple[Meaning, ...] = (
+    Meaning(first=0x0000, last=0x0000, outcome=Outcome.OK, text="Success"),
+    Meaning(first=0x0107, last=0x0107, outcome=Outcome.OK, text="Attribute List Error (stored)"),
+    Meaning(first=0x0110, last=0x0110, outcome=Outcome.TRANSIENT, text="Processing Failure"),
+    # one UID never has two contents here, so the instance that the peer already holds is ours
+    Meaning(first=0x0111, last=0x0111, outcome=Outcome.OK, text="Duplicate SOP Instance (already there)"),
+    Meaning(first=0x0116, last=0x0116, outcome=Outcome.OK, text="Attribute Value Out of Range (stored)"),
+    Meaning(first=0x0117, last=0x0117, outcome=Outcome.PERMANENT, text="Invalid Object Instance"),
+    Meaning(first=0x0122, last=0x0122, outcome=Outcome.PERMANENT, text="SOP Class Not Supported"),
+    Meaning(first=0x0124, last=0x0124, outcome=Outcome.PERMANENT, text="Not Authorized"),
+    Meaning(first=0x0210, last=0x0210, outcome=Outcome.TRANSIENT, text="Duplicate Invocation"),
+    Meaning(first=0x0211, last=0x0212, outcome=Outcome.PERMANENT, text="Operation Not Recognized"),
+    Meaning(first=0x0213, last=0x0213, outcome=Outcome.TRANSIENT, text="Resource Limitation"),
+    Meaning(first=0xA700, last=0xA7FF, outcome=Outcome.TRANSIENT, text="Refused: Out of Resources"),
+    Meaning(first=0xA900, last=0xA9FF, outcome=Outcome.PERMANENT, text="Data Set Does Not Match SOP Class"),
+    Meaning(first=0xB000, last=0xB000, outcome=Outcome.OK, text="Coercion of Data Elements (stored)"),
+    Meaning(first=0xB006, last=0xB006, outcome=Outcome.OK, text="Elements Discarded (stored)"),
+    Meaning(first=0xB007, last=0xB007, outcome=Outcome.OK, text="Data Set Does Not Match SOP Class (stored)"),
+    Meaning(first=0xC000, last=0xCFFF, outcome=Outcome.PERMANENT, text="Cannot Understand"),
+    Meaning(first=0xFE00, last=0xFE00, outcome=Outcome.TRANSIENT, text="Cancelled"),
+)
+_UNKNOWN = Meaning(first=0, last=0xFFFF, outcome=Outcome.PERMANENT, text="Unknown status")
+
+
+def meaning(status: int) -> Meaning:
+    """The row of the table for `status`; a status that no table knows is permanent: an operator looks at it."""
+    return next((row for row in MEANINGS if row.first <= status <= row.last), _UNKNOWN)
+
+
+def classify(status: int) -> Outcome:
+    """OK (the peer has the instance), TRANSIENT (send again later) or PERMANENT (an operator's matter)."""
+    return meaning(status).outcome
+
+
+def status_text(status: int) -> str:
+    """`0xA700 Refused: Out of Resources`, for logs and the ledger."""
+    return f"0x{status:04X} {meaning(status).text}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejection:
+    """An A-ASSOCIATE-RJ (PS3.8 table 9-21) with our reason code and a sentence for the log and the ledger."""
+
+    code: str
+    result: int  # 1 permanent, 2 transient
+    source: int  # 1 service user, 2 ACSE, 3 presentation
+    diagnostic: int
+    text: str
+
+
+CALLED_AE_NOT_RECOGNIZED = (1, 1, 7)
+CALLING_AE_NOT_RECOGNIZED = (1, 1, 3)
+LOCAL_LIMIT_EXCEEDED = (2, 3, 2)
+NO_REASON_TRANSIENT = (2, 2, 1)
+
+
+def rejection(code: str, reason: tuple[int, int, int], text: str) -> Rejection:
+    """Join our words with one of the standard's reasons above."""
+    result, source, diagnostic = reason
+    return Rejection(code=code, result=result, source=source, diagnostic=diagnostic, text=text)
