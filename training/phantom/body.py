@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.types import District
-from training.phantom.shapes import Capsule, Ellipsoid, Point, Profile, Within, chain
+from training.phantom.shapes import Capsule, Ellipsoid, Point, Profile, Shape, Within, chain
 from training.phantom.sketch import SIDES, Sketch, between
 
 SOLES = -1135.0
@@ -22,11 +22,11 @@ BELOW, MIDDLE, ABOVE = (-np.inf, CROTCH), (CROTCH, NECK_BASE), (NECK_BASE, np.in
 
 TRUNK = Profile(
     z=[-345, -300, -250, -190, -110, -40, 40, 120, 200, 260, 300, 325, 345, 370],
-    half_x=[150, 158, 160, 155, 140, 131, 136, 146, 153, 156, 155, 138, 98, 58],
+    half_x=[146, 158, 160, 155, 140, 131, 136, 146, 153, 156, 155, 138, 98, 58],
     half_y=[86, 95, 98, 95, 90, 87, 92, 100, 102, 94, 80, 68, 60, 54],
     centre_y=[10, 8, 5, 2, 0, 0, 0, 0, 0, 5, 12, 16, 17, 15],
 )
-TRUNK_FAT = [0.9, 1.0, 1.0, 1.0, 1.0, 1.0, 0.9, 0.65, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2]  # of the person's fat
+TRUNK_FAT = [0.8, 0.95, 1.0, 1.0, 1.0, 1.0, 0.9, 0.65, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2]  # of the person's fat
 NECK = Profile(
     z=[340, 375, 410, 450, 480],
     half_x=[66, 56, 54, 56, 58],
@@ -42,7 +42,7 @@ LEG = Profile(
     centre_y=[14, 14, 12, 14, 16, 10, 6, 6, 6, 8, 10, 8],
     power=2.1,
 )
-LEG_FAT = [0.15, 0.15, 0.15, 0.2, 0.25, 0.25, 0.25, 0.3, 0.45, 0.6, 0.7, 0.7]
+LEG_FAT = [0.15, 0.15, 0.15, 0.2, 0.25, 0.25, 0.25, 0.3, 0.45, 0.7, 0.85, 0.9]
 SOFT = ("fat", "muscle")
 
 
@@ -141,7 +141,8 @@ def draw_soft_body(sketch: Sketch) -> dict[str, Arm]:
             sketch.add("breast", Ellipsoid((sign * 72, skin.front(165) + 8, 158), (30, depth * 0.6, 30)), over=["fat"])
     neck = NECK.grown(4 + 0.15 * person.fat_mm)
     sketch.add("fat", Within(neck, z=MIDDLE), region=District.TRUNK)
-    for shape in (neck, *_head(5.0)):
+    solids: list[Shape] = [neck, *_head(5.0)]
+    for shape in solids:
         sketch.add("fat", Within(shape, z=ABOVE), region=District.HEAD)
     for _, sign in SIDES:
         sketch.add("muscle", mirrored(LEG, sign), over=["fat"])

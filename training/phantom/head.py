@@ -18,7 +18,8 @@ def _above_skull_base(x: Coords, y: Coords, z: Coords) -> Mask:
 
 def _folds(x: Coords, y: Coords, z: Coords) -> Coords:
     """A wavy surface, 0 at rest: stands for gyri where grey matter meets white."""
-    return np.sin(0.21 * x + 0.6) * np.sin(0.19 * y) + np.sin(0.2 * y + 0.17 * z) * np.sin(0.18 * z + 0.11 * x)
+    waves: Coords = np.sin(0.21 * x + 0.6) * np.sin(0.19 * y) + np.sin(0.2 * y + 0.17 * z) * np.sin(0.18 * z + 0.11 * x)
+    return waves
 
 
 def _white(x: Coords, y: Coords, z: Coords) -> Mask:

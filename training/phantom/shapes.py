@@ -54,7 +54,8 @@ class Ellipsoid:
             u, v, w = (
                 np.abs(o / np.float32(r)) ** np.float32(self.power) for o, r in zip(offsets, self.radii, strict=True)
             )
-            return (u + v) + w < 1
+            unturned: Mask = (u + v) + w < 1
+            return unturned
         turn = Rotation.from_euler("xyz", self.angles_deg, degrees=True).as_matrix().T.astype(np.float32)
         total: Coords | None = None
         for row, radius in zip(turn, self.radii, strict=True):
@@ -90,7 +91,8 @@ class Capsule:
         t = np.clip(along / length2, 0, 1)
         gap2 = (qx * qx + qy * qy) + qz * qz - 2 * t * along + t * t * length2
         radius = np.float32(self.r_start) + t * np.float32(self.r_end - self.r_start)
-        return gap2 < radius * radius
+        near: Mask = gap2 < radius * radius
+        return near
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Profile:
     power: float = 2.4
 
     @cached_property
-    def _curves(self) -> tuple[Callable[[Coords], Coords], ...]:
+    def _curves(self) -> tuple[PchipInterpolator, ...]:
         zeros = [0.0] * len(self.z)
         rows = (self.half_x, self.half_y, self.centre_x or zeros, self.centre_y or zeros)
         return tuple(PchipInterpolator(self.z, row) for row in rows)
@@ -116,19 +118,20 @@ class Profile:
         low = (min(cx) - max(self.half_x), min(cy) - max(self.half_y), self.z[0])
         return low, (max(cx) + max(self.half_x), max(cy) + max(self.half_y), self.z[-1])
 
+    def _value(self, curve: int, z: float) -> float:
+        return float(self._curves[curve](np.float32(np.clip(z, self.z[0], self.z[-1]))))
+
     def half_width(self, z: float) -> float:
         """Half-width along x at height z."""
-        return float(self._curves[0](np.clip(z, self.z[0], self.z[-1])))
+        return self._value(0, z)
 
     def front(self, z: float) -> float:
         """The most frontal y at height z."""
-        z = float(np.clip(z, self.z[0], self.z[-1]))
-        return float(self._curves[3](z) - self._curves[1](z))
+        return self._value(3, z) - self._value(1, z)
 
     def back(self, z: float) -> float:
         """The most dorsal y at height z."""
-        z = float(np.clip(z, self.z[0], self.z[-1]))
-        return float(self._curves[3](z) + self._curves[1](z))
+        return self._value(3, z) + self._value(1, z)
 
     def grown(self, dx: Sequence[float] | float, dy: Sequence[float] | float | None = None) -> Profile:
         """The same stack with half-widths larger by `dx` and `dy` mm (per knot, or one number)."""
@@ -142,7 +145,8 @@ class Profile:
         u = (np.abs(x - cx) / a) ** np.float32(self.power)
         v = (np.abs(y - cy) / b) ** np.float32(self.power)
         v = np.where((z >= self.z[0]) & (z <= self.z[-1]), v, np.float32(2))
-        return u + v < 1
+        within: Mask = u + v < 1
+        return within
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ TISSUES: Mapping[str, Tissue] = {
     "eye": _t(16, 4, 1.5, 0.3),
     "tooth": _t(1500, 200, 0.6, 0.1, density=2.0),
     "lesion": _t(35, 0, 6.0, 0.0, 20),
-    "table": _t(-150, 40, 0, 0, density=0.0),
+    "table": _t(20, 50, 0, 0, density=0.0),
     "table_foam": _t(-920, 20, 0, 0, density=0.0),
     "blanket": _t(-820, 40, 0, 0, density=0.0),
 }

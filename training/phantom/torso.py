@@ -9,6 +9,7 @@ from training.phantom.shapes import Capsule, Coords, Ellipsoid, Mask, Point, Pre
 from training.phantom.sketch import SIDES, Sketch, between, plus
 
 RIB_PITCH_MM = 26.0
+FAT = ("visceral_fat",)
 BELLY = ("visceral_fat", "muscle", "lung")
 CAVITY_KNOTS = slice(1, 12)
 
@@ -16,8 +17,8 @@ CAVITY_KNOTS = slice(1, 12)
 def cavity() -> Profile:
     """The inside of the wall of chest and abdomen; its back lies on the ribs and the back muscles."""
     z, a, b, c = (list(row)[CAVITY_KNOTS] for row in (TRUNK.z, TRUNK.half_x, TRUNK.half_y, TRUNK.centre_y or ()))
-    wall = [34, 34, 26, 20, 18, 20, 22, 22, 24, 44, 60]
-    depth = [24, 22, 20, 20, 20, 20, 20, 20, 20, 24, 28]
+    wall = [34, 34, 26, 20, 18, 20, 22, 22, 24, 38, 66]
+    depth = [24, 22, 20, 20, 20, 20, 20, 20, 20, 20, 26]
     half_x = [v - w for v, w in zip(a, wall, strict=True)]
     half_y = [v - d for v, d in zip(b, depth, strict=True)]
     centre_y = [v - 6.0 if zz < 30 else v for v, zz in zip(c, z, strict=True)]
@@ -33,12 +34,21 @@ def draw_walls(sketch: Sketch) -> None:
     """Cavity fat, ribs, sternum, shoulder girdle."""
     inside = cavity()
     sketch.add("visceral_fat", inside, over=["muscle", "fat"])
+    for _, s in SIDES:  # back muscles beside the spine, buttocks behind the hip bones
+        sketch.add_all(
+            "muscle", chain([(s * 34, 82, -230), (s * 32, 68, -60), (s * 26, 82, 110)], [22, 24, 12]), over=FAT
+        )
+        sketch.add("muscle", Ellipsoid((s * 98, 62, -245), (56, 44, 66)), over=FAT)
+    sketch.add("muscle", Within(inside, z=(-np.inf, -288.0)), over=FAT)  # pelvic floor
     outer, inner = inside.grown(9.0), inside.grown(1.5)
 
     def on_a_rib(x: Coords, y: Coords, z: Coords) -> Mask:
         phase = np.mod(z - 0.55 * y + 4.0, np.float32(RIB_PITCH_MM))
         lower_edge = 20 - 0.0045 * np.minimum(np.abs(x), 130) ** 2 + 0.35 * y  # the arch below the sternum
-        return (phase < 12) & (z > 48 + 0.45 * y) & (z > lower_edge + 60 * (y < -40)) & (z < 318) & (np.abs(x) > 14)
+        rib: Mask = (
+            (phase < 12) & (z > 48 + 0.45 * y) & (z > lower_edge + 60 * (y < -40)) & (z < 318) & (np.abs(x) > 14)
+        )
+        return rib
 
     def shell(predicate: Predicate) -> Where:
         return Where(outer, lambda x, y, z: predicate(x, y, z) & ~inner.inside(x, y, z))
@@ -63,7 +73,7 @@ def draw_walls(sketch: Sketch) -> None:
 
 def draw_spine_and_pelvis(sketch: Sketch) -> None:
     """Vertebrae with discs, canal and arches from C2 to the sacrum; hip bones."""
-    z, level = -168.0, 0
+    z: float = -168.0
     over = None
     while z < 462:
         pitch = float(np.interp(z, [-170, 100, 330, 460], [37, 28, 21, 17]))
@@ -81,7 +91,7 @@ def draw_spine_and_pelvis(sketch: Sketch) -> None:
         sketch.add("csf", canal, over=over)
         if z > -60:
             sketch.add("spinal_cord", Capsule(canal.start, canal.end, 5, 5), over=over)
-        z, level = z + pitch, level + 1
+        z += pitch
     for structure, grow in (("cortical_bone", 0.0), ("red_marrow", -4.0)):
         sketch.add(structure, Ellipsoid((0, 68, -222), (52 + grow, 17 + grow, 48 + grow), (-22, 0, 0)), over=over)
         sketch.add_all(structure, chain([(0, 80, -260), (0, 70, -300)], [10 + grow * 0.7, 6 + grow * 0.7]), over=over)
@@ -107,7 +117,7 @@ def draw_chest(sketch: Sketch) -> None:
     lung_size = 1 + 0.06 * float(rng.uniform(-1, 1))
     for _, s in SIDES:
         centre: Point = (s * 76, 8.0, 62.0)
-        lobe = Ellipsoid(centre, (63 * lung_size, 92, 250 * lung_size), power=2.3)
+        lobe = Ellipsoid(centre, (64 * lung_size, 92, 256 * lung_size), power=2.9)
         sketch.add("lung", Within(lobe, z=(10.0, np.inf)), over=chest)
         hilum: Point = (s * 26, 12.0, 178.0)
         for _ in range(16):
