@@ -21,6 +21,7 @@ import numpy as np
 import pydicom
 import SimpleITK as sitk  # noqa: N813 - the name its own manual uses
 from pydicom import Dataset
+from pydicom.tag import BaseTag
 
 from pipeline.ct_headers import Frame, date_and_time, earliest, frames_of, is_localizer, parse, uid_of
 from pipeline.ct_pixels import AIR_HU, hounsfield, planes_are_equal, stored_planes
@@ -306,18 +307,28 @@ def _read_header(frame: Frame) -> tuple[Dataset, tuple[str, ...]]:
 
 
 def _prune(ds: Dataset) -> list[str]:
+    """Remove private elements and unreadable ones, at every depth; returns the tags of the unreadable."""
     broken = []
     for tag in list(ds.keys()):
         if tag.is_private:
             del ds[tag]
-            continue
-        try:
-            element = ds[tag]
-            items = list(element.value) if element.VR == "SQ" else []
-        except Exception:  # whatever a malformed value raises: the outputs do without the element
+        elif (items := _nested(ds, tag)) is None:
             del ds[tag]
             broken.append(str(tag))
-            continue
-        for item in items:
-            broken += _prune(item)
+        else:
+            for item in items:
+                broken += _prune(item)
     return broken
+
+
+def _nested(ds: Dataset, tag: BaseTag) -> list[Dataset] | None:
+    """The items of a sequence, nothing for another element, None for one without a readable value."""
+    try:
+        element = ds[tag]
+        if element.VR == "SQ":
+            return list(element.value)
+        values = element.value if element.VM > 1 else [element.value]
+    except Exception:  # whatever a malformed value raises: the outputs do without the element
+        return None
+    # without validation pydicom hands a number that is none over as text
+    return None if element.VR in ("IS", "DS") and any(isinstance(v, str) and v for v in values) else []
