@@ -51,6 +51,7 @@ _PLACEHOLDER_UID = "0.0"  # stands in a response for what was no UID
 _REPEAT_S = 60.0  # a refusal that repeats is one ledger event a minute, with a count
 _MAX_REMEMBERED = 1000
 _JOIN_S = 10.0
+_POLL_S = 0.1  # how soon the listening thread sees that it shall stop
 
 
 def file_header(*, sop_class_uid: str, sop_instance_uid: str, transfer_syntax: str) -> bytes:
@@ -106,7 +107,9 @@ class Receiver:
         """
         node = self._config.node
         self._server = make_server(self._ae, node, self._handlers(), port=node.port if port is None else port)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="dicom-acceptor", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_S,), name="dicom-acceptor", daemon=True
+        )
         self._thread.start()
         bound = int(self._server.server_address[1])
         log.info("receiver.started", ae_title=node.ae_title, host=node.host, port=bound)

@@ -1,0 +1,114 @@
+"""Who is let in."""
+
+from __future__ import annotations
+
+import pytest
+
+from dicom_node.config import NodeConfig, PeerConfig
+from dicom_node.net.associations import AssociationRegistry, make_token, sender_of
+from dicom_node.net.peers import Admission, admit, plain_address, shown
+from dicom_node.net.status import Rejection
+
+PEERS = (
+    PeerConfig(name="pacs", ae_title="PACS"),
+    PeerConfig(name="near", ae_title="NEAR", allowed_addresses=("10.1.0.0/16", "192.168.0.7")),
+    PeerConfig(name="watch", ae_title="WATCH", may=("echo",)),
+    PeerConfig(name="near-too", ae_title="NEAR", allowed_addresses=("2001:db8::/32",), may=("echo",)),
+)
+
+
+def ask(calling: str, address: str = "10.1.2.3", called: str = "SYNPET", **node: object) -> Admission | Rejection:
+    return admit(NodeConfig.model_validate(node), PEERS, calling_ae=calling, called_ae=called, address=address)
+
+
+@pytest.mark.parametrize(
+    ("calling", "address", "called", "code", "diagnostic"),
+    [
+        ("PACS", "10.1.2.3", "OTHER", "called_ae_unknown", 7),
+        ("STRANGER", "10.1.2.3", "SYNPET", "calling_ae_unknown", 3),
+        ("NEAR", "10.2.2.3", "SYNPET", "address_not_allowed", 3),
+        ("NEAR", "no address", "SYNPET", "address_not_allowed", 3),
+        ("", "10.1.2.3", "SYNPET", "calling_ae_unknown", 3),
+        ("pacs", "10.1.2.3", "SYNPET", "calling_ae_unknown", 3),
+    ],
+)
+def test_a_refusal_has_the_standards_reason(
+    calling: str, address: str, called: str, code: str, diagnostic: int
+) -> None:
+    answer = ask(calling, address, called)
+    assert isinstance(answer, Rejection)
+    assert (answer.code, answer.result, answer.source, answer.diagnostic) == (code, 1, 1, diagnostic)
+
+
+@pytest.mark.parametrize(
+    ("calling", "address", "peer", "store", "echo"),
+    [
+        ("PACS", "10.9.9.9", "pacs", True, True),
+        ("PACS ", "10.9.9.9", "pacs", True, True),
+        ("NEAR", "10.1.2.3", "near", True, True),
+        ("NEAR", "::ffff:192.168.0.7", "near", True, True),
+        ("NEAR", "2001:db8::5", "near-too", False, True),
+        ("WATCH", "10.1.2.3", "watch", False, True),
+    ],
+)
+def test_a_known_peer_may_what_its_table_says(calling: str, address: str, peer: str, store: bool, echo: bool) -> None:
+    assert ask(calling, address) == Admission(peer=peer, may_store=store, may_echo=echo)
+
+
+def test_strangers_are_welcome_only_where_the_configuration_says_so() -> None:
+    assert isinstance(ask("STRANGER", require_known_peer=False), Admission)
+    assert isinstance(ask("NEAR", "10.2.2.3", require_known_peer=False), Rejection)
+    assert isinstance(ask("PACS", called="ANY", require_called_ae=False), Admission)
+
+
+def test_hostile_ae_titles_are_quoted() -> None:
+    answer = ask("EVIL\nAE\x1b[2J", called="SYNPET")
+    assert isinstance(answer, Rejection)
+    assert "\n" not in answer.text
+    assert "\x1b" not in answer.text
+    assert shown("Ж\n") == r"'\u0416\n'"
+
+
+@pytest.mark.parametrize(
+    ("title", "address", "kept"),
+    [
+        ("PACS", "10.1.2.3", "10.1.2.3"),
+        ("SIXTEEN_LETTERS_", "::ffff:10.1.2.3", "10.1.2.3"),
+        ("A", "2001:db8::5", ""),
+        ("B", "not an address", ""),
+    ],
+)
+def test_a_token_is_short_hex_and_says_who_sent(title: str, address: str, kept: str) -> None:
+    token = make_token(title, address)
+    assert len(token) <= 64
+    assert set(token) <= set("0123456789abcdef")
+    assert sender_of(token) == (title, kept)
+    assert make_token(title, address) != token
+
+
+def test_a_foreign_folder_name_has_no_sender() -> None:
+    assert sender_of("zz") == ("", "")
+    assert sender_of("ab" * 27)[1] == ""
+
+
+def test_plain_address_unwraps_ipv4_in_ipv6() -> None:
+    assert plain_address("::ffff:127.0.0.1") == "127.0.0.1"
+
+
+def test_the_registry_keeps_the_limit_and_gives_places_back() -> None:
+    now = [0.0]
+    registry = AssociationRegistry(limit=1, clock=lambda: now[0])
+    token = registry.open(calling_ae="PACS", address="10.1.2.3", peer="pacs")
+    assert token is not None
+    assert registry.open(calling_ae="PACS", address="10.1.2.3", peer="pacs") is None
+    registry.stored(token, 7)
+    registry.dropped(token, "1.2")
+    now[0] = 5.0
+    assert registry.is_open(token, idle_limit_s=5)
+    now[0] = 5.1
+    assert not registry.is_open(token, idle_limit_s=5)
+    closed = registry.close(token)
+    assert closed is not None
+    assert (closed.stored, closed.stored_bytes, closed.dropped.total()) == (1, 7, 1)
+    assert registry.close(token) is None
+    assert registry.open(calling_ae="PACS", address="10.1.2.3", peer="pacs") is not None
