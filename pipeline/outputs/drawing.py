@@ -44,7 +44,7 @@ class Page:
 
     def text(self, x: float, y: float, words: str, **style: Any) -> None:
         """Text at a place in pixels."""
-        self.figure.text(x / self.width_px, y / self.height_px, words, **style)
+        self.figure.text(x / self.width_px, y / self.height_px, words, parse_math=False, **style)
 
     def png(self) -> bytes:
         buffer = BytesIO()
@@ -162,7 +162,7 @@ def frame(axes: Axes, color: str, labels: Sequence[str] = ()) -> None:
         spine.set_color(color)
         spine.set_linewidth(0.6)
     if labels:
-        axes.set_title("\n".join(labels), color=color, fontsize=9, pad=5)
+        axes.set_title("\n".join(labels), color=color, fontsize=9, pad=5, parse_math=False)
 
 
 def _edges(grid: Grid, axis: int) -> tuple[float, float]:

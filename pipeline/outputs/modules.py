@@ -96,9 +96,7 @@ def contributing_equipment(provenance: Provenance, date_time: str) -> list[Datas
     software = clean("LO", provenance.software_version)
     items = []
     for model in provenance.models:
-        item = _equipment(
-            f"{provenance.bundle_name} {model.district}", provenance.bundle_version, date_time
-        )
+        item = _equipment(f"{provenance.bundle_name} {model.district}", provenance.bundle_version, date_time)
         item.PurposeOfReferenceCodeSequence = [code_item(SYNTHESIZING_EQUIPMENT)]
         item.DeviceSerialNumber = model.weights_sha256[:HASH_SHOWN]
         item.ContributionDescription = clean(

@@ -53,8 +53,10 @@ CT_CENTER_HU, CT_WIDTH_HU = 40.0, 400.0
 MARGIN_MM = 15.0
 INVERSE_GRAY = "gray_r"
 FUSION_COLORS = "hot"
-FUSION_FULL_SUV = 2.5  # g/ml: where the PET is as opaque as it gets, about the liver
-FUSION_OPACITY = 0.75
+FUSION_FROM_SUV, FUSION_FULL_SUV = 0.5, 4.0  # g/ml: below the first only CT, from the second as opaque as it gets
+FUSION_OPACITY = 0.7
+NOT_EVALUATED_RGBA = (0.35, 0.45, 0.75, 0.9)  # blue stripes: no gray, which would read as a value
+STRIPE_MM = 12.0
 DISTRICT_COLORS = {
     District.HEAD: "#e6b422",
     District.TRUNK: "#4aa3df",
@@ -165,12 +167,15 @@ def overview_png(
     places: list[Place] = [(left, bottom, *panel_px) for left in lefts]
     _ct_panel(page, places[0], ct, box, y_mm)
     _districts_panel(page, places[1], ct, districts, box, y_mm)
-    _mip_panel(page, places[2], suv.suv, suv.grid, box, ("Synthetic PET, MIP", _suv_range()))
+    mip = _mip_axes(page, places[2], suv.suv, suv.grid, box, "Synthetic PET, MIP")
+    _cover_not_evaluated(mip, districts, suv, box)
     _fusion_panel(page, places[3], ct, suv, box, y_mm)
     if true_suv is not None:
-        _mip_panel(page, places[4], true_suv, suv.grid, box, ("True PET, MIP", _suv_range()))
-    bar = page.add(lefts[-1] + panel_px[0] + gap, bottom, 14, min(panel_px[1], 240))
-    color_bar(bar, INVERSE_GRAY, SUV_SHOWN, ink=INK, label="SUVbw (g/ml)")
+        _mip_axes(page, places[4], true_suv, suv.grid, box, "True PET, MIP")
+    bar_left, bar_height = lefts[-1] + panel_px[0] + gap, panel_px[1] * 0.42
+    for low, colors, label in ((0.0, INVERSE_GRAY, "MIP, SUVbw (g/ml)"), (0.55, FUSION_COLORS, "fusion, SUVbw (g/ml)")):
+        bar = page.add(bar_left, bottom + low * panel_px[1], 14, bar_height)
+        color_bar(bar, colors, SUV_SHOWN, ink=INK, label=label)
     _captions(page, districts, suv, title)
     return page.png()
 
@@ -194,20 +199,28 @@ def _districts_panel(
     frame(axes, INK, ("Districts", f"by {districts.segmenter} {districts.version}"))
 
 
-def _mip_panel(
-    page: Page,
-    place: Place,
-    suv: FloatVolume,
-    grid: Grid,
-    box: Box,
-    labels: tuple[str, ...],
-) -> None:
+def _mip_axes(page: Page, place: Place, suv: FloatVolume, grid: Grid, box: Box, label: str) -> Axes:
     axes = page.add(*place)
     axes.set_facecolor("white")
     show(axes, _finite(suv.max(axis=1)), grid, "coronal", box, colors=INVERSE_GRAY, limits=SUV_SHOWN)
     mark_sides(axes, "coronal", color="black")
     scale_bar(axes, page, color="black")
-    frame(axes, INK, labels)
+    frame(axes, INK, (label, f"SUV {SUV_SHOWN[0]:g}-{SUV_SHOWN[1]:g}, inverse gray"))
+    return axes
+
+
+def _cover_not_evaluated(axes: Axes, districts: DistrictMap, suv: SuvVolume, box: Box) -> None:
+    """Stripes over what no network was trusted with: white would read as "no uptake"."""
+    if not suv.not_evaluated:
+        return
+    unknown = np.isin(districts.labels, [int(district) for district in suv.not_evaluated]).any(axis=1)
+    known = np.isin(districts.labels, [int(d) for d in District if d not in suv.not_evaluated]).any(axis=1)
+    rgba = np.zeros((*unknown.shape, 4))
+    z_mm, _, x_mm = districts.grid.spacing_mm
+    rows, columns = np.ogrid[: unknown.shape[0], : unknown.shape[1]]
+    stripes = (rows * z_mm + columns * x_mm) % STRIPE_MM < STRIPE_MM / 2
+    rgba[unknown & ~known & stripes] = NOT_EVALUATED_RGBA
+    show(axes, rgba, districts.grid, "coronal", box, smooth=False)
 
 
 def _fusion_panel(
@@ -221,7 +234,8 @@ def _fusion_panel(
     axes = _ct_axes(page, place, ct, box, y_mm)
     plane = _finite(suv.suv[:, _index(suv.grid, y_mm)])
     rgba = colormaps[FUSION_COLORS](np.clip(plane / SUV_SHOWN[1], 0, 1))
-    rgba[..., 3] = np.clip(plane / FUSION_FULL_SUV, 0, 1) * FUSION_OPACITY
+    ramp = (plane - FUSION_FROM_SUV) / (FUSION_FULL_SUV - FUSION_FROM_SUV)
+    rgba[..., 3] = np.clip(ramp, 0, 1) * FUSION_OPACITY
     show(axes, rgba, suv.grid, "coronal", box)
     frame(axes, INK, ("Fusion, coronal", "synthetic PET on CT"))
 
@@ -282,11 +296,7 @@ def _not_evaluated(suv: SuvVolume) -> str:
     if not suv.not_evaluated:
         return "All districts in the field of view were evaluated. Predicted from CT; no radiotracer was given."
     names = ", ".join(district.key for district in suv.not_evaluated)
-    return f"NOT EVALUATED: {names} (white there means no statement, not absence of uptake). Predicted from CT."
-
-
-def _suv_range() -> str:
-    return f"SUV {SUV_SHOWN[0]:g}-{SUV_SHOWN[1]:g}, inverse gray"
+    return f"NOT EVALUATED: {names}: no statement is made there, it is not absence of uptake. Predicted from CT."
 
 
 def _district_rgba(labels: NDArray[np.uint8]) -> NDArray[np.float64]:
