@@ -86,7 +86,8 @@ def write_result(result: ResultSet, folder: Path) -> None:
     and its files may be on their way. One with other series is replaced.
 
     Raises:
-        OutputError: the result is malformed, or the folder cannot be written (code not_written).
+        OutputError: the result is malformed (code invalid_result);
+            or the folder cannot be written now, as on a full disk (code not_written): worth another attempt.
     """
     summary = summarize(result)
     part, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
@@ -102,7 +103,7 @@ def write_result(result: ResultSet, folder: Path) -> None:
         _sync_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)  # a full disk needs the room
         raise OutputError("not_written", f"result folder {folder.name}: {error.strerror or error}") from error
 
 
