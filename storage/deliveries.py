@@ -97,7 +97,7 @@ class DeliveryLedger(LedgerBase):
             row.sent = sent
             row.statuses = compact(statuses, row.instances)
             row.next_attempt = next_attempt if state is DeliveryState.PENDING else None
-            code = code or _ENDED_CODES[state]
+            code = code or _ENDED_CODES.get(state, "delivery_ended")
             text = text or f"{sent} of {row.instances} instances accepted by {row.destination}"
             row.reason_code, row.reason = ("", "") if state is DeliveryState.SENT else (clean(code), clean(text))
             self._event(

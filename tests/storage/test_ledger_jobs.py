@@ -357,6 +357,15 @@ def test_jobs_are_found_by_every_field_of_the_filter(ledger: Ledger, clock) -> N
     assert [job.id for job in ledger.jobs_of_study("1.2")] == [one.id]
 
 
+def test_a_job_is_found_by_the_start_of_its_id_and_nothing_else_is_a_pattern(ledger: Ledger) -> None:
+    job, other = ledger.open_job(INFO), ledger.open_job(INFO)
+    assert ledger.find_by_prefix(job.id) == [job]
+    assert job in ledger.find_by_prefix(job.id[:4])
+    assert {found.id for found in ledger.find_by_prefix("")} == {job.id, other.id}
+    for wildcard in ("%", "_", "%' OR 1=1 --"):
+        assert ledger.find_by_prefix(wildcard) == []
+
+
 def test_a_naive_time_is_refused(ledger: Ledger, clock) -> None:
     with pytest.raises(Exception, match="aware times only"):
         ledger.find(JobFilter(since=clock().replace(tzinfo=None)))
