@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,16 @@ from storage.records import Job
 
 console = Console()
 console_err = Console(stderr=True)
+
+
+class ArmPose(StrEnum):
+    """What `--pose` takes (training.phantom.POSES)."""
+
+    RAISED = "raised"
+    SIDES = "sides"
+    TOUCHING = "touching"
+    FOLDED = "folded"
+
 
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="The node's configuration file.", show_default=True)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

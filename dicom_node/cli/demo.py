@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,21 +13,28 @@ import numpy as np
 import typer
 from rich.progress import Progress as RichProgress
 
-from dicom_node.cli.common import console, fail, opened_ledger, progress_bar, safe
+from dicom_node.cli.common import ArmPose, console, fail, opened_ledger, progress_bar, safe
 from dicom_node.cli.demo_pacs import DemoPacs, PacsError, free_port, running_pacs
 from dicom_node.cli.jobs import print_job
 from dicom_node.config import Config, load_config
 from storage.records import FINAL_JOB_STATES, Job, JobFilter, JobState
 
 if TYPE_CHECKING:
-    from pipeline.types import FloatVolume, Grid
-    from training.phantom import PhantomSpec
+    from pipeline.types import FloatVolume
+    from training.phantom import Phantom, PhantomSpec
 
 NODE_AE = "SYNPET"
 PACS_AE = "DEMOPACS"
 FIELD_OF_VIEW_MM = 500.0
 JOB_TIMEOUT_S = 1800.0
 POLL_S = 0.25
+
+
+class Coverage(StrEnum):
+    """What `--coverage` takes."""
+
+    WHOLE = "whole"
+    THIGH = "thigh"
 
 
 COVERAGES = {"whole": (0.0, 1.0), "thigh": (0.36, 1.0)}
@@ -36,8 +44,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Everything goes here; an earlier demo's folder is replaced.")] = Path(
         "demo-output"
     ),
-    pose: Annotated[str, typer.Option(help="The phantom's arms: raised, sides, touching, folded.")] = "sides",
-    coverage: Annotated[str, typer.Option(help="whole: head to feet; thigh: head to mid-thigh.")] = "whole",
+    pose: Annotated[ArmPose, typer.Option(help="The phantom's arms.")] = ArmPose.SIDES,
+    coverage: Annotated[Coverage, typer.Option(help="Head to feet, or head to mid-thigh.")] = Coverage.WHOLE,
     seed: Annotated[int, typer.Option(help="Another seed is another phantom patient.")] = 20_260,
     bundle: Annotated[str, typer.Option(help="A shipped bundle's name, or the folder of a bundle.")] = "phantom",
     matrix: Annotated[int, typer.Option(min=64, max=1024, help="Rows and columns of the CT.")] = 512,
@@ -48,21 +56,19 @@ def demo(
     The CT goes into the PACS, the PACS routes it to the node by C-MOVE, the node sends the SYNTHETIC PET series back
     into the same study, and the demo reads it from the PACS again. Writes overview.png.
     """
-    if coverage not in COVERAGES:
-        raise fail(f"--coverage {coverage!r}: one of {', '.join(COVERAGES)}", code=2)
     _fresh(out)
     from training.phantom import PhantomSpec
 
     spec = PhantomSpec(
         seed=seed,
-        pose=pose,
+        pose=pose.value,
         coverage=COVERAGES[coverage],
         spacing_mm=(slice_mm, FIELD_OF_VIEW_MM / matrix, FIELD_OF_VIEW_MM / matrix),
         fov_mm=FIELD_OF_VIEW_MM,
     )
     started = time.monotonic()
     with progress_bar() as bar, ExitStack() as running:
-        paths = _paint(bar, spec, matrix, out)
+        paths, phantom = _paint(bar, spec, matrix, out)
         node_port, pacs_port = free_port(), free_port()
         config = _configure(out, node_port=node_port, pacs_port=pacs_port, bundle=bundle)
         pacs = running.enter_context(
@@ -81,7 +87,7 @@ def demo(
     console.print(
         f"read back from the PACS: {len(got)} instances, SUV max {float(suv.max()):.2f}, in the CT's own study"
     )
-    _draw(paths, suv, spec, out)
+    _draw(paths, suv, phantom, out)
     console.print(safe(f"look at {out / 'overview.png'}   ({time.monotonic() - started:.0f} s in all)"))
     console.print(safe(f"ask the ledger: dicom-node jobs list --config {out / 'config.toml'}"))
 
@@ -95,7 +101,7 @@ def _fresh(out: Path) -> None:
     out.mkdir(parents=True)
 
 
-def _paint(bar: RichProgress, spec: PhantomSpec, matrix: int, out: Path) -> list[Path]:
+def _paint(bar: RichProgress, spec: PhantomSpec, matrix: int, out: Path) -> tuple[list[Path], Phantom]:
     from training.phantom.dicom import write_ct_series
 
     from training.phantom import make_phantom
@@ -104,7 +110,7 @@ def _paint(bar: RichProgress, spec: PhantomSpec, matrix: int, out: Path) -> list
     phantom = make_phantom(spec)
     paths = write_ct_series(phantom, out / "ct", matrix=matrix)
     bar.update(task, completed=1)
-    return paths
+    return paths, phantom
 
 
 def _configure(out: Path, *, node_port: int, pacs_port: int, bundle: str) -> Config:
@@ -216,14 +222,13 @@ def _suv_from(paths: list[Path]) -> FloatVolume:
     return volume
 
 
-def _draw(paths: list[Path], suv: FloatVolume, spec: PhantomSpec, out: Path) -> None:
+def _draw(paths: list[Path], suv: FloatVolume, phantom: Phantom, out: Path) -> None:
     """The picture: CT, districts, the PET that came back, fusion, and the phantom's true PET on the same grid."""
-    from pipeline.ct_reader import read_ct
-    from pipeline.outputs.picture import overview_png
-
     from pipeline.bundle import bundle_path, load_bundle
+    from pipeline.ct_reader import read_ct
     from pipeline.districts import find_districts
-    from pipeline.geometry import grid_at_spacing
+    from pipeline.geometry import grid_at_spacing, resample
+    from pipeline.outputs.picture import overview_png
     from pipeline.types import SuvVolume
 
     config = load_config(out / "config.toml")
@@ -235,14 +240,7 @@ def _draw(paths: list[Path], suv: FloatVolume, spec: PhantomSpec, out: Path) -> 
         ct,
         districts,
         SuvVolume(suv=suv, grid=grid),
-        true_suv=_true_suv(spec, grid),
+        true_suv=resample(phantom.suv, phantom.grid, grid, fill=0.0),
         title="dicom-node demo: a generated phantom, not a patient",
     )
     (out / "overview.png").write_bytes(picture)
-
-
-def _true_suv(spec: PhantomSpec, grid: Grid) -> FloatVolume:
-    """The phantom's true PET painted on the PET's grid."""
-    from training.phantom import make_phantom
-
-    return make_phantom(spec, grid=grid).suv

@@ -16,16 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydicom import Dataset
+from pydicom.uid import PositronEmissionTomographyImageStorage, SecondaryCaptureImageStorage
 from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
-from pynetdicom.sop_class import (
-    PositronEmissionTomographyImageStorage,
-    SecondaryCaptureImageStorage,
-    StudyRootQueryRetrieveInformationModelFind,
-    StudyRootQueryRetrieveInformationModelGet,
-    StudyRootQueryRetrieveInformationModelMove,
-)
 
+# PS3.4 annex C.6.2: pynetdicom makes these names at run time, which a type checker cannot see
+STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
+STUDY_ROOT_MOVE = "1.2.840.10008.5.1.4.1.2.2.2"
+STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
 PENDING = (0xFF00, 0xFF01)
 START_TIMEOUT_S = 60.0
 
@@ -57,8 +55,8 @@ class DemoPacs:
         query.StudyInstanceUID = study_uid
         for keyword in ("SeriesInstanceUID", "Modality", "SeriesNumber", "SeriesDescription"):
             setattr(query, keyword, "")
-        with self._associated(StudyRootQueryRetrieveInformationModelFind) as assoc:
-            answers = assoc.send_c_find(query, StudyRootQueryRetrieveInformationModelFind)
+        with self._associated(STUDY_ROOT_FIND) as assoc:
+            answers = assoc.send_c_find(query, STUDY_ROOT_FIND)
             return [found for status, found in answers if status and status.Status in PENDING and found]
 
     def route(self, study_uid: str, to_ae: str, on_moved: Callable[[int, int], None]) -> int:
@@ -67,8 +65,8 @@ class DemoPacs:
         query.QueryRetrieveLevel = "STUDY"
         query.StudyInstanceUID = study_uid
         done = 0
-        with self._associated(StudyRootQueryRetrieveInformationModelMove) as assoc:
-            for status, _ in assoc.send_c_move(query, to_ae, StudyRootQueryRetrieveInformationModelMove):
+        with self._associated(STUDY_ROOT_MOVE) as assoc:
+            for status, _ in assoc.send_c_move(query, to_ae, STUDY_ROOT_MOVE):
                 if not status:
                     raise PacsError("the PACS did not answer the C-MOVE")
                 done = int(status.get("NumberOfCompletedSuboperations") or done)
@@ -93,7 +91,7 @@ class DemoPacs:
 
         ae = AE(self.calling_ae)
         classes = (SecondaryCaptureImageStorage, PositronEmissionTomographyImageStorage)
-        ae.add_requested_context(StudyRootQueryRetrieveInformationModelGet)
+        ae.add_requested_context(STUDY_ROOT_GET)
         for sop_class in classes:
             ae.add_requested_context(sop_class)
         roles = [build_role(sop_class, scp_role=True) for sop_class in classes]
@@ -101,13 +99,13 @@ class DemoPacs:
             "127.0.0.1",
             self.port,
             ae_title=self.ae_title,
-            ext_neg=roles,
+            ext_neg=[*roles],
             evt_handlers=[(evt.EVT_C_STORE, keep)],
         )
         if not assoc.is_established:
             raise PacsError("the PACS refused the C-GET association")
         try:
-            for status, _ in assoc.send_c_get(query, StudyRootQueryRetrieveInformationModelGet):
+            for status, _ in assoc.send_c_get(query, STUDY_ROOT_GET):
                 if not status or status.Status not in (*PENDING, 0x0000):
                     raise PacsError(f"C-GET ended with {status.Status if status else 'no answer'}")
         finally:

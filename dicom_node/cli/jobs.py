@@ -198,7 +198,7 @@ def _change(config: ConfigPath, job_id: str, change: Callable[[Ledger, str], Job
         try:
             now = change(ledger, job.id)
         except StorageError as error:
-            raise fail(f"job {job.id[:8]}: {error}")
+            raise fail(f"job {job.id[:8]}: {error}") from error
     console.print(f"job {now.id[:8]}: {job.state.value} -> {now.state.value}")
 
 

@@ -50,7 +50,7 @@ def verify(bundle: BundleArgument = "phantom", as_json: AsJson = False) -> None:
         folder = bundle_path(bundle)
         loaded = load_bundle(folder)
     except BundleError as error:
-        raise fail(str(error))
+        raise fail(str(error)) from error
     import torch
 
     for key in loaded.keys:

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import TaskID
 
-from dicom_node.cli.common import console, console_err, fail, progress_bar, safe
+from dicom_node.cli.common import ArmPose, console, console_err, fail, progress_bar, safe
+
+FIELD_OF_VIEW_MM = 500.0
 
 app = typer.Typer(help="Make phantoms and train the bundle that ships with the product.", no_args_is_help=True)
 
@@ -16,7 +19,7 @@ app = typer.Typer(help="Make phantoms and train the bundle that ships with the p
 def phantom(
     out: Annotated[Path, typer.Argument(help="A new folder for CT/, PET/ and SEG/.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same patient.")] = 1,
-    pose: Annotated[str, typer.Option(help="raised, sides, touching, folded, random")] = "sides",
+    pose: Annotated[ArmPose, typer.Option(help="The phantom's arms.")] = ArmPose.SIDES,
     slice_mm: Annotated[float, typer.Option(min=1.0, max=10.0, help="Slice spacing of the CT in mm.")] = 4.0,
     matrix: Annotated[int, typer.Option(min=64, max=1024, help="Rows and columns of the CT.")] = 512,
     low: Annotated[float, typer.Option(min=0.0, max=0.9, help="Foot end of the scan, as part of the height.")] = 0.0,
@@ -33,7 +36,9 @@ def phantom(
 
     with console_err.status("painting the phantom"):
         fine = make_phantom(
-            PhantomSpec(seed=seed, pose=pose, coverage=(low, high), spacing_mm=(slice_mm, 500 / matrix, 500 / matrix))
+            PhantomSpec(
+                seed=seed, pose=pose.value, coverage=(low, high), spacing_mm=(slice_mm, 500 / matrix, 500 / matrix)
+            )
         )
     with console_err.status("writing CT, PET and SEG"):
         ct = write_ct_series(fine, out / "CT", matrix=matrix)
@@ -44,30 +49,49 @@ def phantom(
 
 @app.command("bundle")
 def bundle(
-    out: Annotated[Path, typer.Option(help="The bundle's folder; checkpoints stay beside it until it is done.")],
-    recipe: Annotated[str, typer.Option(help="A recipe's name (see `train recipes`) or file.")] = "phantom",
+    out: Annotated[Path, typer.Option(help="The bundle's folder; its manifest is written last.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name (see `train recipes`) or a TOML file.")] = "phantom",
+    runs: Annotated[Path, typer.Option(help="Checkpoints, so that an interrupted build goes on.")] = Path(
+        "runs/bundle"
+    ),
+    report: Annotated[Path | None, typer.Option(help="Write report.md, report.json and a picture here.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Networks that are trained at the same time.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1")] = "cpu",
 ) -> None:
     """Train the four districts and the whole-body baseline on generated phantoms, and export a bundle.
 
     Interrupted, it goes on where it was. Prints how long it took and the metrics on held-out phantoms.
     """
-    from training.build import build_bundle
+    from training.build import BuildProgress, build_bundle
 
     with progress_bar() as bar:
-        tasks: dict[str, object] = {}
+        tasks: dict[str, TaskID] = {}
 
-        def on_progress(what: str, done: int, total: int) -> None:
-            task = tasks.setdefault(what, bar.add_task(what, total=total))
-            bar.update(task, completed=done, total=total)  # type: ignore[arg-type]
+        def on_progress(now: BuildProgress) -> None:
+            if now.stage not in tasks:
+                tasks[now.stage] = bar.add_task(now.stage, total=now.total)
+            bar.update(tasks[now.stage], completed=now.done, total=now.total)
+            left = f" ({now.seconds_left / 60:.0f} min left)" if now.seconds_left is not None else ""
+            bar.console.print(safe(f"{now.text}{left}"))
 
-        report = build_bundle(recipe, out, on_progress=on_progress)
-    console.print(safe(str(report)))
+        built = build_bundle(
+            recipe,
+            out,
+            workers=workers,
+            run_dir=runs,
+            report_dir=report,
+            device=device,
+            on_progress=on_progress,
+        )
+    for stage, seconds in built.seconds.items():
+        console.print(safe(f"{stage}: {seconds / 60:.1f} min"))
+    console.print(safe(f"{built.folder}: {built.manifest.name} {built.manifest.version}; {built.manifest.statement}"))
 
 
 @app.command("recipes")
 def recipes() -> None:
     """The recipes that ship with the product."""
-    from training.recipe import shipped_recipes
+    from training.recipe import RECIPES
 
-    for name in shipped_recipes():
-        console.print(safe(name))
+    for path in sorted(RECIPES.glob("*.toml")):
+        console.print(safe(path.stem))

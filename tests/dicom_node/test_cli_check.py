@@ -1,0 +1,122 @@
+"""`dicom-node check` finds what is wrong before the PACS does."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from pynetdicom import AE, evt
+from pynetdicom.sop_class import Verification
+from typer.testing import CliRunner
+
+from dicom_node.cli import app
+
+RUNNER = CliRunner()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def write_config(folder: Path, text: str = "") -> Path:
+    path = folder / "config.toml"
+    base = (
+        f'[node]\nhost = "127.0.0.1"\nport = {free_port()}\n[intake]\nmin_free_bytes = 1\n[pipeline]\ndevice = "cpu"\n'
+    )
+    path.write_text(base + text, encoding="utf-8")
+    return path
+
+
+def findings(path: Path, *words: str) -> tuple[int, dict[str, tuple[str, str]]]:
+    result = RUNNER.invoke(app, ["check", "--json", "--config", str(path), *words])
+    return result.exit_code, {one["check"]: (one["verdict"], one["text"]) for one in json.loads(result.output)}
+
+
+def peer(port: int) -> str:
+    return (
+        f'[[peers]]\nname = "pacs"\nae_title = "PACS"\nport = {port}\n[[destinations]]\nname = "pacs"\npeer = "pacs"\n'
+    )
+
+
+def test_a_sound_set_up_passes(tmp_path: Path) -> None:
+    code, found = findings(write_config(tmp_path))
+    assert code == 0
+    assert {name: verdict for name, (verdict, _) in found.items()} == dict.fromkeys(
+        ("config", "disk", "ledger", "bundle", "device", "port"), "ok"
+    )
+    assert "phantom" in found["bundle"][1]
+
+
+def test_the_table_is_for_people(tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["check", "--config", str(write_config(tmp_path))], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "GB free" in result.output
+
+
+def test_a_full_disk_fails(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    path.write_text(path.read_text().replace("min_free_bytes = 1\n", f"min_free_bytes = {10**18}\n"), encoding="utf-8")
+    code, found = findings(path)
+    assert code == 1
+    assert found["disk"][0] == "FAIL"
+
+
+def test_a_missing_bundle_fails(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    path.write_text(path.read_text().replace('device = "cpu"', 'device = "cpu"\nbundle = "nowhere"'), encoding="utf-8")
+    code, found = findings(path)
+    assert code == 1
+    assert "nowhere" in found["bundle"][1]
+
+
+def test_a_wrong_configuration_fails_alone(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("[node]\nprot = 1\n", encoding="utf-8")
+    code, found = findings(path)
+    assert code == 1
+    assert set(found) == {"config"}
+
+
+def test_a_taken_port_fails_when_no_dicom_node_answers(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    port = int(path.read_text().split("port = ")[1].split()[0])
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", port))
+        code, found = findings(path)
+    assert code == 1
+    assert found["port"][0] == "FAIL"
+
+
+def test_a_destination_that_is_down_fails_and_another_peer_only_warns(tmp_path: Path) -> None:
+    down = peer(free_port()) + f'[[peers]]\nname = "other"\nae_title = "OTHER"\nport = {free_port()}\n'
+    code, found = findings(write_config(tmp_path, down))
+    assert code == 1
+    assert found["peer pacs"][0] == "FAIL"
+    assert found["peer other"][0] == "warn"
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_an_answering_peer_and_an_answering_node_pass(tmp_path: Path, quick: bool) -> None:
+    ae = AE("ANY")
+    ae.add_supported_context(Verification)
+    port = free_port()
+    server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_ECHO, lambda _: 0x0000)])
+    try:
+        path = write_config(tmp_path, peer(port))
+        if quick:
+            text = path.read_text()
+            own = text.split("port = ")[1].split()[0]
+            path.write_text(text.replace(f"port = {own}", f"port = {port}", 1), encoding="utf-8")
+            code, found = findings(path, "--quick")
+            assert set(found) == {"node"}
+        else:
+            code, found = findings(path)
+            assert found["peer pacs"][0] == "ok"
+        assert code == 0
+    finally:
+        server.shutdown()

@@ -1,0 +1,118 @@
+"""A real Orthanc routes a CT study to the node and shows the PET series in the same study."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from orthanc import Orthanc, running_orthanc
+from training.phantom.dicom import write_ct_series
+
+from dicom_node.config import load_config
+from dicom_node.node import Node
+from training.phantom import PhantomSpec, make_phantom
+
+ROOT = Path(__file__).parent.parent
+ROUTE = ROOT / "deploy" / "orthanc" / "autoroute.lua"
+JOB_TIMEOUT_S = 400
+
+pytestmark = [pytest.mark.orthanc, pytest.mark.dcmtk, pytest.mark.slow]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def write_config(folder: Path, node_port: int, orthanc: Orthanc, encoding: str) -> Path:
+    path = folder / "config.toml"
+    path.write_text(
+        f"""
+[node]
+host = "127.0.0.1"
+port = {node_port}
+[[peers]]
+name = "pacs"
+ae_title = "{orthanc.ae_title}"
+port = {orthanc.dicom_port}
+[intake]
+quiet_period_s = 1.0
+study_quiet_period_s = 2.0
+min_free_bytes = 1
+[selection]
+min_slices = 10
+[pipeline]
+device = "cpu"
+[[destinations]]
+name = "pacs"
+peer = "pacs"
+encoding = "{encoding}"
+[log]
+level = "warning"
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def wait_for_pet(orthanc: Orthanc, instances: int) -> None:
+    until = time.monotonic() + JOB_TIMEOUT_S
+    while time.monotonic() < until:
+        found = orthanc.series("PT")
+        if found and len(found[0]["Instances"]) == instances:
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"Orthanc shows {[len(one['Instances']) for one in orthanc.series('PT')]}")
+
+
+@pytest.mark.parametrize("encoding", ["sc", "pet"])
+def test_orthanc_routes_a_ct_and_shows_the_pet_in_the_same_study(encoding: str, tmp_path: Path) -> None:
+    dcmsend = shutil.which("dcmsend") or pytest.skip("DCMTK is not installed")
+    phantom = make_phantom(PhantomSpec(seed=7, pose="sides", coverage=(0.45, 1.0), spacing_mm=(5.0, 4.0, 4.0)))
+    paths = write_ct_series(phantom, tmp_path / "ct", matrix=128)
+    node_port = free_port()
+    with running_orthanc(
+        tmp_path / "orthanc", modalities={"synpet": ("SYNPET", node_port)}, lua_scripts=[ROUTE]
+    ) as orthanc:
+        node = Node(load_config(write_config(tmp_path, node_port, orthanc, encoding)))
+        node.start()
+        try:
+            sent = subprocess.run(
+                [dcmsend, "127.0.0.1", str(orthanc.dicom_port), "+sd", str(tmp_path / "ct"), "-aec", "ORTHANC"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert sent.returncode == 0, sent.stdout + sent.stderr
+            expected = round(len(paths) * 5.0 / 4.0)  # the bundle's 4 mm over the CT's extent
+            wait_for_pet(orthanc, expected)
+        finally:
+            node.stop()
+        ct, pet, mip = (orthanc.series(modality)[0] for modality in ("CT", "PT", "OT"))
+        assert ct["ParentStudy"] == pet["ParentStudy"] == mip["ParentStudy"]
+        assert pet["MainDicomTags"]["SeriesDescription"].startswith("SYNTHETIC")
+        orthanc.instances(pet, tmp_path / "pet")
+    image = read_series(tmp_path / "pet")
+    suv = sitk.GetArrayFromImage(image)
+    assert image.GetSpacing() == pytest.approx((4.0, 4.0, 4.0), abs=0.01)
+    centre_ct = np.array(phantom.grid.origin_mm) + (np.array(phantom.grid.shape[::-1]) - 1) / 2 * np.array((4, 4, 5))
+    centre_pet = np.array(image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()]))
+    assert centre_pet == pytest.approx(centre_ct, abs=0.01)
+    assert 2.0 < suv.max() <= 20.01
+    assert suv.min() == 0.0
+    head = suv[-40:]  # the brain is the hottest large organ of an FDG PET
+    assert np.percentile(head[head > 0.1], 90) > 3.0
+
+
+def read_series(folder: Path) -> sitk.Image:
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    return reader.Execute()
