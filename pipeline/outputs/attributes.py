@@ -62,6 +62,15 @@ STUDY = (
 ENUMERATED = {"PatientSex": {"M", "F", "O"}, "TypeOfPatientID": {"TEXT", "RFID", "BARCODE"}}
 RANGES = {"PatientWeight": (0.1, 1000.0), "PatientSize": (0.1, 3.0)}  # kg, m
 
+# The terms of PS3.16 annex L for unpaired regions that a CT series may name
+UNPAIRED_BODY_PARTS = frozenset(
+    {"ABDOMEN", "ABDOMENPELVIS", "AORTA", "BLADDER", "BRAIN", "CHEST", "CHESTABDOMEN", "CHESTABDPELVIS", "COLON"}
+    | {"CSPINE", "HEAD", "HEADNECK", "HEART", "LIVER", "LSPINE", "MEDIASTINUM", "NECK", "NECKCHEST"}
+    | {"NECKCHESTABDOMEN", "NECKCHESTABDPELV", "PANCREAS", "PELVIS", "SKULL", "SPINE", "SPLEEN", "SSPINE"}
+    | {"STOMACH", "TSPINE", "WHOLEBODY"}
+)
+BODY_PART_SYNONYMS = {"THORAX": "CHEST", "BODY": "WHOLEBODY", "LUNG": "CHEST", "LUNGS": "CHEST"}
+
 # Lossy transfer syntax -> LossyImageCompressionMethod (PS3.3 C.7.6.1.1.5.1)
 LOSSY_METHODS = {
     "1.2.840.10008.1.2.4.50": "ISO_10918_1",
@@ -149,8 +158,13 @@ def copy_patient_orientation(ds: Dataset, source: SourceSeries, options: OutputO
 
 
 def body_part_examined(source: SourceSeries) -> str:
-    """The CT's BodyPartExamined, else WHOLEBODY: present, so that nobody asks for a laterality."""
-    return clean_value(source.header, "BodyPartExamined") or "WHOLEBODY"
+    """The CT's BodyPartExamined where it is a standard term for an unpaired region, else WHOLEBODY.
+
+    Every other term, and none, would make Laterality (0020,0060) a required attribute (PS3.3 C.7.3.1).
+    """
+    term = clean_value(source.header, "BodyPartExamined").replace(" ", "")
+    term = BODY_PART_SYNONYMS.get(term, term)
+    return term if term in UNPAIRED_BODY_PARTS else "WHOLEBODY"
 
 
 def institution_name(source: SourceSeries, options: OutputOptions) -> str:

@@ -19,7 +19,7 @@ from pydicom.tag import Tag
 
 from pipeline.errors import OutputError
 from pipeline.outputs.explicit import element
-from pipeline.outputs.header import CLEANERS, clean, clean_value, ds_text, text_of
+from pipeline.outputs.header import CLEANERS, clean, ds_text, text_of
 from pipeline.types import OutputOptions, SourceSeries
 
 # character set terms, bytes in the file, what the result must say
@@ -374,7 +374,10 @@ def test_the_institution_is_the_configured_one_else_the_cts():
     assert "InstitutionName" not in one_instance(header_only())
 
 
-def test_the_body_part_is_the_cts_else_whole_body():
-    assert one_instance(header_only(BodyPartExamined="CHEST")).BodyPartExamined == "CHEST"
-    assert one_instance(header_only()).BodyPartExamined == "WHOLEBODY"
-    assert clean_value(header_only(BodyPartExamined="CHEST").header, "BodyPartExamined") == "CHEST"
+BODY_PARTS = [("CHEST", "CHEST"), ("thorax", "CHEST"), ("LEG", "WHOLEBODY"), ("TH/ABD", "WHOLEBODY"), ("", "WHOLEBODY")]
+
+
+@pytest.mark.parametrize(("ct", "result"), BODY_PARTS)
+def test_the_body_part_is_the_cts_where_no_side_belongs_to_it(ct: str, result: str):
+    header = header_from_bytes(element(0x00180015, "CS", ct.encode()))
+    assert one_instance(source_with(header)).BodyPartExamined == result
