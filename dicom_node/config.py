@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from storage.database import default_url
+
 _AE = re.compile(r"^(?! *$)[ -\[\]-~]{1,16}$")  # PS3.5 table 6.2-1, VR AE: 16 characters, no backslash or control
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,31}$")
 
@@ -246,6 +248,11 @@ class Config(_Table):
             if destination.peer not in known:
                 raise ValueError(f"destinations.{destination.name}.peer: no peer is named {destination.peer!r}")
         return self
+
+    @property
+    def ledger_url(self) -> str:
+        """The ledger's database: what is configured, else an SQLite file in the storage root."""
+        return self.storage.database_url or default_url(self.storage.root)
 
     def peer(self, name: str) -> PeerConfig:
         """The peer with this name; a destination's peer always exists."""

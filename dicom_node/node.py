@@ -27,6 +27,7 @@ from dicom_node.config import Config
 from dicom_node.delivery import Deliveries
 from dicom_node.engine import Engine, EngineError
 from dicom_node.engine.local import LocalEngine
+from dicom_node.errors import NodeError
 from dicom_node.log import configure_logging
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receive import Receiver
@@ -43,15 +44,6 @@ log = structlog.get_logger()
 DRAIN_S = 30.0  # below systemd's default TimeoutStopSec of 90 s
 SWEEP_EVERY_S = 60.0
 RETENTION_EVERY_S = 3600.0
-
-
-class NodeError(Exception):
-    """The node cannot start; the text says what stands in the way."""
-
-
-def ledger_url(config: Config) -> str:
-    """The ledger's URL; an SQLite file in the storage root when none is configured."""
-    return config.storage.database_url or f"sqlite:///{config.storage.root / 'ledger.sqlite'}"
 
 
 class Node:
@@ -131,7 +123,7 @@ class Node:
         parts.callback(_lock(root / "node.lock"))
         self.spool = Spool(root, min_free_bytes=config.intake.min_free_bytes)
         self.spool.clean_temp()
-        self.ledger = open_ledger(ledger_url(config))
+        self.ledger = open_ledger(config.ledger_url)
         parts.callback(self.ledger.close)
         owner = _identity(root / "node.id")
 

@@ -10,6 +10,7 @@ from dicom_node import __version__
 from dicom_node.cli import check, demo, jobs, models, run, serve, train, why
 from dicom_node.cli.common import console_err
 from dicom_node.config import ConfigError
+from dicom_node.errors import NodeError
 from pipeline.errors import PipelineError
 from storage.errors import StorageError
 
@@ -51,7 +52,7 @@ def main() -> None:
     except ConfigError as error:
         console_err.print(str(error), style="red", markup=False)
         sys.exit(2)
-    except (StorageError, PipelineError) as error:
+    except (NodeError, StorageError, PipelineError) as error:
         console_err.print(f"error: {error}", style="red", markup=False)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -54,16 +54,11 @@ _RELATIVE = re.compile(r"^(\d+)([mhdw])$")
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
-def database_url(config: Config) -> str:
-    """The ledger's URL; an SQLite file in the storage root when none is configured."""
-    return config.storage.database_url or f"sqlite:///{config.storage.root / 'ledger.sqlite'}"
-
-
 @contextmanager
 def opened_ledger(config: Config) -> Iterator[Ledger]:
     """The ledger of a configuration, closed at the end. The node may run at the same time (SQLite in WAL mode)."""
     config.storage.root.mkdir(parents=True, exist_ok=True)
-    ledger = open_ledger(database_url(config))
+    ledger = open_ledger(config.ledger_url)
     try:
         yield ledger
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,15 +19,18 @@ from dicom_node.cli.common import (
     job_dict,
     ledger_at,
     local_time,
+    opened_ledger,
     parse_time,
     print_csv,
     print_json,
     safe,
     table,
 )
+from dicom_node.config import Config, load_config
 from storage.errors import StorageError
 from storage.ledger import Ledger
 from storage.records import Job, JobFilter, JobState
+from storage.spool import Spool
 
 app = typer.Typer(help="List, show, retry, cancel and release jobs.", no_args_is_help=True)
 
@@ -192,11 +196,12 @@ def print_job(job: Job) -> None:
         console.print(safe(f"note: {note}"))
 
 
-def _change(config: ConfigPath, job_id: str, change: Callable[[Ledger, str], Job]) -> None:
-    with ledger_at(config) as ledger:
+def _change(path: Path, job_id: str, change: Callable[[Ledger, Config, str], Job]) -> None:
+    config = load_config(path)
+    with opened_ledger(config) as ledger:
         job = find_job(ledger, job_id)
         try:
-            now = change(ledger, job.id)
+            now = change(ledger, config, job.id)
         except StorageError as error:
             raise fail(f"job {job.id[:8]}: {error}") from error
     console.print(f"job {now.id[:8]}: {job.state.value} -> {now.state.value}")
@@ -205,16 +210,32 @@ def _change(config: ConfigPath, job_id: str, change: Callable[[Ledger, str], Job
 @app.command("retry")
 def retry(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG) -> None:
     """Run a FAILED, REJECTED or CANCELLED job again; finished results are only sent again, with the same bytes."""
-    _change(config, job_id, lambda ledger, job: ledger.retry(job))
+    _change(config, job_id, _retry)
+
+
+def _retry(ledger: Ledger, config: Config, job_id: str) -> Job:
+    """What retention has removed from the outbox is computed again: the same content, so the same UIDs."""
+    spool = Spool(config.storage.root, min_free_bytes=0)
+    return ledger.retry(job_id, rerun=not spool.has_result(job_id))
+
+
+@app.command("redeliver")
+def redeliver(
+    job_id: JobId,
+    destination: Annotated[str, typer.Option(help="Only to this destination; else to all.")] = "",
+    config: ConfigPath = DEFAULT_CONFIG,
+) -> None:
+    """Send the finished result of a DONE job again: the same bytes under the same UIDs."""
+    _change(config, job_id, lambda ledger, _, job: ledger.redeliver(job, destination=destination))
 
 
 @app.command("cancel")
 def cancel(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG) -> None:
     """End a job that has not ended. What was already sent stays where it is."""
-    _change(config, job_id, lambda ledger, job: ledger.cancel(job))
+    _change(config, job_id, lambda ledger, _, job: ledger.cancel(job))
 
 
 @app.command("release")
 def release(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG) -> None:
     """Let a HELD job go on: a held result is sent, a held series is run."""
-    _change(config, job_id, lambda ledger, job: ledger.release(job))
+    _change(config, job_id, lambda ledger, _, job: ledger.release(job))

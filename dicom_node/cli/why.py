@@ -48,7 +48,9 @@ def why(
     with ledger_at(config) as ledger:
         found = _jobs(ledger, accession)
         studies = {job.info.study_uid for job in found} or {accession}
-        events = [event for study in sorted(studies) for event in ledger.events_of_study(study)]
+        by_id = {event.id: event for study in studies for event in ledger.events_of_study(study)}
+        by_id.update({event.id: event for event in ledger.events_of_accession(accession)})
+        events = [by_id[number] for number in sorted(by_id)]
         deliveries = {job.id: ledger.deliveries(job.id) for job in found}
     if as_json:
         print_json(

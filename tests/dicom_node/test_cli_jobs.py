@@ -12,7 +12,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dicom_node.cli import app
-from dicom_node.cli.common import database_url
 from dicom_node.config import load_config
 from storage.ledger import Ledger, open_ledger
 from storage.records import DeliveryState, JobState, NewDelivery, SeriesInfo
@@ -31,7 +30,7 @@ def config(tmp_path: Path) -> Path:
 @pytest.fixture
 def ledger(config: Path) -> Iterator[Ledger]:
     (config.parent / "spool").mkdir()
-    opened = open_ledger(database_url(load_config(config)))
+    opened = open_ledger(load_config(config).ledger_url)
     yield opened
     opened.close()
 
