@@ -115,8 +115,8 @@ class Assembler:
         series.tokens.add(token)
         series.calling_ae, series.address = sender_of(token)
         uid = header.sop_instance_uid
-        if uid not in series.headers and len(series.instances) >= self._config.intake.max_instances_per_series:
-            self._too_many(series, path)
+        if uid not in series.headers and self._too_many(series):
+            self._spool.drop(path)
             return
         known = [job.id for job in (series.job, series.succeeds) if job is not None]
         adopted = self._spool.adopt(path, series.series_uid, known=known)
@@ -127,11 +127,9 @@ class Assembler:
         else:
             faults.setdefault((token, "different_content"), []).append(f"{uid}: came before with other content")
 
-    def _too_many(self, series: IncomingSeries, path: Path) -> None:
-        self._spool.drop(path)
-        series.too_many += 1
-        if series.too_many == 1 and series.job is not None:
-            series.job = self._ledger.update(series.job.id, details={"too_many": True})  # survives a kill
+    def _too_many(self, series: IncomingSeries) -> bool:
+        """One more than allowed is kept, so that a restart, too, knows that the series is too large."""
+        return len(series.instances) > self._config.intake.max_instances_per_series
 
     def _series_of(self, header: InstanceHeader) -> IncomingSeries:
         known = self._series.get(header.series_uid)
@@ -181,7 +179,6 @@ class Assembler:
         )
         if job is not None:
             series.calling_ae, series.address = job.info.calling_ae, job.info.peer_address
-            series.too_many = int(bool(job.details.get("too_many")))
             series.headers.update(self._headers(self._spool.ct_files(job.id)))
         series.headers.update(self._headers(self._spool.series_files(series_uid)))
         if earlier is not None:
@@ -302,7 +299,7 @@ class Assembler:
         code, text = "", ""
         if not series.headers:
             code, text = "no_instances", "the files of the series are gone from the spool"
-        elif series.too_many:
+        elif self._too_many(series):
             limit = self._config.intake.max_instances_per_series
             code, text = "too_large", f"more than {limit} instances; the rest was dropped"
         elif self._has_gaps(series):

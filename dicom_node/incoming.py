@@ -36,7 +36,6 @@ class IncomingSeries:
     calling_ae: str = ""
     address: str = ""
     duplicates: int = 0
-    too_many: int = 0
     latest: InstanceHeader | None = None  # also of a duplicate: describes a series that has nothing new
     _geometry: tuple[int, SeriesGeometry] | None = None
 
