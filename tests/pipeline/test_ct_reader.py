@@ -22,6 +22,7 @@ from pydicom.uid import (
 
 from pipeline.ct_reader import choose_ct, find_series, read_ct
 from pipeline.errors import UnsupportedSeries
+from pipeline.gate import check_input
 from pipeline.types import Stage
 
 SHAPE = (6, 16, 20)
@@ -453,7 +454,7 @@ REAL = {
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("folder", REAL)
-def test_a_real_series_reads_as_simpleitk_reads_it(real_data: Path, folder):
+def test_a_real_series_reads_as_simpleitk_reads_it_and_passes_the_gate(real_data: Path, folder):
     shape, spacing, notes = REAL[folder]
     ct = read_ct(choose_ct(real_data / folder))
     assert ct.grid.shape == shape
@@ -466,3 +467,4 @@ def test_a_real_series_reads_as_simpleitk_reads_it(real_data: Path, folder):
     assert np.allclose(image.GetSpacing()[::-1], ct.grid.spacing_mm, atol=0.001)
     expected = np.maximum(sitk.GetArrayFromImage(image).astype(np.float32), -1024)
     assert np.abs(ct.hu - expected).max() <= 0.5
+    check_input(ct, min_coverage_mm=40)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from pydicom import Dataset
 
-from pipeline.ct_reader import choose_ct, read_ct
 from pipeline.errors import GateRefusal
 from pipeline.gate import check_input, check_output
 from pipeline.types import CtVolume, District, DistrictMap, GeometryError, Grid, SourceSeries, SuvVolume
@@ -99,12 +96,6 @@ def test_what_is_no_body_in_hounsfield_units_is_refused(case):
         check_input(a_ct(change(a_body())), min_coverage_mm=0)
     assert refused.value.code == code
     assert "1.2.3.4" in refused.value.text
-
-
-@pytest.mark.realdata
-@pytest.mark.parametrize("folder", ["ct-chest", "ct-abdomen-feet-first", "ct-arms-jpeg2000"])
-def test_the_real_series_pass(real_data: Path, folder):
-    check_input(read_ct(choose_ct(real_data / folder)), min_coverage_mm=40)
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
