@@ -148,7 +148,7 @@ def scan_grid(anatomy: Anatomy, spec: PhantomSpec) -> tuple[Grid, tuple[Coords, 
         ((y + oy) / sy).astype(np.float32)[None, :, None],
         (z / sz).astype(np.float32)[:, None, None],
     )
-    uid = generate_uid(prefix="2.25.", entropy_srcs=["phantom frame of reference", str(spec.seed)])
+    uid = generate_uid(entropy_srcs=["phantom frame of reference", str(spec.seed)])
     grid = Grid(
         shape=shape,
         spacing_mm=spec.spacing_mm,

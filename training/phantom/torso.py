@@ -73,9 +73,9 @@ def draw_walls(sketch: Sketch) -> None:
 
 def draw_spine_and_pelvis(sketch: Sketch) -> None:
     """Vertebrae with discs, canal and arches from C2 to the sacrum; hip bones."""
-    z: float = -168.0
+    z, top = -168.0, 462.0
     over = None
-    while z < 462:
+    while z < top:
         pitch = float(np.interp(z, [-170, 100, 330, 460], [37, 28, 21, 17]))
         rx, ry = np.interp(z, [-170, 100, 330, 460], [26, 18, 13, 11]), np.interp(z, [-170, 460], [19, 10])
         y, half = spine_y(z), pitch / 2
@@ -84,7 +84,7 @@ def draw_spine_and_pelvis(sketch: Sketch) -> None:
         sketch.add("red_marrow", Ellipsoid((0, y, z), (rx - 3, ry - 3, half - 4), power=4), over=over)
         back = y + ry
         sketch.add("cortical_bone", Capsule((0, back + 14, z), (0, back + 23, z - 0.6 * half), 5, 4), over=over)
-        for s in (-1, 1):
+        for s in (-1.0, 1.0):
             sketch.add("cortical_bone", Capsule((s * 12, back + 3, z), (0, back + 18, z), 4.5, 4.5), over=over)
             sketch.add("cortical_bone", Capsule((s * 10, back + 8, z), (s * (rx + 14), back + 10, z), 4, 4), over=over)
         canal = Capsule((0, back + 8, z - half), (0, spine_y(z + half) + ry + 8, z + half), 8, 8)

@@ -1,0 +1,56 @@
+"""Two trivial predictors that a network has to beat: the district's mean, and a look-up from HU to SUV.
+
+Both are fitted on the training cases, per district, in units of [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.types import District, FloatVolume, LabelVolume
+from training.cases import Case
+
+BINS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Baselines:
+    """`means` [5] by district label, `lookup` [5, BINS] by district label and scaled HU."""
+
+    means: NDArray[np.float32]
+    lookup: NDArray[np.float32]
+
+    def predict_mean(self, districts: LabelVolume) -> FloatVolume:
+        """Every voxel gets its district's mean."""
+        return self.means[districts]
+
+    def predict_lookup(self, ct_unit: FloatVolume, districts: LabelVolume) -> FloatVolume:
+        """Every voxel gets the mean of the training voxels of its district and HU."""
+        return self.lookup[districts, _bin(ct_unit)]
+
+
+def _bin(ct_unit: NDArray[np.floating]) -> NDArray[np.intp]:
+    return np.minimum((ct_unit * BINS).astype(np.intp), BINS - 1)
+
+
+def fit_baselines(cases: Sequence[Case]) -> Baselines:
+    """Means per district and per (district, HU bin); an empty bin takes its nearest filled neighbor's value."""
+    size = len(District) + 1
+    sums, counts = np.zeros((size, BINS)), np.zeros((size, BINS))
+    for case in cases:
+        body = np.asarray(case.districts) > 0
+        flat = case.districts[body].astype(np.intp) * BINS + _bin(case.ct[body].astype(np.float32))
+        counts += np.bincount(flat, minlength=size * BINS).reshape(size, BINS)
+        sums += np.bincount(flat, case.pet[body].astype(np.float64), minlength=size * BINS).reshape(size, BINS)
+    means = np.divide(sums.sum(1), counts.sum(1), out=np.zeros(size), where=counts.sum(1) > 0)
+    lookup = np.zeros((size, BINS))
+    for label in range(1, size):
+        filled = np.flatnonzero(counts[label])
+        if filled.size:
+            nearest = filled[np.abs(np.arange(BINS)[:, None] - filled[None, :]).argmin(axis=1)]
+            lookup[label] = sums[label, nearest] / counts[label, nearest]
+    return Baselines(means.astype(np.float32), lookup.astype(np.float32))
