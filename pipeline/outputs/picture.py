@@ -56,7 +56,7 @@ FUSION_COLORS = "hot"
 FUSION_FROM_SUV, FUSION_FULL_SUV = 0.5, 4.0  # g/ml: below the first only CT, from the second as opaque as it gets
 FUSION_OPACITY = 0.7
 NOT_EVALUATED_RGBA = (0.35, 0.45, 0.75, 0.9)  # blue stripes: no gray, which would read as a value
-STRIPE_MM = 12.0
+STRIPE_MM = 24.0
 DISTRICT_COLORS = {
     District.HEAD: "#e6b422",
     District.TRUNK: "#4aa3df",
