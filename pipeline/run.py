@@ -206,7 +206,7 @@ def _synthesize_districts(
 
 
 def _margin(manifest: Manifest) -> int:
-    return manifest.overlap // 2
+    return manifest.overlap // 4
 
 
 class _WindowCounter:
