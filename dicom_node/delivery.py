@@ -127,9 +127,9 @@ class Deliveries:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        self._threads = [threading.Thread(target=self._dispatch, name="delivery-dispatch")]
+        self._threads = [threading.Thread(target=self._dispatch, name="delivery-dispatch", daemon=True)]
         for name in self._lanes:
-            self._threads.append(threading.Thread(target=self._drive, args=(name,), name=f"delivery-{name}"))
+            self._threads.append(threading.Thread(target=self._drive, args=(name,), name=f"delivery-{name}", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -149,6 +149,12 @@ class Deliveries:
     def wake(self) -> None:
         """Something was put into the outbox: look now."""
         self._wake.set()
+
+    @property
+    def in_hand(self) -> int:
+        """How many deliveries are claimed and not ended."""
+        with self._lock:
+            return len(self._in_hand)
 
     @property
     def alive(self) -> bool:

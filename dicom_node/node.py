@@ -210,7 +210,7 @@ class Ticker:
     def __init__(self, name: str, function: Callable[[], object], interval_s: float) -> None:
         self._function, self._interval_s = function, interval_s
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name=name)
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()

@@ -146,7 +146,7 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._loop, name="worker")
+        self._thread = threading.Thread(target=self._loop, name="worker", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:

@@ -1,0 +1,364 @@
+"""Deliveries from the outbox: every way a destination can be wrong, with a real ledger, spool and SCP."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_pacs import FakePacs, free_port
+from result_factory import sop_uids, write_instances
+
+from dicom_node.config import Config, DestinationConfig, NodeConfig, PeerConfig, StorageConfig
+from dicom_node.delivery import Deliveries, Verdict, missing, settle
+from dicom_node.net.scu import SendOutcome
+from storage.ledger import Ledger, open_ledger
+from storage.records import Delivery, DeliveryState, JobState, NewDelivery, SeriesInfo
+from storage.spool import Spool
+
+OWNER = "node-test"
+COUNT = 4
+SC, PET = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.128"
+
+
+def config_for(root: Path, *pacs: FakePacs, **changes: Any) -> Config:
+    """One destination for each PACS, called pacs0, pacs1, ...; quick retries."""
+    peers = tuple(one.peer(f"pacs{i}") for i, one in enumerate(pacs))
+    return Config(
+        node=NodeConfig(acse_timeout_s=5, dimse_timeout_s=5, network_timeout_s=5),
+        storage=StorageConfig(root=root),
+        peers=peers,
+        destinations=tuple(
+            DestinationConfig(name=peer.name, peer=peer.name, first_retry_s=0.05, max_retry_s=0.1, **changes)
+            for peer in peers
+        ),
+    )
+
+
+class Desk:
+    """A ledger and a spool with a finished job, and the deliveries under test."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.spool = Spool(root, min_free_bytes=0)
+        self.ledger: Ledger = open_ledger(f"sqlite:///{root / 'ledger.sqlite'}")
+        self.job_id = ""
+        self.files: dict[str, list[Path]] = {}
+        self._running: Deliveries | None = None
+
+    def finish_job(self, config: Config, kinds: dict[str, str] | None = None) -> None:
+        """A job whose result of `COUNT` instances per kind waits in the outbox for every destination."""
+        job = self.ledger.open_job(SeriesInfo(study_uid="1.2", series_uid="1.2.3"))
+        self.ledger.move(job.id, JobState.QUEUED, code="chosen", text="")
+        assert self.ledger.claim(OWNER, lease_s=60)
+        folder = self.spool.result_folder(job.id)
+        kinds = kinds or {"pet": SC}
+        self.files = {k: write_instances(folder / f"{k}-sc", COUNT, sop_class_uid=c) for k, c in kinds.items()}
+        (folder / "result.json").write_text(json.dumps({}))
+        self.ledger.complete_run(
+            job.id,
+            OWNER,
+            deliveries=[
+                NewDelivery(destination=d.name, kind=kind, encoding="sc", series_uid=f"1.{i}", instances=COUNT)
+                for d in config.destinations
+                for i, kind in enumerate(kinds)
+            ],
+        )
+        self.job_id = job.id
+
+    def deliver(self, config: Config, **changes: Any) -> Deliveries:
+        self._running = Deliveries(config, self.ledger, self.spool, owner=OWNER, poll_s=0.02, **changes)
+        self._running.start()
+        return self._running
+
+    @property
+    def state(self) -> JobState:
+        return self.ledger.get(self.job_id).state
+
+    def delivery(self, index: int = 0) -> Delivery:
+        return self.ledger.deliveries(self.job_id)[index]
+
+    def until(self, what: Callable[[], bool]) -> None:
+        """Wait for something that must come; the limit is only there for a test that fails."""
+        for _ in range(2000):
+            if what():
+                return
+            time.sleep(0.01)
+        pytest.fail(f"it did not come: job {self.state}, deliveries {self.ledger.deliveries(self.job_id)}")
+
+    def close(self) -> None:
+        if self._running:
+            self._running.stop()
+        self.ledger.close()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(tmp_path / "spool")
+    yield made
+    made.close()
+
+
+def test_a_result_is_delivered_and_the_job_is_done(desk: Desk) -> None:
+    with FakePacs() as pacs:
+        config = config_for(desk.root, pacs)
+        desk.finish_job(config)
+        desk.deliver(config)
+        desk.until(lambda: desk.state is JobState.DONE)
+    assert pacs.received.order == sop_uids(desk.files["pet"])
+    assert pacs.received.associations == 1
+    assert (desk.delivery().state, desk.delivery().sent) == (DeliveryState.SENT, COUNT)
+
+
+def test_a_destination_that_is_down_gets_it_when_it_is_back(desk: Desk) -> None:
+    pacs = FakePacs(port=free_port())
+    config = config_for(desk.root, pacs)
+    desk.finish_job(config)
+    desk.deliver(config)
+    desk.until(lambda: desk.delivery().attempts >= 2)
+    assert desk.delivery().reason_code == "connection_failed"
+    assert desk.state is JobState.DELIVERING
+    with pacs:
+        desk.until(lambda: desk.state is JobState.DONE)
+    assert pacs.instances == set(sop_uids(desk.files["pet"]))
+
+
+def test_a_destination_that_stays_down_fails_after_its_attempts(desk: Desk) -> None:
+    config = config_for(desk.root, FakePacs(port=free_port()), max_attempts=3)
+    desk.finish_job(config)
+    desk.deliver(config)
+    desk.until(lambda: desk.state is JobState.FAILED)
+    assert desk.delivery().attempts == 3
+    assert "given up after 3 attempts" in desk.delivery().reason
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"known_callers": ["SOMEBODY"]}, "association_rejected"),
+        ({"classes": [PET]}, "no_presentation_context"),
+        ({"status_for": lambda uid, times: 0xC000}, "instances_refused"),
+        ({"status_for": lambda uid, times: 0xA900}, "instances_refused"),
+    ],
+)
+def test_a_permanent_refusal_fails_at_the_first_attempt(desk: Desk, wrong: dict[str, Any], code: str) -> None:
+    with FakePacs(**wrong) as pacs:
+        config = config_for(desk.root, pacs)
+        desk.finish_job(config)
+        desk.deliver(config)
+        desk.until(lambda: desk.state is JobState.FAILED)
+    assert (desk.delivery().attempts, desk.delivery().reason_code) == (1, code)
+    assert "PACS at 127.0.0.1" in desk.delivery().reason
+
+
+def test_out_of_resources_is_tried_again_with_the_missing_instances_only(desk: Desk) -> None:
+    seen: list[str] = []
+
+    def half(uid: str, times: int) -> int:
+        seen.append(uid)
+        return 0xA700 if len(seen) % 2 == 0 and times == 1 else 0x0000
+
+    with FakePacs(status_for=half) as pacs:
+        config = config_for(desk.root, pacs)
+        desk.finish_job(config)
+        desk.deliver(config)
+        desk.until(lambda: desk.state is JobState.DONE)
+    uids = sop_uids(desk.files["pet"])
+    assert pacs.received.order == uids + uids[1::2]
+    assert (desk.delivery().sent, desk.delivery().attempts) == (COUNT, 2)
+
+
+def test_an_aborted_association_is_taken_up_where_it_broke(desk: Desk) -> None:
+    with FakePacs(abort_after=[2]) as pacs:
+        config = config_for(desk.root, pacs)
+        desk.finish_job(config)
+        desk.deliver(config)
+        desk.until(lambda: desk.state is JobState.DONE)
+    uids = sop_uids(desk.files["pet"])
+    assert pacs.instances == set(uids)
+    assert [pacs.received.attempts[uid] for uid in uids] == [1, 1, 2, 1]
+
+
+def test_a_dead_destination_does_not_delay_another(desk: Desk) -> None:
+    with FakePacs() as alive:
+        dead = FakePacs(port=free_port())
+        config = config_for(desk.root, dead, alive)
+        desk.finish_job(config)
+        desk.deliver(config)
+        desk.until(lambda: desk.delivery(1).state is DeliveryState.SENT)
+        assert desk.state is JobState.DELIVERING
+        with dead:
+            desk.until(lambda: desk.state is JobState.DONE)
+    assert dead.instances == alive.instances
+
+
+def test_a_slow_destination_is_sending_while_another_is_served(desk: Desk) -> None:
+    with FakePacs(delay_s=0.3) as slow, FakePacs() as quick:
+        config = config_for(desk.root, slow, quick)
+        desk.finish_job(config)
+        desk.deliver(config)
+        desk.until(lambda: desk.delivery(1).state is DeliveryState.SENT)
+        assert desk.delivery(0).state is DeliveryState.SENDING
+        desk.until(lambda: desk.state is JobState.DONE)
+
+
+def test_a_refused_mip_is_skipped_and_the_job_is_done(desk: Desk) -> None:
+    with FakePacs(classes=[PET]) as pacs:
+        config = config_for(desk.root, pacs)
+        desk.finish_job(config, {"pet": PET, "mip": SC})
+        desk.deliver(config)
+        desk.until(lambda: desk.state is JobState.DONE)
+    assert [d.state for d in desk.ledger.deliveries(desk.job_id)] == [DeliveryState.SENT, DeliveryState.CANCELLED]
+    assert desk.delivery(1).reason_code == "optional_refused"
+
+
+def test_a_result_that_is_gone_from_the_outbox_fails_by_name(desk: Desk) -> None:
+    with FakePacs() as pacs:
+        config = config_for(desk.root, pacs)
+        desk.finish_job(config)
+        desk.files["pet"][0].unlink()
+        desk.deliver(config)
+        desk.until(lambda: desk.state is JobState.FAILED)
+    assert desk.delivery().reason_code == "result_missing"
+    assert pacs.received.order == []
+
+
+def test_a_destination_that_left_the_configuration_fails_by_name(desk: Desk) -> None:
+    with FakePacs() as pacs:
+        desk.finish_job(config_for(desk.root, pacs))
+        desk.deliver(Config(storage=StorageConfig(root=desk.root)))
+        desk.until(lambda: desk.state is JobState.FAILED)
+    assert desk.delivery().reason_code == "unknown_destination"
+
+
+def test_cancelling_stops_the_sending(desk: Desk) -> None:
+    with FakePacs(delay_s=0.4) as pacs:
+        config = config_for(desk.root, pacs)
+        config = config.model_copy(update={"engine": config.engine.model_copy(update={"lease_s": 0.3})})
+        desk.finish_job(config)
+        deliveries = desk.deliver(config)
+        pacs.got_one.wait(10)
+        desk.ledger.cancel(desk.job_id)
+        desk.until(lambda: deliveries.in_hand == 0)
+    assert desk.state is JobState.CANCELLED
+    assert len(pacs.instances) < COUNT
+
+
+def test_stopping_gives_the_rest_back_and_the_next_start_sends_it(desk: Desk) -> None:
+    with FakePacs(delay_s=0.2) as pacs:
+        config = config_for(desk.root, pacs)
+        desk.finish_job(config)
+        first = desk.deliver(config)
+        pacs.got_one.wait(10)
+        first.stop()
+        stopped = desk.delivery()
+        assert (stopped.state, stopped.reason_code) == (DeliveryState.PENDING, "interrupted")
+        assert 1 <= stopped.sent < COUNT
+        desk.deliver(config)
+        desk.until(lambda: desk.state is JobState.DONE)
+    assert all(times == 1 for times in pacs.received.attempts.values())
+
+
+def test_a_start_sends_again_what_an_earlier_life_was_sending(desk: Desk) -> None:
+    with FakePacs() as pacs:
+        config = config_for(desk.root, pacs)
+        desk.finish_job(config)
+        assert desk.ledger.claim_delivery(OWNER, lease_s=3600)  # and then the process was killed
+        deliveries = Deliveries(config, desk.ledger, desk.spool, owner=OWNER, poll_s=0.02)
+        deliveries.reclaim()
+        assert desk.delivery().state is DeliveryState.PENDING
+        desk.deliver(config)
+        desk.until(lambda: desk.state is JobState.DONE)
+    assert len(pacs.instances) == COUNT
+
+
+def test_a_lease_of_another_owner_is_left_alone(desk: Desk) -> None:
+    config = config_for(desk.root, FakePacs(port=free_port()))
+    desk.finish_job(config)
+    assert desk.ledger.claim_delivery("node-other", lease_s=3600)
+    Deliveries(config, desk.ledger, desk.spool, owner=OWNER).reclaim()
+    assert desk.delivery().state is DeliveryState.SENDING
+
+
+def _delivery(**changes: Any) -> Delivery:
+    values = {
+        "id": 1,
+        "job_id": "ab",
+        "destination": "pacs",
+        "kind": "pet",
+        "encoding": "sc",
+        "series_uid": "1.2",
+        "instances": 10,
+        "state": DeliveryState.SENDING,
+        "attempts": 1,
+        "next_attempt": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=1),
+    }
+    return Delivery(**{**values, **changes})
+
+
+DESTINATION = DestinationConfig(name="pacs", peer="pacs", max_attempts=3, first_retry_s=10, max_retry_s=15)
+SENT, PENDING = DeliveryState.SENT, DeliveryState.PENDING
+FAILED, CANCELLED = DeliveryState.FAILED, DeliveryState.CANCELLED
+
+
+@pytest.mark.parametrize(
+    ("delivery", "outcome", "stored", "state", "code", "retry_in_s"),
+    [
+        ({}, {}, 10, SENT, "", None),
+        ({}, {}, 9, FAILED, "result_incomplete", None),
+        ({}, {"code": "connection_failed"}, 0, PENDING, "connection_failed", 10.0),
+        ({"attempts": 2}, {"code": "connection_failed"}, 0, PENDING, "connection_failed", 15.0),
+        ({"attempts": 3}, {"code": "connection_failed"}, 0, FAILED, "connection_failed", None),
+        ({"attempts": 3}, {"code": "interrupted"}, 5, PENDING, "interrupted", 0.0),
+        ({}, {"code": "association_rejected", "permanent": True}, 0, FAILED, "association_rejected", None),
+        ({}, {"code": "association_rejected"}, 0, PENDING, "association_rejected", 10.0),
+        ({}, {"code": "no_presentation_context", "permanent": True}, 0, FAILED, "no_presentation_context", None),
+        (
+            {"kind": "mip"},
+            {"code": "no_presentation_context", "permanent": True},
+            0,
+            CANCELLED,
+            "optional_refused",
+            None,
+        ),
+        ({"kind": "mip"}, {"code": "instances_refused", "permanent": True}, 0, FAILED, "instances_refused", None),
+        ({}, {"code": "instances_deferred"}, 5, PENDING, "instances_deferred", 10.0),
+    ],
+)
+def test_what_becomes_of_a_delivery(
+    delivery: dict[str, Any],
+    outcome: dict[str, Any],
+    stored: int,
+    state: DeliveryState,
+    code: str,
+    retry_in_s: float | None,
+) -> None:
+    verdict = settle(_delivery(**delivery), SendOutcome(**outcome), stored, DESTINATION)
+    assert (verdict.state, verdict.code, verdict.retry_in_s) == (state, code, retry_in_s)
+    assert isinstance(verdict, Verdict)
+
+
+@pytest.mark.parametrize(
+    ("sent", "statuses", "expected"),
+    [
+        (0, {}, None),
+        (0, {"*": "not_sent"}, None),
+        (9, {"1.1": "0xa700"}, frozenset({"1.1"})),
+        (8, {"1.1": "0xA700"}, None),  # one is not accounted for: all again
+        (8, {"1.1": "0xA700", "1.2": "not_sent"}, frozenset({"1.1", "1.2"})),
+    ],
+)
+def test_only_what_is_surely_missing_is_sent_alone(
+    sent: int, statuses: dict[str, str], expected: frozenset[str] | None
+) -> None:
+    assert missing(_delivery(sent=sent, statuses=statuses)) == expected
+
+
+def test_a_peer_is_what_a_destination_names() -> None:
+    peer = PeerConfig(name="archive", ae_title="ARCHIVE")
+    config = Config(peers=(peer,), destinations=(DestinationConfig(name="night", peer="archive"),))
+    assert config.peer(config.destinations[0].peer) is peer
