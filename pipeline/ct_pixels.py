@@ -90,16 +90,21 @@ def _decode(frames: Sequence[Frame]) -> Iterator[NDArray[np.uint16]]:
         raise _truncated(first) if pixels.transfer_syntax.is_encapsulated else _missing(first)
     if not pixels.transfer_syntax.is_encapsulated and len(ds.PixelData) < pixels.frame_bytes:
         raise _truncated(first)
+    arrays = get_decoder(pixels.transfer_syntax).iter_array(ds, raw=True, indices=[f.index for f in frames])
+    for frame in frames:
+        array = _next_array(arrays, frame)
+        if array.shape != (pixels.rows, pixels.columns) or array.dtype.itemsize != 2:
+            raise _undecodable(frame, f"a decoded plane of {array.shape} {array.dtype}")
+        yield np.ascontiguousarray(array).view(np.uint16)
+
+
+def _next_array(arrays: Iterator[tuple[NDArray[Any], dict[str, Any]]], frame: Frame) -> NDArray[Any]:
     try:
-        arrays = get_decoder(pixels.transfer_syntax).iter_array(ds, raw=True, indices=[f.index for f in frames])
-        for frame, (array, _) in zip(frames, arrays, strict=True):
-            if array.shape != (pixels.rows, pixels.columns) or array.dtype.itemsize != 2:
-                raise _undecodable(frame, f"a decoded plane of {array.shape} {array.dtype}")
-            yield np.ascontiguousarray(array).view(np.uint16)
-    except UnsupportedSeries:
+        return next(arrays)[0]
+    except (KeyboardInterrupt, SystemExit, MemoryError):  # not the file's fault
         raise
-    except Exception as error:  # codecs raise anything on broken data
-        raise _undecodable(first, type(error).__name__) from error
+    except BaseException as error:  # codecs raise anything on broken data; pylibjpeg-rle's panics are no Exception
+        raise _undecodable(frame, type(error).__name__) from error
 
 
 def _truncated(frame: Frame) -> UnsupportedSeries:

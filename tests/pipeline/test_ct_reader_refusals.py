@@ -232,6 +232,15 @@ def test_broken_compressed_pixels_are_refused(tmp_path, syntax):
     assert refusal(paths).code in ("undecodable_pixel_data", "not_dicom", "truncated_pixel_data")
 
 
+def test_a_run_length_segment_that_overruns_its_plane_is_refused_though_the_decoder_panics(tmp_path):
+    paths = write_ct(tmp_path, some_hu((4, 48, 40)), transfer_syntax=RLELossless)
+    data = bytearray(paths[2].read_bytes())
+    first = data.index(b"\xe0\x7f\x10\x00") + 12 + 12 + 8 + 64  # element, offset table, item, RLE header
+    data[first : first + 200] = bytes([0x81, 7] * 100)  # each pair is a run of 128 bytes: 12,800 for 1,920 pixels
+    paths[2].write_bytes(bytes(data))
+    assert refusal(paths).code == "undecodable_pixel_data"
+
+
 def test_an_unknown_transfer_syntax_is_refused(tmp_path):
     paths = series(tmp_path)
     data = paths[0].read_bytes()
