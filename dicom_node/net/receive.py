@@ -106,7 +106,8 @@ class Receiver:
         Raises OSError when the address is taken.
         """
         node = self._config.node
-        self._server = make_server(self._ae, node, self._handlers(), port=node.port if port is None else port)
+        wanted = node.port if port is None else port
+        self._server = make_server(self._ae, node, self._handlers(), port=wanted, poll=self._reap)
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_S,), name="dicom-acceptor", daemon=True
         )
@@ -198,6 +199,13 @@ class Receiver:
                 return None
             self._refusals[code, text] = (now, 0)
             return left_out
+
+    def _reap(self) -> None:
+        """Give back the places of associations whose thread ended without an event (pynetdicom after a bad PDU)."""
+        with self._lock:
+            dead = [assoc for assoc in self._tokens if not assoc.is_alive()]
+        for assoc in dead:
+            self._closed(assoc, aborted=True)
 
     def _closed(self, assoc: PynetAssociation, *, aborted: bool) -> None:
         with self._lock:

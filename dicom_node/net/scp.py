@@ -7,9 +7,10 @@ pydicom can decode here; the rest in whatever it comes, because nobody will deco
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 from pydicom.pixels.decoders.base import get_decoder
@@ -62,6 +63,7 @@ _PUBLIC_ROOT = "1.2.840.10008."
 _STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."  # PS3.6 annex A: current and retired storage classes lie here
 _STORAGE_SERVICE_CLASS = StorageServiceClass.uid
 
+_POLLS_PER_COLLECTION = 300  # every 30 s at 10 turns a second
 _CONNECTIONS_PER_ASSOCIATION = 4  # sockets that may wait for their A-ASSOCIATE-RQ, per allowed association
 
 
@@ -144,6 +146,15 @@ class _Server(ThreadedAssociationServer):
     daemon_threads = True
     request_queue_size = 64  # the kernel's backlog; pynetdicom's 5 drops connections of a busy router
     connection_limit = 0  # 0: none
+    poll: Callable[[], None] = staticmethod(lambda: None)
+    _polls = 0
+
+    def service_actions(self) -> None:
+        """Called at every turn of the listening loop; pynetdicom needs its dead threads collected by hand."""
+        self.poll()
+        self._polls += 1
+        if self._polls % _POLLS_PER_COLLECTION == 0:
+            gc.collect()
 
     def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
         request, address = super().get_request()
@@ -172,13 +183,18 @@ def build_ae(node: NodeConfig) -> AE:
     return ae
 
 
-def make_server(ae: AE, node: NodeConfig, handlers: list[EventHandlerType], *, port: int) -> ThreadedAssociationServer:
+def make_server(
+    ae: AE, node: NodeConfig, handlers: list[EventHandlerType], *, port: int, poll: Callable[[], None]
+) -> ThreadedAssociationServer:
     """Bind and listen (port 0: any free one); the caller runs `serve_forever` in a thread of its own.
+
+    `poll` is called at every turn of that loop.
 
     Raises OSError when the address cannot be bound.
     """
     server = ae.make_server((node.host, port), evt_handlers=handlers, server_class=_Server)
     assert isinstance(server, _Server)
+    server.poll = poll
     server.connection_limit = node.max_associations * (1 + _CONNECTIONS_PER_ASSOCIATION)
     ae._servers.append(server)  # as AE.start_server does: shutdown() removes it
     return server

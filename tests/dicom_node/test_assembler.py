@@ -306,6 +306,8 @@ def test_a_hostile_header_puts_its_file_aside(
     assert (intake.job().state, intake.job().instances) == (QUEUED, 5)
     (event,) = intake.ledger.search_events(code="quarantined")
     assert event.details["reason"] == code
+    if code in {"uid_mismatch", "mixed_study"}:
+        assert event.details["accession"] == "ACC1"
     assert "\n" not in event.text
 
 

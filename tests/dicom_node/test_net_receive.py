@@ -310,6 +310,20 @@ def test_an_abort_gives_the_place_back_and_keeps_what_was_acknowledged(intake: I
     assert len(intake.spool.incoming()) == 3
 
 
+@pytest.mark.parametrize("last_words", [b"", b"\x04\x00\x00\x00\x00\x10" + b"\xff" * 16, b"\x99" * 64])
+def test_a_sender_that_breaks_off_or_talks_nonsense_gives_its_place_back(intake: Intake, last_words: bytes) -> None:
+    assoc = intake.associate()
+    wire = assoc.dul.socket.socket
+    intake.wait(lambda: len(intake.registry.open_tokens()) == 1)
+    wire.sendall(last_words)
+    if not last_words:
+        wire.shutdown(socket.SHUT_RDWR)
+    intake.wait(lambda: not intake.registry.open_tokens())
+    with intake.association([(VERIFICATION, ())]) as other:
+        assert other.send_c_echo().Status == 0x0000
+    assoc.kill()
+
+
 def test_a_connection_that_says_nothing_holds_no_place(intake: Intake) -> None:
     with socket.create_connection(("127.0.0.1", intake.port)) as silent:
         silent.sendall(b"GET / HTTP/1.1\r\n\r\n")
