@@ -32,6 +32,9 @@ def run(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
     blending: Annotated[str, typer.Option(help="How windows overlap: bundle (as trained), mean, gaussian")] = "bundle",
     stitching: Annotated[str, typer.Option(help="How districts meet: bundle, hard, feathered")] = "bundle",
+    min_coverage_mm: Annotated[
+        float, typer.Option(min=0.0, help="Refuse a shorter scan; the node's own limit is [gate] min_coverage_mm.")
+    ] = 30.0,
     mip: Annotated[bool, typer.Option("--mip/--no-mip", help="Also write the MIP picture as DICOM.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in OUT_FOLDER.")] = False,
 ) -> None:
@@ -53,6 +56,7 @@ def run(
         device=device,
         blending=blending,
         stitching=stitching,
+        min_coverage_mm=min_coverage_mm,
         output=OutputOptions(encodings=("sc", "pet") if encoding is Encodings.BOTH else (encoding.value,), mip=mip),
     )
     paths = choose_ct(ct_folder)
