@@ -5,8 +5,10 @@ Every object is marked as a phantom. UIDs follow from the spec, so the same phan
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import highdicom as hd
 import numpy as np
@@ -14,6 +16,7 @@ from pydicom import Dataset, dcmread
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import (
+    UID,
     CTImageStorage,
     ExplicitVRLittleEndian,
     PositronEmissionTomographyImageStorage,
@@ -47,7 +50,8 @@ def write_ct_series(phantom: Phantom, folder: Path, *, matrix: int | None = 512)
     hu = phantom.hu if grid == phantom.grid else resample(phantom.hu, phantom.grid, grid, fill=-1024.0)
     folder.mkdir(parents=True, exist_ok=True)
     common = _common(phantom, grid, "ct", "CT")
-    common.update(
+    _fill(
+        common,
         {
             "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
             "SeriesDescription": "PHANTOM WB 4.0 B40f",
@@ -62,7 +66,7 @@ def write_ct_series(phantom: Phantom, folder: Path, *, matrix: int | None = 512)
             "AcquisitionNumber": "1",
             "WindowCenter": "40",
             "WindowWidth": "400",
-        }
+        },
     )
     stored = np.clip(np.rint(hu - CT_INTERCEPT), 0, 4095).astype("<u2")
     return [
@@ -87,7 +91,8 @@ def write_pet_series(phantom: Phantom, folder: Path) -> list[Path]:
     medicine.RadionuclidePositronFraction = "0.97"
     medicine.RadionuclideCodeSequence = [_code("77004003", "SCT", "^18^Fluorine")]
     medicine.RadiopharmaceuticalCodeSequence = [_code("35321007", "SCT", "Fluorodeoxyglucose F^18^")]
-    common.update(
+    _fill(
+        common,
         {
             "ImageType": ["ORIGINAL", "PRIMARY"],
             "SeriesDescription": "PHANTOM WB PET",
@@ -104,7 +109,7 @@ def write_pet_series(phantom: Phantom, folder: Path) -> list[Path]:
             "BitsStored": 16,
             "HighBit": 15,
             "PixelRepresentation": 1,
-        }
+        },
     )
     common.RadiopharmaceuticalInformationSequence = [medicine]
     bqml_per_suv = INJECTED_BQ * decay_factor(UPTAKE) / (round(phantom.weight_kg, 1) * 1000)
@@ -169,6 +174,11 @@ def write_seg(phantom: Phantom, folder: Path, ct_paths: list[Path]) -> Path:
     return path
 
 
+def _fill(ds: Dataset, values: Mapping[str, Any]) -> None:
+    for keyword, value in values.items():
+        setattr(ds, keyword, value)
+
+
 def _uid(phantom: Phantom, *parts: object) -> str:
     return str(generate_uid(entropy_srcs=["phantom", repr(phantom.spec), *(str(p) for p in parts)]))
 
@@ -197,7 +207,8 @@ def _common(phantom: Phantom, grid: Grid, kind: str, modality: str) -> Dataset:
     dz, dy, dx = grid.spacing_mm
     date, time = f"{SCANNED:%Y%m%d}", f"{SCANNED:%H%M%S}"
     ds = Dataset()
-    ds.update(
+    _fill(
+        ds,
         {
             "SpecificCharacterSet": "ISO_IR 100",
             "PatientName": f"PHANTOM^{phantom.spec.seed}",
@@ -234,7 +245,7 @@ def _common(phantom: Phantom, grid: Grid, kind: str, modality: str) -> Dataset:
             "SamplesPerPixel": 1,
             "PhotometricInterpretation": "MONOCHROME2",
             "BitsAllocated": 16,
-        }
+        },
     )
     return ds
 
@@ -260,7 +271,7 @@ def _write(path: Path, ds: Dataset, sop_class_uid: str, pixels: FloatVolume | np
     ds.SOPClassUID = sop_class_uid
     ds.add_new("PixelData", "OW", pixels.tobytes())
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = sop_class_uid, ds.SOPInstanceUID
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = UID(sop_class_uid), ds.SOPInstanceUID
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     file = FileDataset(str(path), ds, file_meta=meta, preamble=b"\0" * 128)
     file.save_as(path, enforce_file_format=True)
