@@ -42,7 +42,7 @@ def main() -> None:
     def ours() -> np.ndarray:
         return synthesize(
             ct, mask, network, window=WINDOW, overlap=OVERLAP, blending="gaussian", batch=compute.batch,
-            device=compute.device,
+            device=compute.device, margin=0,
         )  # fmt: skip
 
     def monai() -> np.ndarray:
@@ -53,8 +53,8 @@ def main() -> None:
             return np.asarray(out[0, 0].cpu())
 
     seconds = interleave({"ours": ours, "monai": monai}, arguments.rounds)
-    lattice = place_windows(mask, window=WINDOW, overlap=OVERLAP)
-    every = place_windows(np.ones_like(mask), window=WINDOW, overlap=OVERLAP)
+    lattice = place_windows(mask, window=WINDOW, overlap=OVERLAP, margin=0)
+    every = place_windows(np.ones_like(mask), window=WINDOW, overlap=OVERLAP, margin=0)
     assert lattice is not None
     assert every is not None
     median = {name: statistics.median(values) for name, values in seconds.items()}

@@ -196,17 +196,12 @@ def _synthesize_districts(
                 batch=rung.batch,
                 device=rung.device,
                 precision=rung.precision,
-                margin=_margin(manifest),
                 on_progress=counter.listener(district),
             )
 
         # a rung that had no memory for one district is not tried again for the next
         volumes[district], compute = with_fallbacks(work, compute, fallbacks.append)
     return volumes, tuple(fallbacks)
-
-
-def _margin(manifest: Manifest) -> int:
-    return manifest.overlap // 4
 
 
 class _WindowCounter:
@@ -219,7 +214,7 @@ class _WindowCounter:
         self._on_progress = on_progress
         self._total = 0
         for mask in masks.values():
-            lattice = place_windows(mask, window=manifest.window, overlap=manifest.overlap, margin=_margin(manifest))
+            lattice = place_windows(mask, window=manifest.window, overlap=manifest.overlap)
             self._total += 0 if lattice is None else len(lattice.starts)
 
     def listener(self, district: District) -> Callable[[int, int], None]:

@@ -28,7 +28,7 @@ def stitch(
             hold values up to half of `feather_mm` beyond its district (see `reach`). A district that is missing
             here is left at 0.
         mode: "hard" (eq. 15) or "feathered".
-        feather_mm: the width of the ramp from one district to the next, centred on their border. Districts that
+        feather_mm: the width of the ramp from one district to the next, centered on their border. Districts that
             air parts are not mixed across more than half of it.
 
     Returns:
@@ -104,7 +104,7 @@ def _near(districts: DistrictMap, own: NDArray[np.bool_], feather_mm: float) -> 
 
 
 def _reach_voxels(districts: DistrictMap, feather_mm: float) -> tuple[int, ...]:
-    # half of the ramp lies beyond the border, and the border half a voxel before the first centre beyond it
+    # half of the ramp lies beyond the border, and the border half a voxel before the first center beyond it
     return tuple(int((feather_mm / 2 + min(districts.grid.spacing_mm) / 2) / s) for s in districts.grid.spacing_mm)
 
 
@@ -121,7 +121,7 @@ def _signed_distance_mm(
 ) -> FloatVolume:
     """Distance to the border between `inside` and `others`: negative on the inner side.
 
-    Between voxel centres, less half a voxel, so that the border lies between two neighbors. A side that is
+    Between voxel centers, less half a voxel, so that the border lies between two neighbors. A side that is
     empty leaves the other without a border: infinitely far.
     """
     to_inside = _distance_mm(inside, spacing_mm)

@@ -53,7 +53,7 @@ def synthesize(
     batch: int,
     device: torch.device,
     precision: str = "fp32",
-    margin: int = 0,
+    margin: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> FloatVolume:
     """The network's output over the windows that contain a voxel of `mask`.
@@ -67,8 +67,7 @@ def synthesize(
         blending: "mean" (the paper's eq. 14) or "gaussian".
         batch: windows at once; the last batch may be smaller.
         precision: "fp32", or "bf16" by autocast.
-        margin: voxels by which the lattice reaches beyond the mask's box, so that its border is not only seen by
-            the outermost voxels of a window. It adds no window that has no voxel of the mask.
+        margin: voxels by which the lattice reaches beyond the mask's box; None: `context_voxels`.
         on_progress: called with (windows done, windows in all).
 
     Returns:
@@ -105,11 +104,21 @@ def _check(
         raise GeometryError(f"synthesis: precision {precision!r} is not one of {sorted(PRECISIONS)}")
 
 
-def place_windows(mask: NDArray[np.bool_], *, window: int, overlap: int, margin: int = 0) -> Lattice | None:
+def context_voxels(overlap: int) -> int:
+    """How far the lattice reaches beyond a mask's box, so that its border is not only seen by a window's last voxels.
+
+    On a network of 250 steps, half the overlap lowered the MAE of a district by 1 to 6 % against none, for up to
+    twice the windows. No window without a voxel of the mask is added.
+    """
+    return overlap // 2
+
+
+def place_windows(mask: NDArray[np.bool_], *, window: int, overlap: int, margin: int | None = None) -> Lattice | None:
     """The windows that contain a voxel of the mask, in lattice order; None for an empty mask.
 
-    The lattice is centred on the mask's bounding box grown by `margin`, and covers all of it.
+    The lattice is centered on the mask's bounding box grown by `margin`, and covers all of it.
     """
+    margin = context_voxels(overlap) if margin is None else margin
     box = bounding_box(mask)
     if box is None:
         return None

@@ -80,7 +80,7 @@ def test_hard_takes_each_voxel_from_its_own_district() -> None:
 def test_feathered_is_a_ramp_over_the_feather_centered_on_the_border() -> None:
     districts = column(2, 2, 2, 2, 1, 1, 1, 1)
     out = stitch(filled(districts, {HEAD: 1.0, TRUNK: 0.0}), districts, mode="feathered", feather_mm=16.0)
-    # 4 mm voxels: centres at 2 and 6 mm on either side of the border, 16 mm from 0 to 1
+    # 4 mm voxels: centers at 2 and 6 mm on either side of the border, 16 mm from 0 to 1
     np.testing.assert_allclose(out[:, 1, 1], [0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1], atol=1e-6)
 
 
@@ -91,7 +91,7 @@ def test_the_weight_does_not_fall_toward_the_skin() -> None:
 
 
 def test_districts_that_air_parts_are_not_mixed() -> None:
-    districts = column(3, 3, 0, 0, 2, 2)  # an arm beside the trunk, 12 mm from centre to centre
+    districts = column(3, 3, 0, 0, 2, 2)  # an arm beside the trunk, 12 mm from center to center
     out = stitch(filled(districts, {ARMS: 1.0, TRUNK: 0.0}), districts, mode="feathered", feather_mm=8.0)
     np.testing.assert_array_equal(out[:, 1, 1], [1, 1, 0, 0, 0, 0])
 

@@ -41,7 +41,14 @@ def blob(shape: tuple[int, ...], seed: int = 0, share: float = 0.02) -> NDArray[
 
 
 def run(ct: FloatVolume, mask: NDArray[np.bool_], network: nn.Module, **changes: object) -> FloatVolume:
-    arguments: dict[str, object] = {"window": 8, "overlap": 4, "blending": "gaussian", "batch": 5, "device": CPU}
+    arguments: dict[str, object] = {
+        "window": 8,
+        "overlap": 4,
+        "blending": "gaussian",
+        "batch": 5,
+        "margin": 0,
+        "device": CPU,
+    }
     return synthesize(ct, mask, network, **(arguments | changes))  # type: ignore[arg-type]
 
 
@@ -88,7 +95,8 @@ def test_skipping_equals_the_dense_result_where_air_is_constant(blending: str) -
     mask = np.zeros(ct.shape, dtype=bool)
     mask[3:9, 2:6, 4:7] = mask[15:22, 12:17, 20:29] = True
     skipped = run(ct, mask, network, blending=blending)
-    lattice, every = place_windows(mask, window=8, overlap=4), place_windows(np.ones_like(mask), window=8, overlap=4)
+    lattice = place_windows(mask, window=8, overlap=4, margin=0)
+    every = place_windows(np.ones_like(mask), window=8, overlap=4, margin=0)
     assert lattice is not None
     assert every is not None
     assert len(lattice.starts) < len(every.starts)
@@ -144,9 +152,12 @@ def test_an_empty_mask_asks_the_network_nothing() -> None:
 def test_memory_follows_the_box_of_the_mask_not_the_volume() -> None:
     mask = np.zeros((200, 150, 150), dtype=bool)
     mask[90:100, 70:80, 60:75] = True
-    lattice = place_windows(mask, window=8, overlap=4)
+    lattice = place_windows(mask, window=8, overlap=4, margin=0)
     assert lattice is not None
     assert lattice.shape == (12, 12, 16)
+    with_context = place_windows(mask, window=8, overlap=4)
+    assert with_context is not None
+    assert with_context.shape == (16, 16, 20)
 
 
 def test_progress_counts_windows_to_the_end() -> None:
