@@ -140,7 +140,7 @@ class Assembler:
 
     def _too_many(self, series: IncomingSeries) -> bool:
         """One more than allowed is kept, so that a restart, too, knows that the series is too large."""
-        return len(series.instances) > self._config.intake.max_instances_per_series
+        return series.count > self._config.intake.max_instances_per_series
 
     def _series_of(self, header: InstanceHeader) -> IncomingSeries:
         known = self._series.get(header.series_uid)
@@ -227,7 +227,7 @@ class Assembler:
             if earlier is not None:
                 text = f"slices came after the job began: job {series.job.id} takes them in"
                 self._ledger.note(earlier.id, "late_slices", text, details={"successor": series.job.id})
-        count = len(series.instances)
+        count = series.count
         if series.job.instances != count:
             with suppress(NotFound):
                 series.job = self._ledger.update(series.job.id, instances=count)

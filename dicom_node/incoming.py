@@ -45,6 +45,11 @@ class IncomingSeries:
         return list({**self.inherited, **self.headers}.values())
 
     @property
+    def count(self) -> int:
+        """How many instances that are, without building the list."""
+        return len(self.headers) + sum(uid not in self.headers for uid in self.inherited)
+
+    @property
     def only_duplicates(self) -> bool:
         """Everything that came is part of an earlier job that stands."""
         return not self.headers and self.duplicates > 0

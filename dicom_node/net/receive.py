@@ -6,6 +6,7 @@ UIDs) is checked before it is used and quoted before it is logged.
 
 from __future__ import annotations
 
+import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,9 +14,6 @@ from typing import Any
 
 import structlog
 from pydicom import Dataset
-from pydicom.dataset import FileMetaDataset
-from pydicom.filebase import DicomBytesIO
-from pydicom.filewriter import write_file_meta_info
 from pydicom.tag import Tag
 from pydicom.uid import UID
 from pynetdicom import evt
@@ -57,19 +55,34 @@ _POLL_S = 0.1  # how soon the listening thread sees that it shall stop
 def file_header(*, sop_class_uid: str, sop_instance_uid: str, transfer_syntax: str) -> bytes:
     """Preamble, prefix and file meta information (PS3.10 section 7.1) for a data set that is never decoded.
 
-    It holds nothing about the sender: the same data set from two senders gives the same bytes.
+    It holds nothing about the sender: the same data set from two senders gives the same bytes. Packed by hand:
+    pydicom's writer takes 1 ms, a fifth of the whole C-STORE.
     """
-    meta = FileMetaDataset()
-    meta.FileMetaInformationVersion = b"\x00\x01"
-    meta.MediaStorageSOPClassUID = UID(sop_class_uid)
-    meta.MediaStorageSOPInstanceUID = UID(sop_instance_uid)
-    meta.TransferSyntaxUID = UID(transfer_syntax)
-    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
-    meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
-    buffer = DicomBytesIO()
-    buffer.write(b"\x00" * 128 + b"DICM")
-    write_file_meta_info(buffer, meta)
-    return buffer.getvalue()
+    elements = b"".join(
+        (
+            _META_VERSION,
+            _meta_element(0x0002, b"UI", sop_class_uid),
+            _meta_element(0x0003, b"UI", sop_instance_uid),
+            _meta_element(0x0010, b"UI", transfer_syntax),
+            _META_IMPLEMENTATION,
+        )
+    )
+    return _PREAMBLE + struct.pack("<HH2sHI", 0x0002, 0x0000, b"UL", 4, len(elements)) + elements
+
+
+def _meta_element(number: int, vr: bytes, value: str) -> bytes:
+    """One element of group 0002, Explicit VR Little Endian, padded to an even length (PS3.5 section 6.2)."""
+    raw = value.encode("ascii")
+    if len(raw) % 2:
+        raw += b"\0" if vr == b"UI" else b" "
+    return struct.pack("<HH2sH", 0x0002, number, vr, len(raw)) + raw
+
+
+_PREAMBLE = b"\0" * 128 + b"DICM"
+_META_VERSION = struct.pack("<HH2sHI", 0x0002, 0x0001, b"OB", 0, 2) + b"\x00\x01"
+_META_IMPLEMENTATION = _meta_element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID) + _meta_element(
+    0x0013, b"SH", IMPLEMENTATION_VERSION_NAME
+)
 
 
 class Receiver:

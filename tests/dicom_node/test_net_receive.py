@@ -14,6 +14,8 @@ import pytest
 import structlog
 from intake_tools import Intake, config, running_intake, small_ct
 from pydicom import Dataset, dcmread
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import (
     BasicTextSRStorage,
     CTImageStorage,
@@ -30,6 +32,7 @@ from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import encode
 
+from dicom_node.net.receive import file_header
 from dicom_node.net.scp import ct_transfer_syntaxes
 
 VERIFICATION = "1.2.840.10008.1.1"
@@ -177,6 +180,17 @@ def test_a_stored_instance_is_the_senders_bytes_behind_our_own_header(intake: In
     assert stored.file_meta.TransferSyntaxUID == ExplicitVRLittleEndian
     assert stored.file_meta.MediaStorageSOPInstanceUID == sent.SOPInstanceUID
     assert "SourceApplicationEntityTitle" not in stored.file_meta
+
+
+@pytest.mark.parametrize("uid", ["1.2.3", "1.2.34", "1." + "2" * 62])
+def test_our_header_is_what_pydicom_writes(uid: str) -> None:
+    header = file_header(sop_class_uid=CTImageStorage, sop_instance_uid=uid, transfer_syntax=ExplicitVRLittleEndian)
+    meta = dcmread(BytesIO(header)).file_meta
+    again = DicomBytesIO()
+    again.write(header[:132])
+    write_file_meta_info(again, meta)
+    assert again.getvalue() == header
+    assert meta.MediaStorageSOPInstanceUID == uid
 
 
 def test_the_handler_decodes_nothing(intake: Intake) -> None:
