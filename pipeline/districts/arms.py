@@ -14,7 +14,7 @@ from skimage.morphology import convex_hull_image
 from skimage.segmentation import watershed
 
 from pipeline.districts.body import Mask, labeled_parts
-from pipeline.districts.landmarks import Level
+from pipeline.districts.landmarks import Landmarks, Level
 from pipeline.districts.profile import AIR_HU, BONE_HU, FloatArray
 from pipeline.types import FloatVolume
 
@@ -26,7 +26,9 @@ AXIS_SHARE = 0.8  # of the greatest depth within NEAR_VOXELS: on a limb's axis i
 NEAR_VOXELS = 6
 SLIM_LIMB = 0.6  # an arm's depth is at most this share of the trunk's
 MIN_BONE_VOXELS = 25  # about 1.6 ml: less is noise or a calcification
-MIN_LENGTH_VOXELS = 5
+STOUT_VOXELS = 2.0  # half a humerus' shaft; twice half a shoulder blade
+MIN_LENGTH_VOXELS = 15  # a shoulder at the volume's end is no arm yet
+ROOT_SHARE = 0.2
 WAIST_SLICES = 14  # half the distance from the ribs to the pelvis
 
 
@@ -38,9 +40,10 @@ class Arms:
     loose: float
 
 
-def find_arms(hu: FloatVolume, body: Mask, core: Mask, levels: NDArray[np.int64], midline: FloatArray) -> Arms:
-    """Arms and hands of a body; `core` from `central_parts`, `levels` of each slice from `find_landmarks`."""
-    apart = loose_limbs(hu, body & ~core, midline)
+def find_arms(hu: FloatVolume, body: Mask, core: Mask, landmarks: Landmarks, midline: FloatArray) -> Arms:
+    """Arms and hands of a body; `core` and `midline` from `profile`, `landmarks` from `find_landmarks`."""
+    levels = landmarks.levels
+    apart = loose_limbs(hu, body & ~without_hands_at_head(core, landmarks, midline), levels, midline)
     rest = body & ~apart
     hull = trunk_hull(hu, rest, levels, midline)
     depth = skin_depth(rest)
@@ -51,15 +54,30 @@ def find_arms(hu: FloatVolume, body: Mask, core: Mask, levels: NDArray[np.int64]
     return Arms(mask=mask, loose=float(apart.sum() / total) if total else 1.0)
 
 
-def loose_limbs(hu: FloatVolume, loose: Mask, midline: FloatArray) -> Mask:
-    """Those loose parts that hold bone and stay on one side of the midline."""
+def without_hands_at_head(core: Mask, landmarks: Landmarks, midline: FloatArray) -> Mask:
+    """The core without parts beside the head and above the crown, which without legs can only be raised arms."""
+    kept = core.copy()
+    kept[landmarks.crown :] = False
+    for z in np.flatnonzero(landmarks.levels >= Level.NECK):
+        parts, _ = ndimage.label(kept[z])
+        x = int(np.clip(round(midline[z]), 0, core.shape[2] - 1))
+        across = np.unique(parts[:, max(x - 1, 0) : x + 2])
+        kept[z] = np.isin(parts, across[across > 0])
+    return kept
+
+
+def loose_limbs(hu: FloatVolume, loose: Mask, levels: NDArray[np.int64], midline: FloatArray) -> Mask:
+    """Those loose parts that hold bone, are not a chin, and do not lie among the legs alone."""
     parts, sizes = labeled_parts(loose)
     keep = np.zeros(len(sizes) + 1, dtype=bool)
     for index, box in enumerate(ndimage.find_objects(parts), start=1):
         part = parts[box] == index
-        middle = midline[box[0]]
+        middle, level = midline[box[0]], levels[box[0]]
         one_side = bool((box[2].start > middle).all() or (box[2].stop - 1 < middle).all())
-        keep[index] = one_side and int((part & (hu[box] > ARM_BONE_HU)).sum()) >= MIN_BONE_VOXELS
+        chin = not one_side and level.min() >= Level.NECK and box[0].stop - box[0].start < MIN_LENGTH_VOXELS
+        hanging = level.max() > Level.LEGS or box[0].stop == len(levels)
+        bone = int((part & (hu[box] > ARM_BONE_HU)).sum())
+        keep[index] = not chin and hanging and bone >= MIN_BONE_VOXELS
     return keep[parts]
 
 
@@ -70,9 +88,12 @@ def trunk_hull(hu: FloatVolume, core: Mask, levels: NDArray[np.int64], midline: 
     limit = MEDIAL * _half_width(core, levels)
     hull = np.zeros_like(core)
     for z in range(core.shape[0]):
-        parts, count = ndimage.label(bone[z])
+        parts, _ = ndimage.label(bone[z])
         near = np.abs(np.arange(core.shape[2]) - midline[z]) <= limit
-        medial = np.isin(parts, np.unique(parts[:, near])[1:]) if count else bone[z]
+        if levels[z] == Level.BELLY:  # nothing but the spine: a forearm may lie across the front
+            parts[: int(ndimage.center_of_mass(core[z])[0]) if core[z].any() else 0] = 0
+        found = np.unique(parts[:, near])
+        medial = np.isin(parts, found[found > 0])
         hull[z] = _hull(medial | _grown(lung[z], WALL_VOXELS)) & core[z]
     return _spanned(hull, lung, levels) & core
 
@@ -107,28 +128,53 @@ def arm_bones(hu: FloatVolume, core: Mask, hull: Mask, depth: FloatVolume, level
     `depth` is each voxel's distance to the skin. Along a limb's bone it is the greatest there is near by, and small
     next to the trunk's; a rib or a shoulder blade has deeper voxels on its inner side.
     """
-    bone = ndimage.binary_closing(hu > ARM_BONE_HU, iterations=1) & core
+    bone = filled_bone(hu, core)
     outside = np.stack([_distance(plane) for plane in hull])
     axis = depth >= AXIS_SHARE * ndimage.maximum_filter(depth, size=2 * NEAR_VOXELS + 1)
     slim = depth <= SLIM_LIMB * trunk_depth(depth, levels)
-    candidates = bone & (outside > GAP_VOXELS) & ((axis & slim) | in_front(hull))
-    candidates &= (levels != Level.LEGS)[:, None, None]
-    candidates &= ~_joined_to(bone & (levels < Level.CHEST)[:, None, None], outside <= GAP_VOXELS)
+    chest, trunk, legs = (_slices(m) for m in (levels == Level.CHEST, _is_belly_or_chest(levels), levels == Level.LEGS))
+    on_axis = np.where(chest, stout(bone), axis & slim) & (outside > GAP_VOXELS)
+    candidates = bone & (on_axis | ((outside > 1) & in_front(hull) & trunk)) & ~legs
+    candidates &= ~_rooted_in(bone & _slices(levels < Level.CHEST), hull)
     parts, sizes = labeled_parts(candidates)
     keep = np.zeros(len(sizes) + 1, dtype=bool)
     for index, box in enumerate(ndimage.find_objects(parts), start=1):
-        long = max(side.stop - side.start for side in box) >= MIN_LENGTH_VOXELS
-        keep[index] = long and sizes[index - 1] >= MIN_BONE_VOXELS
+        upright = box[0].stop == len(levels)  # at the upper end only a shaft tells an arm from a shoulder
+        length = max(side.stop - side.start for side in (box[:1] if upright else box))
+        apart = int(((parts[box] == index) & (outside[box] > GAP_VOXELS)).sum())
+        keep[index] = length >= min(MIN_LENGTH_VOXELS, len(levels) - 2) and apart >= MIN_BONE_VOXELS
     return keep[parts]
 
 
-def _joined_to(bone: Mask, hull: Mask) -> Mask:
-    """Bones that reach into the hull: below the chest no arm's bone does, but a femur does."""
+def filled_bone(hu: FloatVolume, body: Mask) -> Mask:
+    """Bones with their marrow, by slice."""
+    bone = ndimage.binary_closing(np.pad(hu > ARM_BONE_HU, 1, mode="edge"), iterations=1)[1:-1, 1:-1, 1:-1] & body
+    return np.stack([ndimage.binary_fill_holes(plane) for plane in bone])
+
+
+def stout(bone: Mask) -> Mask:
+    """What an opening leaves of bones: the humerus, but no shoulder blade, collar bone or rib."""
+    padded = np.pad(bone, ((2, 2), (0, 0), (0, 0)), mode="edge")
+    inner = ndimage.distance_transform_edt(padded) > STOUT_VOXELS
+    if not inner.any():
+        return np.zeros_like(bone)
+    return np.asarray((ndimage.distance_transform_edt(~inner) <= STOUT_VOXELS)[2:-2] & bone)
+
+
+def _slices(which: NDArray[np.bool_]) -> Mask:
+    return which[:, None, None]
+
+
+def _is_belly_or_chest(levels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.asarray((levels == Level.BELLY) | (levels == Level.CHEST))
+
+
+def _rooted_in(bone: Mask, hull: Mask) -> Mask:
+    """Bones with a good share inside the hull: below the chest no arm's bone has one, but a femur has."""
     parts, sizes = labeled_parts(bone)
-    keep = np.zeros(len(sizes) + 1, dtype=bool)
-    keep[np.unique(parts[hull & bone])] = True
-    keep[0] = False
-    return keep[parts]
+    inside = np.bincount(parts[hull], minlength=len(sizes) + 1)[1:]
+    rooted = np.concatenate([[False], inside > ROOT_SHARE * np.maximum(sizes, 1)])
+    return rooted[parts]
 
 
 def trunk_depth(depth: FloatVolume, levels: NDArray[np.int64]) -> float:

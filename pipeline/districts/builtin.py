@@ -7,7 +7,6 @@ voxels of it: a header whose spacing is wrong by any factor gives the same distr
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import ndimage
 
 from pipeline.districts.arms import Arms, find_arms
@@ -21,6 +20,7 @@ from pipeline.types import CtVolume, District, DistrictMap, FloatVolume, Grid, L
 NAME = "builtin"
 VERSION = "1"
 MATRIX = 128  # voxels across the larger side of the field of view
+MARGIN = 3  # voxels of air around the body, where the field has them
 MIN_SHARE = 0.005  # of the body; a smaller district is a slip of a border, not a district
 AIR_HU = -1024.0
 
@@ -45,12 +45,19 @@ def segment_coarse(hu: FloatVolume) -> tuple[LabelVolume, dict[District, float],
     body = body_mask(hu)
     if not body.any():
         raise DistrictError("no_body", f"segmenting districts: no patient in a volume of {hu.shape} voxels")
+    box = bounding_box(body)
+    labels = np.zeros(hu.shape, dtype=np.uint8)
+    labels[box], confidence, notes = segment_body(hu[box], body[box])
+    return labels, confidence, notes
+
+
+def segment_body(hu: FloatVolume, body: Mask) -> tuple[LabelVolume, dict[District, float], tuple[str, ...]]:
+    """The same inside the body's own box."""
     midline = find_midline(body)
     core = central_parts(body, midline)
     landmarks = find_landmarks(make_profile(hu, body, core, midline))
-    arms = find_arms(hu, body, core, landmarks.levels, midline)
-    labels = joined(body, landmarks, arms)
-    labels = without_slivers(labels)
+    arms = find_arms(hu, body, core, landmarks, midline)
+    labels = without_slivers(joined(body, landmarks, arms))
     return labels, confidences(labels, landmarks, arms), ()
 
 
@@ -83,6 +90,15 @@ def block_means(hu: FloatVolume, grid: Grid, factors: tuple[int, int, int]) -> t
     )
 
 
+def bounding_box(body: Mask) -> tuple[slice, slice, slice]:
+    """The slices that hold a mask, with `MARGIN` voxels around it."""
+    z, y, x = (
+        slice(max(int(i[0]) - MARGIN, 0), int(i[-1]) + 1 + MARGIN)
+        for i in (np.flatnonzero(body.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1)))
+    )
+    return z, y, x
+
+
 def joined(body: Mask, landmarks: Landmarks, arms: Arms) -> LabelVolume:
     """Every body voxel gets its slice's district, or arms (eq. 2)."""
     labels = np.where(body, landmarks.districts()[:, None, None], 0).astype(np.uint8)
@@ -97,9 +113,8 @@ def without_slivers(labels: LabelVolume) -> LabelVolume:
     if not small:
         return labels
     lost = np.isin(labels, small)
-    near: NDArray[np.int64] = ndimage.distance_transform_edt(
-        lost | (labels == 0), return_distances=False, return_indices=True
-    )
+    hidden = lost | (labels == 0)
+    near = ndimage.distance_transform_edt(hidden, return_distances=False, return_indices=True)
     return np.where(lost, labels[tuple(near)], labels).astype(np.uint8)
 
 

@@ -20,7 +20,7 @@ FloatArray = NDArray[np.float64]
 
 BONE_HU = 200.0  # on the working grid, where thin cortex is averaged with its surroundings
 AIR_HU = -500.0
-SPINE_STRIP = 0.12  # half-width of the midline strip, in widths of the body: vertebrae fit, hips do not
+SPINE_STRIP = 0.09  # half-width of the midline strip, in widths of the body: vertebrae fit, hips do not
 BRIDGE_VOXELS = 5.0  # skin on skin; a neck or a wrist is thicker
 SMOOTH_SLICES = 2.0  # one vertebra and its disc: the spine is never gone for a slice
 
@@ -34,6 +34,7 @@ class Profile:
     bone: FloatArray  # bone anywhere, as a share of the core
     air: FloatArray  # lung, airways and bowel gas, as a share of the core
     skull: FloatArray  # what bone encloses in the slice (brain), as a share of the core
+    hips: FloatArray  # largest bone beside the midline strip, as a share of the core: iliac wing, femur, no rib
     cleft: FloatArray  # share of the midline, front to back, that is not body: the gap between the legs
     width: FloatArray  # left to right extent of the core in voxels
     midline: FloatArray  # x index of the midline
@@ -53,6 +54,7 @@ def make_profile(hu: FloatVolume, body: Mask, core: Mask, midline: FloatArray) -
         bone=_smooth(bone.sum(axis=(1, 2)) / safe),
         air=_smooth(((hu < AIR_HU) & core).sum(axis=(1, 2)) / safe),
         skull=_smooth(np.array([_enclosed(plane) for plane in bone]) / safe),
+        hips=_smooth(np.array([_largest(plane) for plane in bone & ~strip]) / safe),
         cleft=_smooth(np.array([_gap(b & t, p) for b, t, p in zip(body, thin, core, strict=True)])),
         width=_smooth(width),
         midline=midline,
@@ -67,7 +69,7 @@ def find_midline(body: Mask) -> FloatArray:
     half = len(z) // 2
     slope = float(np.median((x[half:] - x[: len(x) - half]) / half)) if half >= 4 else 0.0
     offset = float(np.median(x - slope * z))
-    return offset + slope * np.arange(body.shape[0])
+    return np.asarray(offset + slope * np.arange(body.shape[0]), dtype=np.float64)
 
 
 def central_parts(body: Mask, midline: FloatArray) -> Mask:
@@ -116,9 +118,14 @@ def _enclosed(bone: Mask) -> int:
     return int(ndimage.binary_fill_holes(closed).sum() - closed.sum())
 
 
+def _largest(plane: Mask) -> int:
+    parts, count = ndimage.label(ndimage.binary_fill_holes(plane))
+    return int(np.bincount(parts.ravel())[1:].max()) if count else 0
+
+
 def _gap(middle: Mask, core: Mask) -> float:
     """Share of the core's front-to-back extent that the midline columns do not fill."""
-    depth = _extent(core.any(axis=1))
+    depth = _extent(np.asarray(core.any(axis=1)))
     return 1.0 - min(1.0, float(middle.any(axis=1).sum()) / depth) if depth else 0.0
 
 
