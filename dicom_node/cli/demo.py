@@ -102,9 +102,8 @@ def _fresh(out: Path) -> None:
 
 
 def _paint(bar: RichProgress, spec: PhantomSpec, matrix: int, out: Path) -> tuple[list[Path], Phantom]:
-    from training.phantom.dicom import write_ct_series
-
     from training.phantom import make_phantom
+    from training.phantom.dicom import write_ct_series
 
     task = bar.add_task("paint the phantom's CT", total=1)
     phantom = make_phantom(spec)
@@ -161,8 +160,10 @@ def _toml_string(value: str) -> str:
 
 
 def _start_node(running: ExitStack, config: Config) -> None:
+    from dicom_node.log import configure_logging
     from dicom_node.node import Node
 
+    configure_logging(config.log)  # warnings only: the progress bars tell the rest
     node = Node(config)
     node.start()
     running.callback(node.stop)

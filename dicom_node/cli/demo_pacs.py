@@ -20,6 +20,8 @@ from pydicom.uid import PositronEmissionTomographyImageStorage, SecondaryCapture
 from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
 
+from dicom_node.errors import NodeError
+
 # PS3.4 annex C.6.2: pynetdicom makes these names at run time, which a type checker cannot see
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 STUDY_ROOT_MOVE = "1.2.840.10008.5.1.4.1.2.2.2"
@@ -28,7 +30,7 @@ PENDING = (0xFF00, 0xFF01)
 START_TIMEOUT_S = 60.0
 
 
-class PacsError(Exception):
+class PacsError(NodeError):
     """The demo's PACS did not start or refused a request."""
 
 
@@ -49,7 +51,7 @@ class DemoPacs:
     calling_ae: str
 
     def series(self, study_uid: str) -> list[Dataset]:
-        """C-FIND at series level: UID, modality, description."""
+        """C-FIND at series level: UID, modality, description. `qrscp` answers once per instance: one is kept."""
         query = Dataset()
         query.QueryRetrieveLevel = "SERIES"
         query.StudyInstanceUID = study_uid
@@ -57,7 +59,8 @@ class DemoPacs:
             setattr(query, keyword, "")
         with self._associated(STUDY_ROOT_FIND) as assoc:
             answers = assoc.send_c_find(query, STUDY_ROOT_FIND)
-            return [found for status, found in answers if status and status.Status in PENDING and found]
+            found = [one for status, one in answers if status and status.Status in PENDING and one]
+        return list({str(one.SeriesInstanceUID): one for one in found}.values())
 
     def route(self, study_uid: str, to_ae: str, on_moved: Callable[[int, int], None]) -> int:
         """C-MOVE a study to `to_ae`, as auto-routing does. Returns how many instances went; raises PacsError."""

@@ -42,9 +42,8 @@ def run(
 
     Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, overview.png and result.json into OUT_FOLDER.
     """
-    from pipeline.ct_reader import choose_ct
-
     from pipeline.bundle import bundle_path, load_bundle
+    from pipeline.ct_reader import choose_ct
     from pipeline.run import synthesize_series, write_result
 
     if not ct_folder.is_dir():
