@@ -15,8 +15,8 @@ SPACING_MM = (8.0, 8.0, 8.0)
 
 @cache
 def tiny_phantom() -> Phantom:
-    """Mid-thigh to neck, arms at the sides."""
-    return make_phantom(PhantomSpec(seed=1, spacing_mm=SPACING_MM, pose="sides", coverage=(0.40, 0.85)))
+    """Pelvis to lower chest, arms raised."""
+    return make_phantom(PhantomSpec(seed=1, spacing_mm=SPACING_MM, pose="raised", coverage=(0.60, 0.72)))
 
 
 def write_tiny_study(folder: Path, **changes: Any) -> list[Path]:
