@@ -74,7 +74,7 @@ def test_config_toml_shows_the_defaults() -> None:
 
 
 def test_the_commented_rule_is_a_rule() -> None:
-    block = CONFIG_TEXT[CONFIG_TEXT.index("# [[rules]]") : CONFIG_TEXT.index("[selection]")]
+    block = CONFIG_TEXT[CONFIG_TEXT.index("# [[rules]]") : CONFIG_TEXT.index("\n[selection]")]
     text = "\n".join(line.removeprefix("# ") for line in block.splitlines())
     RuleConfig.model_validate(tomllib.loads(text)["rules"][0])
 
@@ -82,6 +82,18 @@ def test_the_commented_rule_is_a_rule() -> None:
 @pytest.mark.parametrize("state", [*JobState, *DeliveryState])
 def test_the_documents_explain_the_state(state: str) -> None:
     assert f"`{state}`" in DOCS
+
+
+def codes_of_the_pipeline() -> list[str]:
+    """The first argument of every `raise UnsupportedSeries("code", …)` and its like in the pipeline's source."""
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "pipeline").rglob("*.py")))
+    errors = "UnsupportedSeries|DistrictError|GateRefusal|BundleError|OutputError|DeviceError"
+    return sorted(set(re.findall(rf'(?:{errors})\(\s*"([a-z_]+)"', source)))
+
+
+@pytest.mark.parametrize("code", codes_of_the_pipeline())
+def test_the_documents_explain_the_reason_code(code: str) -> None:
+    assert f"`{code}`" in DOCS, f"docs/operation.md does not explain {code}"
 
 
 def test_every_link_to_a_file_of_ours_leads_somewhere() -> None:
