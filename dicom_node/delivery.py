@@ -129,7 +129,9 @@ class Deliveries:
     def start(self) -> None:
         self._threads = [threading.Thread(target=self._dispatch, name="delivery-dispatch", daemon=True)]
         for name in self._lanes:
-            self._threads.append(threading.Thread(target=self._drive, args=(name,), name=f"delivery-{name}", daemon=True))
+            self._threads.append(
+                threading.Thread(target=self._drive, args=(name,), name=f"delivery-{name}", daemon=True)
+            )
         for thread in self._threads:
             thread.start()
 

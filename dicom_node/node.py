@@ -7,6 +7,7 @@ receiver last, so that nothing is acknowledged before everything that will look 
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
 import secrets
 import signal
@@ -98,6 +99,8 @@ class Node:
         def on_signal(number: int, _frame: FrameType | None) -> None:
             seen.append(number)
             if len(seen) > 1:
+                for child in multiprocessing.active_children():
+                    child.kill()  # it might be the reason why the drain takes so long
                 os._exit(128 + number)
             signals.put(number)
 

@@ -109,6 +109,15 @@ class NodeProcess:
         assert self._process is not None
         self._process.send_signal(number)
 
+    @staticmethod
+    def until_gone(pids: Sequence[int]) -> None:
+        """Wait until processes have ended; an orphan that nobody has waited for yet has ended all the same."""
+        deadline = time.monotonic() + UNTIL_S
+        while any(_runs(pid) for pid in pids):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"processes {pids} did not end")
+            time.sleep(0.02)
+
     def wait(self) -> int:
         """The exit code, when it has ended."""
         assert self._process is not None
@@ -143,6 +152,13 @@ class NodeProcess:
             if time.monotonic() > deadline:
                 raise AssertionError(f"it did not come; jobs: {self.jobs()}")
             time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def write_ct(folder: Path) -> list[Path]:

@@ -102,14 +102,14 @@ def test_the_second_signal_ends_it_at_once(tmp_path: Path, bundle: Path) -> None
         node.start()
         assert node.send(files).ok
         node.until_state(JobState.RUNNING)
-        for child in children(node.pid):
+        engines = children(node.pid)
+        for child in engines:
             os.kill(child, signal.SIGSTOP)  # a job that will never end
         node.signal(signal.SIGTERM)
         node.until(lambda: "node.signal" in node.log.read_text())
         node.signal(signal.SIGINT)
         assert node.wait() == 128 + signal.SIGINT
-        for child in list(children(node.pid)):
-            os.kill(child, signal.SIGKILL)
+        node.until_gone(engines)
         node.start()
         check_delivered_once(pacs, node, len(files))
 
