@@ -62,8 +62,8 @@ def segment_body(hu: FloatVolume, body: Mask) -> tuple[LabelVolume, dict[Distric
 
 
 def working_grid(grid: Grid) -> Grid:
-    """Cubic voxels over the same field, `MATRIX` across its larger in-plane side."""
-    side = max(grid.extent_mm[1:]) / MATRIX
+    """Cubic voxels over the same field: `MATRIX` across its larger in-plane side, or fewer if the input has fewer."""
+    side = max(max(grid.extent_mm[1:]) / MATRIX, *grid.spacing_mm[1:])
     return grid_at_spacing(grid, (side, side, side))
 
 
@@ -75,10 +75,11 @@ def shrink(hu: FloatVolume, grid: Grid, coarse: Grid) -> FloatVolume:
 
 
 def block_means(hu: FloatVolume, grid: Grid, factors: tuple[int, int, int]) -> tuple[FloatVolume, Grid]:
-    """Means over blocks of `factors` (z, y, x) voxels, and their grid; an incomplete last block is left out."""
-    fz, fy, fx = (min(f, n) for f, n in zip(factors, grid.shape, strict=True))
-    nz, ny, nx = grid.shape[0] // fz, grid.shape[1] // fy, grid.shape[2] // fx
-    whole = hu[: nz * fz, : ny * fy, : nx * fx]
+    """Means over blocks of `factors` (z, y, x) voxels, and their grid; an incomplete last block is filled with its edge."""
+    fz, fy, fx = factors
+    nz, ny, nx = (-(-n // f) for n, f in zip(grid.shape, factors, strict=True))
+    missing = [(0, blocks * f - n) for blocks, f, n in zip((nz, ny, nx), factors, grid.shape, strict=True)]
+    whole = np.pad(hu, missing, mode="edge") if any(end for _, end in missing) else hu
     means = whole.reshape(nz, fz, ny, fy, nx, fx).mean(axis=(1, 3, 5), dtype=np.float32)
     dz, dy, dx = grid.spacing_mm
     ox, oy, oz = grid.origin_mm

@@ -126,7 +126,7 @@ def gate(values: FloatArray, low: float, high: float) -> FloatArray:
 
 
 def _legs(p: Profile) -> FloatArray:
-    return 1.0 + gate(p.cleft, 0.1, 0.6) - 3.0 * (gate(p.spine, 0.01, 0.04) + _brain(p) + gate(p.air, 0.03, 0.1))
+    return 1.0 + gate(p.cleft, 0.1, 0.6) - 3.0 * (gate(p.spine, 0.013, 0.047) + _brain(p) + gate(p.air, 0.03, 0.1))
 
 
 def _pelvis(p: Profile) -> FloatArray:
@@ -144,7 +144,7 @@ def _chest(p: Profile) -> FloatArray:
 
 
 def _neck(p: Profile) -> FloatArray:
-    against = 2.0 * _lung(p) + _brain(p) + 2.0 * gate(p.cleft, 0.2, 0.6)
+    against = _lung(p) + _brain(p) + 2.0 * gate(p.cleft, 0.2, 0.6)
     return gate(p.spine, 0.01, 0.05) + 1.8 * _slim(p) - 1.2 - against
 
 
@@ -178,7 +178,7 @@ def _slim(p: Profile) -> FloatArray:
     """
     brain = p.skull > SKULL_SHARE
     if brain.sum() >= 3:
-        return 1.0 - gate(p.area / float(np.median(p.area[brain])), 1.0, 1.3)
+        return 1.0 - gate(p.area / float(np.median(p.area[brain])), 1.3, 1.8)
     spine = p.spine > 0.04
     typical = float(np.median(p.area[spine])) if spine.any() else 1.0
     return 1.0 - gate(p.area / max(typical, 1.0), 0.22, 0.36)

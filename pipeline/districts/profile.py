@@ -19,6 +19,7 @@ from pipeline.types import FloatVolume
 FloatArray = NDArray[np.float64]
 
 BONE_HU = 200.0  # on the working grid, where thin cortex is averaged with its surroundings
+SKULL_HU = 150.0  # a thin skull must stay a closed ring
 AIR_HU = -500.0
 SPINE_STRIP = 0.09  # half-width of the midline strip, in widths of the body: vertebrae fit, hips do not
 BRIDGE_VOXELS = 5.0  # skin on skin; a neck or a wrist is thicker
@@ -53,7 +54,7 @@ def make_profile(hu: FloatVolume, body: Mask, core: Mask, midline: FloatArray) -
         spine=_smooth((bone & strip).sum(axis=(1, 2)) / np.maximum((core & strip).sum(axis=(1, 2)), 1)),
         bone=_smooth(bone.sum(axis=(1, 2)) / safe),
         air=_smooth(((hu < AIR_HU) & core).sum(axis=(1, 2)) / safe),
-        skull=_smooth(np.array([_enclosed(plane) for plane in bone]) / safe),
+        skull=_smooth(np.array([_enclosed(plane) for plane in (hu > SKULL_HU) & core]) / safe),
         hips=_smooth(np.array([_largest(plane) for plane in bone & ~strip]) / safe),
         cleft=_smooth(np.array([_gap(b & t, p) for b, t, p in zip(body, thin, core, strict=True)])),
         width=_smooth(width),
