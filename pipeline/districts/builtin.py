@@ -75,7 +75,7 @@ def shrink(hu: FloatVolume, grid: Grid, coarse: Grid) -> FloatVolume:
 
 
 def block_means(hu: FloatVolume, grid: Grid, factors: tuple[int, int, int]) -> tuple[FloatVolume, Grid]:
-    """Means over blocks of `factors` (z, y, x) voxels, and their grid; an incomplete last block is filled with its edge."""
+    """Means over blocks of `factors` (z, y, x) voxels, and their grid; the last block is filled up with its edge."""
     fz, fy, fx = factors
     nz, ny, nx = (-(-n // f) for n, f in zip(grid.shape, factors, strict=True))
     missing = [(0, blocks * f - n) for blocks, f, n in zip((nz, ny, nx), factors, grid.shape, strict=True)]
