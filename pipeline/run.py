@@ -281,6 +281,7 @@ def _encode(
 ) -> tuple[EncodedSeries, ...]:
     """The PET series in every encoding that is asked for, then the picture."""
     output = options.output
+    created = created.astimezone()  # DICOM dates and times are local where no offset is given (PS3.3 C.12.1.1)
 
     def uids(encoding: str) -> ResultUids:
         return ResultUids(source=ct.source, provenance=provenance, options=output, encoding=encoding)

@@ -14,7 +14,6 @@ import typer
 
 from dicom_node.cli.common import DEFAULT_CONFIG, AsJson, ConfigPath, console, opened_ledger, print_json, safe, table
 from dicom_node.config import Config, ConfigError, PeerConfig, load_config
-from pipeline.bundle import bundle_path, load_bundle
 from pipeline.errors import BundleError
 from storage.errors import StorageError
 
@@ -109,6 +108,8 @@ def check_ledger(config: Config) -> Finding:
 
 def check_bundle(config: Config) -> Finding:
     """The bundle is whole: every hash agrees."""
+    from pipeline.bundle import bundle_path, load_bundle  # loads torch
+
     try:
         loaded = load_bundle(bundle_path(config.pipeline.bundle))
     except BundleError as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dicom_node.cli.common import AsJson, console, fail, print_json, safe, table
-from pipeline.bundle import ModelBundle, bundle_path, load_bundle, shipped_bundles
 from pipeline.errors import BundleError
+
+if TYPE_CHECKING:  # the commands load torch when they run: `serve` and `--help` must not
+    from pipeline.bundle import ModelBundle
 
 app = typer.Typer(help="List and verify model bundles.", no_args_is_help=True)
 
@@ -18,6 +20,8 @@ BundleArgument = Annotated[str, typer.Argument(help="A shipped bundle's name or 
 @app.command("list")
 def list_models(as_json: AsJson = False) -> None:
     """The bundles that ship with the product, with what they were trained on."""
+    from pipeline.bundle import load_bundle, shipped_bundles
+
     rows = [_row(load_bundle(folder)) for folder in shipped_bundles()]
     if as_json:
         print_json(rows)
@@ -46,13 +50,15 @@ def _row(bundle: ModelBundle) -> dict[str, str]:
 @app.command("verify")
 def verify(bundle: BundleArgument = "phantom", as_json: AsJson = False) -> None:
     """Check the manifest and the SHA-256 of every weights file, and load every network."""
+    import torch
+
+    from pipeline.bundle import bundle_path, load_bundle
+
     try:
         folder = bundle_path(bundle)
         loaded = load_bundle(folder)
     except BundleError as error:
         raise fail(str(error)) from error
-    import torch
-
     for key in loaded.keys:
         loaded.network(key, torch.device("cpu"), torch.float32)
     entries = {key: entry.sha256 for key, entry in loaded.manifest.networks.items()}

@@ -48,6 +48,7 @@ PATIENT = (
     Copied("TypeOfPatientID"),
     Copied("PatientBirthDate", type_2=True),
     Copied("PatientSex", type_2=True),
+    Copied("EthnicGroup"),  # of the patient, not of a series: dcentvfy finds a study whose series disagree on it
 )
 STUDY = (
     Copied("StudyDate", type_2=True),
