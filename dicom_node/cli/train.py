@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.progress import TaskID
 from dicom_node.cli.common import ArmPose, console, console_err, fail, progress_bar, safe
 
 FIELD_OF_VIEW_MM = 500.0
+PET_PIXEL_MM = 4.0
 
 app = typer.Typer(help="Make phantoms and train the bundle that ships with the product.", no_args_is_help=True)
 
@@ -30,21 +32,18 @@ def phantom(
         raise fail(f"{out}: is not empty", code=2)
     if high - low < 0.05:
         raise fail("--low must be at least 0.05 under --high", code=2)
+    from training.phantom import PhantomSpec, make_phantom
     from training.phantom.dicom import write_ct_series, write_pet_series, write_seg
 
-    from training.phantom import PhantomSpec, make_phantom
-
-    with console_err.status("painting the phantom"):
-        fine = make_phantom(
-            PhantomSpec(
-                seed=seed, pose=pose.value, coverage=(low, high), spacing_mm=(slice_mm, 500 / matrix, 500 / matrix)
-            )
-        )
-    with console_err.status("writing CT, PET and SEG"):
-        ct = write_ct_series(fine, out / "CT", matrix=matrix)
-        pet = write_pet_series(fine, out / "PET", matrix=min(matrix, 192))
-        write_seg(fine, out / "SEG")
-    console.print(safe(f"{len(ct)} CT and {len(pet)} PET slices in {out}"))
+    pixel_mm = FIELD_OF_VIEW_MM / matrix
+    spec = PhantomSpec(seed=seed, pose=pose.value, coverage=(low, high), spacing_mm=(slice_mm, pixel_mm, pixel_mm))
+    with console_err.status("painting the CT"):
+        ct = write_ct_series(make_phantom(spec), out / "CT", matrix=None)
+    with console_err.status("painting the PET and the districts"):
+        coarse = make_phantom(replace(spec, spacing_mm=(slice_mm, PET_PIXEL_MM, PET_PIXEL_MM)))
+        pet = write_pet_series(coarse, out / "PET")
+        write_seg(coarse, out / "SEG", ct)
+    console.print(safe(f"{len(ct)} CT and {len(pet)} PET slices, and the districts as SEG, in {out}"))
 
 
 @app.command("bundle")
