@@ -122,6 +122,7 @@ class Assembler:
         series.last_seen = self._clock()
         series.latest = header
         series.tokens.add(token)
+        series.last_token = token
         series.calling_ae, series.address = sender_of(token)
         uid = header.sop_instance_uid
         if uid not in series.headers and self._too_many(series):
@@ -302,8 +303,14 @@ class Assembler:
         return rule.action != "ignore" if rule is not None else unfit(summary, self._config.selection) is None
 
     def _awaits_slices(self, series: IncomingSeries) -> bool:
-        waited_s = self._clock() - series.last_seen
-        return waited_s < self._config.intake.incomplete_after_s and (not series.headers or self._has_gaps(series))
+        """More may come: nothing is there yet, slices are missing, or the sender was cut off and will send again.
+
+        A series that was cut off may look whole: senders often go from one end to the other.
+        """
+        if self._clock() - series.last_seen >= self._config.intake.incomplete_after_s:
+            return False
+        cut_off = not self._registry.ended_well(series.last_token)
+        return cut_off or not series.headers or series.geometry.uneven or self._has_gaps(series)
 
     def _incomplete(self, series: IncomingSeries) -> Decision | None:
         """Why a series that was waited for long enough cannot be used, or None."""

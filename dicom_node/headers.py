@@ -209,7 +209,7 @@ class SeriesGeometry:
     """Where the slices of a series lie along its normal.
 
     `z_mm` are distances along `normal`, sorted, without duplicates; `gaps_mm` the places where slices are missing,
-    each (below, above). `even` is False for a series of mixed orientation or without positions.
+    each (below, above). `uneven`: so many steps differ that the gaps cannot be told from mixed spacing.
     """
 
     normal: Vector | None
@@ -217,6 +217,7 @@ class SeriesGeometry:
     spacing_mm: float
     coverage_mm: float
     gaps_mm: tuple[tuple[float, float], ...]
+    uneven: bool
     instances_without_place: int
 
 
@@ -224,7 +225,7 @@ def geometry_of(headers: Iterable[InstanceHeader]) -> SeriesGeometry:
     """The geometry of one series' instances.
 
     The spacing is the median step. A step of more than `GAP_FACTOR` medians is a gap, unless so many are that the
-    series must have been acquired with mixed spacing. Coverage is edge to edge.
+    series is half there, or was acquired with mixed spacing. Coverage is edge to edge.
     """
     headers = list(headers)
     placed = [h for h in headers if h.positions and len(h.orientation) == 6]
@@ -235,6 +236,7 @@ def geometry_of(headers: Iterable[InstanceHeader]) -> SeriesGeometry:
             spacing_mm=0.0,
             coverage_mm=0.0,
             gaps_mm=(),
+            uneven=False,
             instances_without_place=len(headers),
         )
     normal = _normal(placed[0].orientation)
@@ -244,14 +246,15 @@ def geometry_of(headers: Iterable[InstanceHeader]) -> SeriesGeometry:
     steps = [b - a for a, b in pairwise(z)]
     spacing = median(steps) if steps else placed[0].thickness_mm
     gaps = [(a, b) for a, b in pairwise(z) if b - a > GAP_FACTOR * spacing]
-    if steps and len(gaps) > max(1.0, _MAX_GAP_SHARE * len(steps)):
-        gaps = []
+    short = sum(step * GAP_FACTOR < spacing for step in steps)  # with more than half missing the median is a gap itself
+    uneven = len(gaps) + short > max(1.0, _MAX_GAP_SHARE * len(steps))
     return SeriesGeometry(
         normal=normal,
         z_mm=tuple(z),
         spacing_mm=spacing,
         coverage_mm=z[-1] - z[0] + spacing,
-        gaps_mm=tuple(gaps),
+        gaps_mm=() if uneven else tuple(gaps),
+        uneven=uneven,
         instances_without_place=len(headers) - len(placed),
     )
 

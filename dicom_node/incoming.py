@@ -33,6 +33,7 @@ class IncomingSeries:
     headers: dict[str, InstanceHeader] = field(default_factory=dict)
     inherited: dict[str, InstanceHeader] = field(default_factory=dict)
     tokens: set[str] = field(default_factory=set)
+    last_token: str = ""  # of the association that brought the latest instance; empty: an earlier life of the node
     calling_ae: str = ""
     address: str = ""
     duplicates: int = 0

@@ -16,6 +16,7 @@ from ipaddress import ip_address
 from dicom_node.net.peers import plain_address
 
 _RANDOM_HEX = 16
+_REMEMBERED = 10_000  # associations that ended well; one that is forgotten only makes its series wait
 _AE_BYTES = 16  # VR AE (PS3.5 table 6.2-1)
 
 
@@ -75,6 +76,7 @@ class AssociationRegistry:
         self._clock = clock
         self._lock = threading.Lock()
         self._open: dict[str, Association] = {}
+        self._released: dict[str, None] = {}  # in the order of their ends
         self._accepted = 0
         self._rejected: Counter[str] = Counter()
 
@@ -111,9 +113,21 @@ class AssociationRegistry:
         """Give the place back; returns what the association carried, or None when it was closed before."""
         with self._lock:
             association = self._open.pop(token, None)
+            if association is not None and not aborted:
+                self._released[token] = None
+                if len(self._released) > _REMEMBERED:
+                    del self._released[next(iter(self._released))]
         if association is not None:
             association.aborted = aborted
         return association
+
+    def ended_well(self, token: str) -> bool:
+        """Whether the sender released this association: it sent all that it wanted to send on it.
+
+        False for one that is open, that was aborted, or that is of an earlier life of the node.
+        """
+        with self._lock:
+            return token in self._released
 
     def is_open(self, token: str, *, idle_limit_s: float) -> bool:
         """True while the association is open and was not silent for longer than `idle_limit_s`."""

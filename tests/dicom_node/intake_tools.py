@@ -73,11 +73,15 @@ class Intake:
         self.registry = AssociationRegistry(limit=self.config.node.max_associations, clock=self.clock)
         self.assembler = Assembler(self.config, self.spool, self.ledger, self.registry, clock=self.clock)
 
-    def put(self, paths: Sequence[Path], token: str = "ab" * 28) -> None:
-        """Place files as the receiver would, without a network."""
+    def put(self, paths: Sequence[Path], token: str = "", *, aborted: bool = False) -> None:
+        """Place files as the receiver would, without a network; without `token` on an association of their own."""
+        used = token or self.registry.open(calling_ae="PACS", address="127.0.0.1", peer="pacs")
+        assert used is not None
         for path in paths:
             uid = dcmread(path, stop_before_pixels=True, specific_tags=["SOPInstanceUID"]).SOPInstanceUID
-            self.spool.store_incoming(token, uid, (path.read_bytes(),))
+            self.spool.store_incoming(used, uid, (path.read_bytes(),))
+        if not token:
+            self.registry.close(used, aborted=aborted)
 
     def pass_time(self, seconds: float) -> None:
         self.assembler.tick()
