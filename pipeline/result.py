@@ -15,12 +15,14 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer, field_validator
 
 from pipeline.errors import OutputError
-from pipeline.types import DistrictStats, EncodedSeries, GateFinding, Provenance, ResultSet
+from pipeline.types import District, DistrictStats, EncodedSeries, GateFinding, Provenance, ResultSet
 
 SUMMARY = "result.json"
 OVERVIEW = "overview.png"
@@ -51,6 +53,20 @@ class ResultSummary(_Frozen):
     stage_seconds: Mapping[str, float]
     notes: tuple[str, ...] = ()
     held: GateFinding | None = None
+
+    @field_serializer("stats")
+    def _districts_by_name(self, stats: tuple[DistrictStats, ...]) -> list[dict[str, Any]]:
+        """A person reads the file: "head", not 1."""
+        return [{**asdict(row), "district": row.district.key} for row in stats]
+
+    @field_validator("stats", mode="before")
+    @classmethod
+    def _districts_from_name(cls, stats: Any) -> Any:
+        rows = stats if isinstance(stats, list | tuple) else ()
+        return [{**row, "district": _BY_KEY.get(row.get("district"))} if isinstance(row, dict) else row for row in rows]
+
+
+_BY_KEY = {district.key: district for district in District}
 
 
 def summarize(result: ResultSet) -> ResultSummary:
