@@ -63,7 +63,9 @@ class ResultSummary(_Frozen):
     @classmethod
     def _districts_from_name(cls, stats: Any) -> Any:
         rows = stats if isinstance(stats, list | tuple) else ()
-        return [{**row, "district": _BY_KEY.get(str(row.get("district")))} if isinstance(row, dict) else row for row in rows]
+        return [
+            {**row, "district": _BY_KEY.get(str(row.get("district")))} if isinstance(row, dict) else row for row in rows
+        ]
 
 
 _BY_KEY = {district.key: district for district in District}

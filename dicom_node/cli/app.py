@@ -8,7 +8,7 @@ import typer
 
 from dicom_node import __version__
 from dicom_node.cli import check, demo, jobs, models, run, serve, train, why
-from dicom_node.cli.common import console_err
+from dicom_node.cli.common import console_err, print_error
 from dicom_node.config import ConfigError
 from dicom_node.errors import NodeError
 from pipeline.errors import PipelineError
@@ -50,10 +50,10 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        console_err.print(str(error), style="red", markup=False)
+        print_error(str(error))
         sys.exit(2)
     except (NodeError, StorageError, PipelineError) as error:
-        console_err.print(f"error: {error}", style="red", markup=False)
+        print_error(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
         console_err.print("interrupted")

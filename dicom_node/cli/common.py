@@ -84,8 +84,13 @@ def find_job(ledger: Ledger, wanted: str) -> Job:
 
 def fail(message: str, code: int = 1) -> typer.Exit:
     """Say what is wrong; the caller raises what comes back: `raise fail("…")`."""
-    console_err.print(message, style="red", markup=False)
+    print_error(message)
     return typer.Exit(code)
+
+
+def print_error(message: str) -> None:
+    """One message is one line, whatever the width: a path must not be cut where a log collector reads it."""
+    console_err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def parse_time(value: str) -> datetime | None:

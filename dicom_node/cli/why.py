@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Annotated
 
 import typer
@@ -39,6 +40,10 @@ NEXT = {
 }
 
 
+STRAYS = 20  # enough to see what is wrong; a PACS can repeat a fault for hours
+NEAR = timedelta(minutes=10)  # a study arrives within minutes
+
+
 def why(
     accession: Annotated[str, typer.Argument(help="An accession number, or a Study or Series Instance UID.")],
     config: ConfigPath = DEFAULT_CONFIG,
@@ -51,16 +56,19 @@ def why(
         by_id = {event.id: event for study in studies for event in ledger.events_of_study(study)}
         by_id.update({event.id: event for event in ledger.events_of_accession(accession)})
         events = [by_id[number] for number in sorted(by_id)]
+        strays = _strays(ledger, found, events)
         deliveries = {job.id: ledger.deliveries(job.id) for job in found}
     if as_json:
         print_json(
             {
                 "jobs": [{**job_dict(job), "deliveries": [asdict(one) for one in deliveries[job.id]]} for job in found],
                 "events": [asdict(event) for event in events],
+                "unassigned": [asdict(event) for event in strays],
             }
         )
         return
     if not found and not events:
+        _print_strays(strays)
         raise fail(
             f"nothing in the ledger about {accession!r}: it never arrived here, or it was forgotten "
             "(storage.keep_events_days).\nAsk the PACS whether it was sent; `dicom-node check` proves that the node "
@@ -70,6 +78,21 @@ def why(
         _explain(job, deliveries[job.id])
     for event in events:
         _print_event(event)
+    _print_strays(strays)
+
+
+def _strays(ledger: Ledger, found: list[Job], events: list[Event]) -> list[Event]:
+    """The latest events that name no study: a refused association, an unreadable or a dropped instance.
+
+    Nobody can say whose they are, so they may be what is looked for. Where something is known of the study, only
+    those of the same minutes, and not of another sender.
+    """
+    times = [*(job.created for job in found), *(event.time for event in events if not event.job_id)]
+    if not times:
+        return ledger.events_of_no_study(limit=STRAYS)
+    senders = {"", *(job.info.calling_ae for job in found), *(e.details.get("calling_ae", "") for e in events)}
+    near = ledger.events_of_no_study(since=min(times) - NEAR, until=max(times) + NEAR, limit=STRAYS)
+    return [event for event in near if event.details.get("calling_ae", "") in senders]
 
 
 def _jobs(ledger: Ledger, wanted: str) -> list[Job]:
@@ -81,12 +104,22 @@ def _jobs(ledger: Ledger, wanted: str) -> list[Job]:
     return []
 
 
+def _print_strays(events: list[Event]) -> None:
+    if not events:
+        return
+    _say("Not assigned to any study, and so perhaps part of this one:")
+    for event in events:
+        _print_event(event)
+
+
 def _explain(job: Job, deliveries: list[Delivery]) -> None:
     info = job.info
     name = f"series {info.series_number} {info.series_description!r}, {job.instances} slices, job {job.id[:8]}"
-    console.print(safe(f"{local_time(job.created)}  {name} {MEANING[job.state]}."))
+    _say(f"{local_time(job.created)}  {name} {MEANING[job.state]}.")
     if job.reason_code:
-        console.print(safe(f"    why: {job.reason_code}: {job.reason}"))
+        _say(f"    why: {job.reason_code}: {job.reason}")
+    if job.supersedes:
+        _say(f"    with slices that came after job {job.supersedes[:8]} began: use this result, not that one")
     for delivery in deliveries:
         line = (
             f"    {delivery.destination}: {delivery.kind} {delivery.state.value} {delivery.sent}/{delivery.instances}"
@@ -95,10 +128,15 @@ def _explain(job: Job, deliveries: list[Delivery]) -> None:
             line += f" ({delivery.reason_code}: {delivery.reason})"
         if delivery.next_attempt and delivery.state is DeliveryState.PENDING:
             line += f", next attempt {local_time(delivery.next_attempt)}"
-        console.print(safe(line))
+        _say(line)
     if job.state in NEXT:
-        console.print(safe("    what to do: " + NEXT[job.state].format(id=job.id[:8])))
+        _say("    what to do: " + NEXT[job.state].format(id=job.id[:8]))
 
 
 def _print_event(event: Event) -> None:
-    console.print(safe(f"{local_time(event.time)}  {event.code}: {event.text}"))
+    _say(f"{local_time(event.time)}  {event.code}: {event.text}")
+
+
+def _say(text: str) -> None:
+    """One sentence, one line: the terminal wraps it, and a pipe gets it whole."""
+    console.print(safe(text), soft_wrap=True)
