@@ -203,4 +203,5 @@ def make_server(
 def quiet_pynetdicom() -> None:
     """No line per PDU and message (29 % of the store handler's time), warnings through the standard library."""
     _config.LOG_HANDLER_LEVEL = "none"
-    logging.getLogger("pynetdicom").setLevel(logging.WARNING)
+    logger = logging.getLogger("pynetdicom")
+    logger.setLevel(max(logger.level, logging.WARNING))  # `configure_logging` may have asked for still less
