@@ -122,8 +122,12 @@ class Node:
     def _start(self, port: int | None) -> int:
         config, parts = self.config, self._parts
         root = config.storage.root
-        root.mkdir(parents=True, exist_ok=True)
-        parts.callback(_lock(root / "node.lock"))
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            parts.callback(_lock(root / "node.lock"))
+        except OSError as error:
+            text = f"{error.strerror} for {error.filename}; it must be a folder that the node's user can write"
+            raise NodeError(f"[storage].root = {root}: {text}") from error
         self.spool = Spool(root, min_free_bytes=config.intake.min_free_bytes)
         self.spool.clean_temp()
         self.ledger = open_ledger(config.ledger_url)
