@@ -34,8 +34,8 @@ _RETRY_S = 60.0  # after an unexpected error with one study: the others go on me
 _STATE_OF = {"synthesize": JobState.QUEUED, "hold": JobState.HELD, "reject": JobState.REJECTED}
 _ORDER = {"reject": 0, "hold": 1, "synthesize": 2}  # the chosen series last: after a kill it is chosen again
 
-_Fault = tuple[str, InstanceHeader | None]  # a sentence, and the header where it could be read
-_Faults = dict[tuple[str, str], list[_Fault]]  # by association's token and reason code
+# sentences, by association's token, reason code, and Study Instance UID and accession as far as they could be read
+_Faults = dict[tuple[str, str, str, str], list[str]]
 
 
 class Assembler:
@@ -83,19 +83,16 @@ class Assembler:
         for path in self._spool.incoming():
             self._folders.add(path.parent)
             self._fenced(path.name, partial(self._index_one, path, faults))
-        for (token, code), found in faults.items():
-            self._note_quarantined(token, code, found)
+        for (token, code, study_uid, accession), found in faults.items():
+            self._note_quarantined(token, code, found, {"study_uid": study_uid, "accession": accession})
         self._remove_empty_folders()
 
-    def _note_quarantined(self, token: str, code: str, found: list[_Fault]) -> None:
-        """One event for all files of an association with the same fault in one tick."""
+    def _note_quarantined(self, token: str, code: str, found: list[str], whose: dict[str, str]) -> None:
+        """One event for all files of an association and a study with the same fault in one tick."""
         calling_ae, address = sender_of(token)
-        first, header = found[0]
-        details = {"reason": code, "instances": len(found), "calling_ae": calling_ae, "address": address}
-        if header is not None:
-            details |= {"study_uid": header.study_uid, "accession": header.accession}
-        log.warning("instances.quarantined", code=code, instances=len(found), first=first)
-        text = f"{len(found)} instances were put into quarantine ({code}); the first: {first}"
+        details = {"reason": code, "instances": len(found), "calling_ae": calling_ae, "address": address, **whose}
+        log.warning("instances.quarantined", code=code, instances=len(found), first=found[0])
+        text = f"{len(found)} instances were put into quarantine ({code}); the first: {found[0]}"
         self._ledger.note("", "quarantined", text, details=details)
 
     def _index_one(self, path: Path, faults: _Faults) -> None:
@@ -113,7 +110,9 @@ class Assembler:
             return
         except BadInstance as fault:
             self._spool.quarantine(path, fault.code)
-            faults.setdefault((token, fault.code), []).append((f"{_uid_of(path)}: {fault}", header))
+            whose = header or fault
+            key = (token, fault.code, whose.study_uid, whose.accession)
+            faults.setdefault(key, []).append(f"{_uid_of(path)}: {fault}")
             return
         self._series[series.series_uid] = series
         self._add(series, path, token, header, faults)
@@ -135,9 +134,8 @@ class Assembler:
         elif adopted is Adopted.SAME:
             series.duplicates += 1
         else:
-            faults.setdefault((token, "different_content"), []).append(
-                (f"{uid}: came before with other content", header)
-            )
+            key = (token, "different_content", header.study_uid, header.accession)
+            faults.setdefault(key, []).append(f"{uid}: came before with other content")
 
     def _too_many(self, series: IncomingSeries) -> bool:
         """One more than allowed is kept, so that a restart, too, knows that the series is too large."""

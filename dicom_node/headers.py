@@ -58,11 +58,14 @@ _MAX_GAP_SHARE = 0.2  # more gaps than this among the steps: a series of mixed s
 
 
 class BadInstance(Exception):
-    """A file that cannot be assigned to a series: `code` names the quarantine folder, the text has no PHI."""
+    """A file that cannot be assigned to a series: `code` names the quarantine folder, the text has no PHI.
 
-    def __init__(self, code: str, text: str) -> None:
+    `study_uid` and `accession` are what could be read all the same, so that `why` finds the file.
+    """
+
+    def __init__(self, code: str, text: str, *, study_uid: str = "", accession: str = "") -> None:
         super().__init__(text)
-        self.code = code
+        self.code, self.study_uid, self.accession = code, study_uid, accession
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,8 +106,15 @@ def read_header(path: Path) -> InstanceHeader:
         raise
     except Exception as error:  # a hostile file may break the parser anywhere; only the kind of error is told
         raise BadInstance("not_dicom", f"the data set cannot be parsed ({type(error).__name__})") from error
-    uids = {name: _uid(ds, name) for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")}
     charset = tuple(_ascii(ds, "SpecificCharacterSet").split("\\"))
+    accession = _text(ds, "AccessionNumber", charset)
+    uids: dict[str, str] = {}
+    try:
+        for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"):
+            uids[name] = _uid(ds, name)
+    except BadInstance as fault:
+        study_uid = uids.get("StudyInstanceUID", "")
+        raise BadInstance(fault.code, str(fault), study_uid=study_uid, accession=accession) from fault
     orientation, positions = _places(ds, uids["SOPClassUID"])
     return InstanceHeader(
         study_uid=uids["StudyInstanceUID"],
@@ -114,7 +124,7 @@ def read_header(path: Path) -> InstanceHeader:
         modality=_ascii(ds, "Modality").upper(),
         image_type=tuple(part.strip().upper() for part in _ascii(ds, "ImageType").split("\\") if part.strip()),
         study_date=_ascii(ds, "StudyDate"),
-        accession=_text(ds, "AccessionNumber", charset),
+        accession=accession,
         patient_id=_text(ds, "PatientID", charset),
         manufacturer=_text(ds, "Manufacturer", charset),
         study_description=_text(ds, "StudyDescription", charset),

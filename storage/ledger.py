@@ -77,6 +77,17 @@ class Ledger(DeliveryLedger):
         """Every event whose details name this accession number (also those of no job), oldest first."""
         return self._events(select(EventRow).where(EventRow.accession == clean(accession)).order_by(EventRow.id))
 
+    def events_of_no_study(
+        self, *, since: datetime | None = None, until: datetime | None = None, limit: int = 100
+    ) -> list[Event]:
+        """The latest events that name no job, study or accession number, oldest first; within a time, when given."""
+        query = select(EventRow).where(EventRow.job_id == "", EventRow.study_uid == "", EventRow.accession == "")
+        if since is not None:
+            query = query.where(EventRow.time >= since)
+        if until is not None:
+            query = query.where(EventRow.time <= until)
+        return self._events(query.order_by(EventRow.id.desc()).limit(limit))[::-1]
+
     def search_events(self, *, code: str = "", since: datetime | None = None, limit: int = 1000) -> list[Event]:
         """The latest events, newest first; of one code, or since a time, when given."""
         query = select(EventRow).order_by(EventRow.id.desc()).limit(limit)
