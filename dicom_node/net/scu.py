@@ -27,7 +27,7 @@ from pynetdicom.presentation import PresentationContext
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from dicom_node.config import PeerConfig
-from dicom_node.net.status import Outcome, classify
+from dicom_node.net.status import Outcome, classify, status_text
 
 # A path that is given to `send_c_store` goes out as the bytes that it holds: same UID, same bytes.
 _config.STORE_SEND_CHUNKED_DATASET = True
@@ -336,13 +336,18 @@ def _refusal(statuses: Mapping[str, str], peer: PeerConfig) -> _Trouble | None:
     bad = [status for status in statuses.values() if not is_stored(status)]
     if not bad:
         return None
-    kinds = ", ".join(f"{bad.count(status)} x {status}" for status in sorted(set(bad)))
+    kinds = ", ".join(f"{bad.count(status)} x {_meaning(status)}" for status in sorted(set(bad)))
     text = f"{_where(peer)} refused {len(bad)} of {len(statuses)} instances: {kinds}"
     if "no_presentation_context" in bad:
         return _Trouble("no_presentation_context", text, True)
     if any(classify(int(status, 16)) is Outcome.PERMANENT for status in bad):
         return _Trouble("instances_refused", text, True)
     return _Trouble("instances_deferred", text, False)
+
+
+def _meaning(status: str) -> str:
+    """A status word for a person: a number with its name in the standard."""
+    return status_text(int(status, 16)) if status.startswith("0x") else status
 
 
 def _outcome(statuses: Mapping[str, str], trouble: _Trouble | None, began: float) -> SendOutcome:
