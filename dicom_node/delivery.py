@@ -222,14 +222,27 @@ class Deliveries:
         while (claimed := self._lanes[name].get()) is not None:
             try:
                 self._attempt(claimed, destination, peer)
-            except Exception:  # the edge: the lease runs out, and the sweep makes it PENDING again
+            except Exception as error:  # the edge
                 log.exception("delivery.broken", job_id=claimed.delivery.job_id, destination=name)
+                self._broken(claimed.delivery, destination, error)
             finally:
                 with self._lock:
                     self._in_hand.pop(claimed.delivery.id, None)
 
+    def _broken(self, delivery: Delivery, destination: DestinationConfig, error: Exception) -> None:
+        """What nobody expected is tried again, as often as any other trouble; only the kind of error is told."""
+        outcome = SendOutcome(code="internal_error", text=f"{type(error).__name__} while sending: see the log")
+        try:
+            self._finish(delivery, settle(delivery, outcome, delivery.sent, destination), delivery.sent, {})
+        except Exception:  # the ledger itself: the lease runs out, and the sweep makes it PENDING again
+            log.exception("delivery.not_settled", job_id=delivery.job_id, destination=delivery.destination)
+
     def _attempt(self, claimed: _Claimed, destination: DestinationConfig, peer: PeerConfig) -> None:
         delivery = claimed.delivery
+        if claimed.stop.is_set() or self._stopping.is_set():  # a silent peer would hold the node's end up
+            outcome = SendOutcome(code="interrupted", text="the node is stopping, or the job was cancelled")
+            self._finish(delivery, settle(delivery, outcome, delivery.sent, destination), delivery.sent, {})
+            return
         files = outbox_files(self._spool.result_folder(delivery.job_id) / f"{delivery.kind}-{delivery.encoding}")
         if len(files) != delivery.instances:
             text = f"the outbox holds {len(files)} of {delivery.instances} instances: run the job again"
@@ -286,6 +299,7 @@ class Deliveries:
                 code=verdict.code,
                 text=verdict.text,
                 next_attempt=again,
+                counted=verdict.code != "interrupted",
             )
         except StaleState:
             bound.info("delivery.discarded", reason="cancelled, or taken over after the lease ran out")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -226,17 +227,21 @@ class Worker:
         folder = self._spool.result_folder(job.id)
         shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)  # left by a killed run
         watch = _Watch(self._ledger, job.id, self._owner, self._config.engine.lease_s, lambda: self._stop_at)
-        # the first creation, not now: a run that is repeated writes the same bytes under the same UIDs
         self._engine.run(
             job.id,
             paths,
             self._options,
             folder,
-            job.created,
+            self._first_created(job),
             on_progress=watch.on_progress,
             should_stop=watch.should_stop,
         )
         watch.end()
+
+    def _first_created(self, job: Job) -> datetime:
+        """When these instances first became a job: a repeated run writes the same bytes under the same UIDs."""
+        same = [one for one in self._ledger.jobs_of_series(job.info.series_uid) if _same_source(one, job)]
+        return min((one.created for one in same), default=job.created)
 
     def _complete(self, job: Job) -> Job:
         summary = read_summary(self._spool.result_folder(job.id))
@@ -340,14 +345,29 @@ class _Watch:
             return
         seconds = monotonic() - self._stage_began
         stage = self._stage.value
-        self._ledger.note(self._job_id, "stage_done", f"{stage} took {seconds:.1f} s", stage=stage, seconds=seconds)
         log.info("job.stage", stage=stage, seconds=round(seconds, 3))
         self._stage = None
+        with _not_worth_a_job():
+            self._ledger.note(self._job_id, "stage_done", f"{stage} took {seconds:.1f} s", stage=stage, seconds=seconds)
 
     def _tell(self, progress: Progress, now: float) -> None:
         self._told = now
         shown = {"stage": progress.stage.value, "done": progress.done, "total": progress.total}
-        self._ledger.update(self._job_id, stage=progress.stage.value, details={"progress": shown})
+        with _not_worth_a_job():
+            self._ledger.update(self._job_id, stage=progress.stage.value, details={"progress": shown})
+
+
+@contextmanager
+def _not_worth_a_job() -> Iterator[None]:
+    """A ledger that is busy or full loses a line of progress, not the minutes of work behind it."""
+    try:
+        yield
+    except LedgerError as error:
+        log.warning("job.progress_lost", reason=str(error))
+
+
+def _same_source(one: Job, other: Job) -> bool:
+    return bool(one.source_digest) and one.source_digest == other.source_digest
 
 
 def result_details(summary: ResultSummary) -> Mapping[str, Any]:

@@ -82,8 +82,11 @@ class DeliveryLedger(LedgerBase):
         code: str = "",
         text: str = "",
         next_attempt: datetime | None = None,
+        counted: bool = True,
     ) -> Delivery:
         """End one attempt: SENT, FAILED (an operator's matter), or PENDING again until `next_attempt`.
+
+        An attempt that is not `counted` (the node was stopped) takes nothing from the destination's `max_attempts`.
 
         `statuses` maps each SOP Instance UID to its DIMSE status as "0x0000", or to an error word; only those that
         did not succeed are kept. When no delivery of the job waits any more the job becomes DONE, or FAILED if one
@@ -94,6 +97,7 @@ class DeliveryLedger(LedgerBase):
             if row.state != DeliveryState.SENDING.value or row.lease_owner != owner:
                 raise StaleState(f"delivery {delivery_id}: is {row.state}, not being sent by {clean(owner)!r}")
             self._move_delivery(row, state)
+            row.attempts -= 0 if counted else 1
             row.sent = sent
             row.statuses = compact(statuses, row.instances)
             row.next_attempt = next_attempt if state is DeliveryState.PENDING else None
