@@ -275,9 +275,22 @@ def load_config(path: Path) -> Config:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in _fault_lines(error, raw))) from error
-    base = path.resolve().parent
-    storage = config.storage.model_copy(update={"root": (base / config.storage.root).resolve()})
-    return config.model_copy(update={"storage": storage})
+    return _with_absolute_paths(config, path.resolve().parent)
+
+
+def _with_absolute_paths(config: Config, base: Path) -> Config:
+    """Take every relative path from `base`: a bundle only where such a folder is, else it is a shipped one's name."""
+    storage = config.storage.model_copy(
+        update={
+            "root": (base / config.storage.root).resolve(),
+            "database_url": re.sub(
+                r"^sqlite:///(?!/)(?=.)", lambda _: f"sqlite:///{base}/", config.storage.database_url
+            ),
+        }
+    )
+    folder = base / config.pipeline.bundle
+    pipeline = config.pipeline.model_copy(update={"bundle": str(folder) if folder.is_dir() else config.pipeline.bundle})
+    return config.model_copy(update={"storage": storage, "pipeline": pipeline})
 
 
 def _fault_lines(error: ValidationError, raw: dict[str, Any]) -> list[str]:

@@ -35,6 +35,7 @@ from storage.spool import Spool
 app = typer.Typer(help="List, show, retry, cancel and release jobs.", no_args_is_help=True)
 
 JobId = Annotated[str, typer.Argument(help="The job's id, or as much of its start as is unique.")]
+RETRIED_STATES = {JobState.FAILED, JobState.REJECTED, JobState.CANCELLED}
 CSV_COLUMNS = (
     "id",
     "state",
@@ -208,15 +209,21 @@ def _change(path: Path, job_id: str, change: Callable[[Ledger, Config, str], Job
 
 
 @app.command("retry")
-def retry(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG) -> None:
+def retry(
+    job_id: JobId,
+    rerun: Annotated[bool, typer.Option("--rerun", help="Compute the result again, also when it is there.")] = False,
+    config: ConfigPath = DEFAULT_CONFIG,
+) -> None:
     """Run a FAILED, REJECTED or CANCELLED job again; finished results are only sent again, with the same bytes."""
-    _change(config, job_id, _retry)
 
+    def again(ledger: Ledger, config: Config, job_id: str) -> Job:
+        spool = Spool(config.storage.root, min_free_bytes=0)
+        needed = rerun or not spool.has_result(job_id)  # retention may have removed it
+        if needed and ledger.get(job_id).state in RETRIED_STATES:
+            spool.discard_result(job_id)  # before the move: a running node may take the job up at once
+        return ledger.retry(job_id, rerun=needed)
 
-def _retry(ledger: Ledger, config: Config, job_id: str) -> Job:
-    """What retention has removed from the outbox is computed again: the same content, so the same UIDs."""
-    spool = Spool(config.storage.root, min_free_bytes=0)
-    return ledger.retry(job_id, rerun=not spool.has_result(job_id))
+    _change(config, job_id, again)
 
 
 @app.command("redeliver")

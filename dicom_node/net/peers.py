@@ -35,6 +35,14 @@ def plain_address(address: str) -> str:
     return str(parsed)
 
 
+def is_loopback(address: str) -> bool:
+    """True for this machine's own loopback addresses."""
+    try:
+        return ip_address(plain_address(address)).is_loopback
+    except ValueError:
+        return False
+
+
 def address_allowed(peer: PeerConfig, address: str) -> bool:
     """True when the peer names no addresses, or `address` is one of them or lies in one of its networks."""
     if not peer.allowed_addresses:
@@ -60,6 +68,8 @@ def admit(
             CALLED_AE_NOT_RECOGNIZED,
             f"{shown(calling)} at {shown(address)} called {shown(called)}: this node is {node.ae_title!r}",
         )
+    if calling == node.ae_title and is_loopback(address):  # `dicom-node check` of this machine: a health check
+        return Admission(peer="", may_store=False, may_echo=True)
     titled = [peer for peer in peers if peer.ae_title == calling]
     matching = [peer for peer in titled if address_allowed(peer, address)]
     if matching:

@@ -69,6 +69,27 @@ def test_an_empty_file_is_the_defaults_with_the_spool_beside_it(tmp_path: Path) 
     assert config.node == Config().node
 
 
+def test_relative_paths_are_taken_from_the_files_folder(tmp_path: Path) -> None:
+    (tmp_path / "models" / "site").mkdir(parents=True)
+    path = tmp_path / "config.toml"
+    path.write_text(
+        '[pipeline]\nbundle = "models/site"\n[storage]\nroot = "s"\ndatabase_url = "sqlite:///l.sqlite"',
+        encoding="utf-8",
+    )
+    config = load_config(path)
+    assert config.pipeline.bundle == str(tmp_path / "models" / "site")
+    assert config.storage.root == tmp_path / "s"
+    assert config.ledger_url == f"sqlite:///{tmp_path}/l.sqlite"
+
+
+@pytest.mark.parametrize("url", ["sqlite:////var/lib/l.sqlite", "postgresql+psycopg://node@db/ledger"])
+def test_an_absolute_database_url_and_a_shipped_bundle_stay_as_they_are(tmp_path: Path, url: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(f'[storage]\ndatabase_url = "{url}"', encoding="utf-8")
+    config = load_config(path)
+    assert (config.ledger_url, config.pipeline.bundle) == (url, "phantom")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "none.toml")

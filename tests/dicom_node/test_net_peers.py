@@ -112,3 +112,12 @@ def test_the_registry_keeps_the_limit_and_gives_places_back() -> None:
     assert (closed.stored, closed.stored_bytes, closed.dropped.total()) == (1, 7, 1)
     assert registry.close(token) is None
     assert registry.open(calling_ae="PACS", address="10.1.2.3", peer="pacs") is not None
+
+
+@pytest.mark.parametrize(("address", "admitted"), [("127.0.0.1", True), ("::1", True), ("10.0.0.9", False)])
+def test_our_own_title_may_echo_from_this_machine_only(address: str, admitted: bool) -> None:
+    node = NodeConfig()
+    found = admit(node, (), calling_ae=node.ae_title, called_ae=node.ae_title, address=address)
+    assert isinstance(found, Admission) is admitted
+    if isinstance(found, Admission):
+        assert (found.may_store, found.may_echo) == (False, True)
