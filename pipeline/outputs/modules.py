@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from pipeline.outputs.attributes import (
 )
 from pipeline.outputs.codes import PROCESSING_EQUIPMENT, SYNTHESIZING_EQUIPMENT, code_item
 from pipeline.outputs.header import clean
-from pipeline.types import OutputOptions, Provenance, SourceSeries
+from pipeline.types import District, OutputOptions, Provenance, SourceSeries
 
 # Never the scanner's: viewers key vendor-specific reading on the manufacturer.
 MANUFACTURER = "dicom-node project"
@@ -41,11 +42,13 @@ def result_dataset(
     provenance: Provenance,
     options: OutputOptions,
     created: datetime,
+    not_evaluated: Sequence[District],
 ) -> Dataset:
     """Patient, study, equipment and provenance: all that a PET slice and a MIP picture have in common.
 
     SOP Common (PS3.3 C.12.1), Patient, General Study, Patient Study, General Series in part (C.7.3.1), General
     Equipment (C.7.5.1), General Image in part (C.7.6.1). `created` is aware and stored with the job.
+    `not_evaluated` are the districts whose zeros say nothing: the text elements that a viewer shows name them.
     """
     ds = Dataset()
     now = local_moment(source, created)
@@ -68,8 +71,9 @@ def result_dataset(
 
     ds.ContentDate, ds.ContentTime = now.date, now.time
     ds.AcquisitionNumber = 1
-    ds.ImageComments = IMAGE_COMMENTS
-    ds.DerivationDescription = derivation_description(provenance)
+    silent = _not_evaluated(not_evaluated)
+    ds.ImageComments = f"{IMAGE_COMMENTS}{silent}"
+    ds.DerivationDescription = f"{derivation_description(provenance)}{silent}"
     copy_lossy_history(ds, source)
     return ds
 
@@ -89,6 +93,13 @@ def derivation_description(provenance: Provenance) -> str:
         f"FDG-PET SUVbw predicted from CT by {model}; no radiotracer was administered; "
         "corrections are those of the training target"
     )
+
+
+def _not_evaluated(districts: Sequence[District]) -> str:
+    """What a text about the pixels ends with; with all four districts 60 characters, within LT and ST."""
+    if not districts:
+        return ""
+    return f"; NOT EVALUATED (zero is no statement): {', '.join(district.key for district in districts)}"
 
 
 def contributing_equipment(provenance: Provenance, date_time: str) -> list[Dataset]:

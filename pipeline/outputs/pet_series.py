@@ -168,7 +168,9 @@ def _shared_dataset(
     created: datetime,
 ) -> Dataset:
     """Everything that is the same in all instances."""
-    ds = result_dataset(source=source, provenance=provenance, options=options, created=created)
+    ds = result_dataset(
+        source=source, provenance=provenance, options=options, created=created, not_evaluated=suv.not_evaluated
+    )
     ds.SOPClassUID = SOP_CLASSES[encoding]
     ds.Modality = "PT"
     ds.SeriesInstanceUID = uids.uid("series")

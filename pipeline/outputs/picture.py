@@ -81,7 +81,9 @@ def encode_mip(
     `encoding` is that of the PET series which it accompanies; the picture is the same but has its own UIDs. Modality
     is OT, so that it does not compete with the volume in hanging protocols. Raises OutputError like the PET series.
     """
-    ds = result_dataset(source=source, provenance=provenance, options=options, created=created)
+    ds = result_dataset(
+        source=source, provenance=provenance, options=options, created=created, not_evaluated=suv.not_evaluated
+    )
     ds.SOPClassUID = SecondaryCaptureImageStorage
     ds.SOPInstanceUID = uids.uid("mip")
     ds.Modality = "OT"

@@ -28,7 +28,7 @@ from pydicom.multival import MultiValue
 from pipeline.errors import OutputError
 from pipeline.outputs.explicit import SeriesTemplate
 from pipeline.outputs.pet_series import bracketing
-from pipeline.types import Grid, Progress, Stage, SuvVolume
+from pipeline.types import District, Grid, Progress, Stage, SuvVolume
 
 PET_CLASS, SC_CLASS = "1.2.840.10008.5.1.4.1.1.128", "1.2.840.10008.5.1.4.1.1.7"
 ABSENT, EMPTY, ANY = object(), object(), object()
@@ -326,6 +326,20 @@ def test_every_network_and_the_segmenter_are_named(sample: Sample):
     assert segmenter.PurposeOfReferenceCodeSequence[0].CodeValue == "109102"
     assert (segmenter.ManufacturerModelName, segmenter.SoftwareVersions) == ("builtin", "2")
     assert "predicted from CT by phantom 3" in ds.DerivationDescription
+
+
+@pytest.mark.parametrize("encoding", ["sc", "pet"])
+def test_a_district_that_was_not_evaluated_is_named_where_its_zeros_are(sample: Sample, encoding: str):
+    suv = replace(sample.suv, not_evaluated=(District.ARMS, District.LEGS))
+    long_name = replace(sample.provenance, bundle_name="x" * 64, bundle_version="9" * 64)
+    words = "; NOT EVALUATED (zero is no statement): arms, legs"
+    partial = replace(sample, suv=suv, provenance=long_name)
+    for ds in (*read_back(partial.pet(encoding)), *read_back(partial.mip())):
+        assert ds.ImageComments == f"{BOTH['ImageComments']}{words}"
+        assert ds.DerivationDescription.endswith(words)
+        assert len(ds.DerivationDescription) <= 1024  # ST
+    for ds in read_back(sample.pet(encoding)):
+        assert "EVALUATED" not in ds.ImageComments + ds.DerivationDescription
 
 
 def test_the_markers_can_be_asked_for(sample: Sample):
