@@ -24,9 +24,8 @@ from pipeline.outputs.statistics import district_stats
 from pipeline.provenance import ResultUids, software_version
 from pipeline.result import ResultSummary, SeriesSummary, read_summary, write_result
 from pipeline.stitching import reach, stitch
-from pipeline.synthesis import place_windows, synthesize
+from pipeline.synthesis import masked_input, place_windows, synthesize
 from pipeline.types import (
-    OUTSIDE,
     WHOLE_BODY,
     CtVolume,
     District,
@@ -182,8 +181,7 @@ def _synthesize_districts(
     volumes: dict[District, FloatVolume] = {}
     fallbacks: list[str] = []
     for district, key in networks.items():
-        seen = districts.mask(district) if manifest.input_mask == "district" else districts.labels != OUTSIDE
-        masked = np.where(seen, ct_unit, np.float32(0.0))
+        masked = masked_input(ct_unit, districts, district, key, manifest.input_mask)
 
         def work(rung: Compute, key: str = key, district: District = district, ct: FloatVolume = masked) -> FloatVolume:
             return synthesize(

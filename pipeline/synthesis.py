@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.types import FloatVolume, GeometryError
+from pipeline.types import OUTSIDE, WHOLE_BODY, District, DistrictMap, FloatVolume, GeometryError
 
 GAUSSIAN_SIGMA = 0.125  # of the window's side, as in MONAI's and nnU-Net's importance maps
 SMALLEST_WEIGHT = 1e-3  # as in MONAI: a voxel that only a window's corner covers still has a sound quotient
@@ -40,6 +40,19 @@ class Lattice:
     origin: tuple[int, int, int]
     shape: tuple[int, int, int]
     starts: NDArray[np.int64]
+
+
+def masked_input(
+    ct_unit: FloatVolume, districts: DistrictMap, district: District, key: str, input_mask: str
+) -> FloatVolume:
+    """The scaled CT as the network `key` was trained to see it: float32 [z, y, x], 0 (air) where it may not look.
+
+    `input_mask` is the bundle's: with "district" (the paper's eq. 7) a district's network sees only `district`. The
+    whole-body network always sees the whole body, also when it stands in for a district's own.
+    """
+    own = input_mask == "district" and key != WHOLE_BODY
+    seen = districts.mask(district) if own else districts.labels != OUTSIDE
+    return np.where(seen, ct_unit, np.float32(0.0))
 
 
 def synthesize(

@@ -96,7 +96,7 @@ def derivation_description(provenance: Provenance) -> str:
 
 
 def _not_evaluated(districts: Sequence[District]) -> str:
-    """What a text about the pixels ends with; with all four districts 60 characters, within LT and ST."""
+    """What a text about the pixels ends with: far shorter than LT and ST allow."""
     if not districts:
         return ""
     return f"; NOT EVALUATED (zero is no statement): {', '.join(district.key for district in districts)}"

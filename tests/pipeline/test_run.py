@@ -210,6 +210,23 @@ def test_a_district_without_a_network_stays_empty_and_is_reported(
 
 
 @pytest.mark.usefixtures("_known_districts")
+def test_the_whole_body_network_sees_the_whole_body_where_the_others_see_their_district(
+    monkeypatch: pytest.MonkeyPatch, ct_files: list[Path], tmp_path: Path, options: PipelineOptions
+) -> None:
+    keys = ("trunk", "whole_body")
+    paper = write_bundle(tmp_path / "paper", keys, input_mask="district", stitching="hard")
+    sees_more: list[bool] = []
+
+    def blank(ct: Any, mask: Any, *_: Any, **__: Any) -> Any:
+        sees_more.append(bool((ct[~mask] > 0).any()))
+        return np.full(ct.shape, 0.1, dtype=np.float32)
+
+    monkeypatch.setattr(run_module, "synthesize", blank)
+    synthesize_series(ct_files, paper, options, created=CREATED)
+    assert sees_more == [True, False, True, True]  # head, trunk, arms, legs
+
+
+@pytest.mark.usefixtures("_known_districts")
 def test_a_lack_of_memory_is_recorded_and_changes_neither_uids_nor_values(
     monkeypatch: pytest.MonkeyPatch,
     ct_files: list[Path],

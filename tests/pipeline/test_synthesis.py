@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pipeline.device import Compute, DeviceError, choose_compute, is_out_of_memory, rungs, with_fallbacks
 from pipeline.networks import NetworkSpec, build_network
-from pipeline.synthesis import bounding_box, place_windows, synthesize, window_weights
-from pipeline.types import FloatVolume, GeometryError
+from pipeline.synthesis import bounding_box, masked_input, place_windows, synthesize, window_weights
+from pipeline.types import District, DistrictMap, FloatVolume, GeometryError, Grid
 
 CPU = torch.device("cpu")
 SHAPES = st.tuples(*[st.integers(1, 18)] * 3)
@@ -199,6 +199,29 @@ def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object]) -> No
 def test_arrays_that_do_not_fit_are_refused(ct: FloatVolume, mask: NDArray[np.bool_]) -> None:
     with pytest.raises(GeometryError):
         run(ct, mask, nn.Identity())
+
+
+# --- what a network sees ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "input_mask", "expected"),
+    [
+        ("trunk", "body", [0, 2, 2, 2, 0]),
+        ("trunk", "district", [0, 2, 2, 0, 0]),
+        ("whole_body", "body", [0, 2, 2, 2, 0]),
+        ("whole_body", "district", [0, 2, 2, 2, 0]),
+    ],
+)
+def test_a_network_sees_what_it_was_trained_on(key: str, input_mask: str, expected: list[float]) -> None:
+    labels = np.array([0, District.TRUNK, District.TRUNK, District.HEAD, 0], dtype=np.uint8).reshape(5, 1, 1)
+    grid = Grid(shape=labels.shape, spacing_mm=(4, 4, 4), origin_mm=(0, 0, 0), frame_of_reference_uid="1.2.3")
+    districts = DistrictMap(labels=labels, grid=grid, segmenter="t", version="1", confidence={District.TRUNK: 1.0})
+    ct = np.full(labels.shape, 2, dtype=np.float32)
+    seen = masked_input(ct, districts, District.TRUNK, key, input_mask)
+    assert seen.dtype == np.float32
+    assert seen.ravel().tolist() == expected
+    assert (ct == 2).all()
 
 
 # --- out of memory ---------------------------------------------------------------------------------------------
