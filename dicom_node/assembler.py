@@ -31,7 +31,12 @@ from storage.spool import Adopted, Spool
 log = structlog.get_logger(__name__)
 
 _RETRY_S = 60.0  # after an unexpected error with one study: the others go on meanwhile
-_STATE_OF = {"synthesize": JobState.QUEUED, "hold": JobState.HELD, "reject": JobState.REJECTED}
+_STATE_OF = {
+    "synthesize": JobState.QUEUED,
+    "hold": JobState.HELD,
+    "reject": JobState.REJECTED,
+    "cancel": JobState.CANCELLED,
+}
 _ORDER = {"reject": 0, "hold": 1, "synthesize": 2}  # the chosen series last: after a kill it is chosen again
 
 # sentences, by association's token, reason code, and Study Instance UID and accession as far as they could be read
@@ -58,6 +63,8 @@ class Assembler:
         self._clock = clock
         self._series: dict[str, IncomingSeries] = {}
         self._blocked: dict[str, float] = {}  # study UID or file name -> not before
+        self._failing: dict[str, float] = {}  # the same keys -> since when each attempt failed
+        self._cancelled: dict[str, set[str]] = {}  # series UID -> tokens of the associations that fed it
         self._folders: set[Path] = set()
         self._rebuild()
 
@@ -70,6 +77,7 @@ class Assembler:
         self._finish_duplicates()
         for study_uid in {s.study_uid for s in self._series.values()}:
             self._fenced(study_uid, partial(self._consider, study_uid))
+            self._give_up(study_uid)
 
     @property
     def receiving(self) -> int:
@@ -122,6 +130,7 @@ class Assembler:
         series.latest = header
         series.tokens.add(token)
         series.last_token = token
+        series.after_cancel |= token in self._cancelled.get(series.series_uid, ())
         series.calling_ae, series.address = sender_of(token)
         uid = header.sop_instance_uid
         if uid not in series.headers and self._too_many(series):
@@ -212,6 +221,7 @@ class Assembler:
         receiving = {job.id for job in self._ledger.receiving()}
         for series in list(self._series.values()):
             if series.job is not None and series.job.id not in receiving:
+                self._cancelled[series.series_uid] = series.tokens
                 self._take(series.job, series.series_uid)
                 self._forget(series)
 
@@ -274,6 +284,10 @@ class Assembler:
         if any(self._awaits_slices(series) for series in members):
             return
         whole = []
+        for series in [s for s in members if s.after_cancel]:
+            members.remove(series)
+            text = f"a person cancelled job {series.earlier.id if series.earlier else ''} while the series arrived"
+            self._finish(series, Decision(series_uid=series.series_uid, action="cancel", code="cancelled", text=text))
         for series in members:
             refusal = self._incomplete(series)
             if refusal is None:
@@ -386,6 +400,20 @@ class Assembler:
         except (IllegalMove, StaleState):
             self._ledger.note(earlier.id, "superseded", text, details={"successor": successor.id})
 
+    def _give_up(self, study_uid: str) -> None:
+        """A study whose decision fails again and again ends too: no series waits for ever."""
+        since = self._failing.get(study_uid)
+        if since is None or self._clock() - since < self._config.intake.incomplete_after_s:
+            return
+        for series in [s for s in self._series.values() if s.study_uid == study_uid and s.job is not None]:
+            assert series.job is not None
+            self._take(series.job, series.series_uid)
+            text = "the decision on this study failed again and again: see the log"
+            with suppress(IllegalMove, StaleState):
+                self._ledger.move(series.job.id, JobState.REJECTED, code="internal_error", text=text)
+            self._series.pop(series.series_uid, None)
+        self._failing.pop(study_uid, None)
+
     def _take(self, job: Job, series_uid: str) -> None:
         with suppress(NotFound):  # nothing but duplicates came, or an operator removed the files
             self._spool.take_series(job.id, series_uid)
@@ -403,8 +431,10 @@ class Assembler:
         self._blocked.pop(what, None)
         try:
             step()
+            self._failing.pop(what, None)
         except Exception:
             self._blocked[what] = now + _RETRY_S
+            self._failing.setdefault(what, now)
             log.exception("assembler.step_failed", what=what, retry_s=_RETRY_S)
 
 

@@ -6,6 +6,7 @@ Only the elements named here are looked at; the patient's name is not among them
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,8 +17,13 @@ from pydicom import Dataset, dcmread
 from pydicom.charset import decode_bytes, python_encoding
 from pydicom.dataelem import RawDataElement
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_file_meta_info
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    EnhancedCTImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+)
 
 from storage.errors import BadUid
 from storage.spool import check_uid
@@ -54,6 +60,10 @@ _MULTI_FRAME = frozenset({EnhancedCTImageStorage, LegacyConvertedEnhancedCTImage
 
 SAME_PLACE_MM = 0.01  # positions are written with 2 to 6 decimals
 GAP_FACTOR = 1.5  # one missing slice doubles the distance; scanners' jitter stays well below this
+MAX_INFLATED_BYTES = 256 << 20  # a deflated instance beyond it is not read; a CT slice has 0.5 MB
+_INFLATE_STEP = 1 << 20
+_META_START = 144  # preamble 128, prefix 4, the group length element 12 (PS3.10 section 7.1)
+_MAX_PLACE_MM = 1e5  # a position beyond it is no place in a scanner
 _MAX_GAP_SHARE = 0.2  # more gaps than this among the steps: a series of mixed spacing, the reader's matter
 
 
@@ -95,17 +105,24 @@ class InstanceHeader:
 def read_header(path: Path) -> InstanceHeader:
     """Read one file of the spool.
 
-    Raises `BadInstance`: not_dicom, missing_uid, bad_uid. A missing position is no fault here: a localizer or a
-    screen capture may lack it, and the series is then refused by name.
+    Raises `BadInstance`: not_dicom, missing_uid, bad_uid, too_large. A missing position is no fault here: a localizer
+    or a screen capture may lack it, and the series is then refused by name. `OSError`: the disk, not the file.
     """
     try:
-        ds = dcmread(path, stop_before_pixels=True, specific_tags=[*_TAGS.values(), *_FRAME_TAGS])
+        return _parse(path)
+    except BadInstance:
+        raise
     except InvalidDicomError as error:
         raise BadInstance("not_dicom", "no DICOM file: the prefix is missing") from error
-    except OSError:
-        raise
     except Exception as error:  # a hostile file may break the parser anywhere; only the kind of error is told
+        if isinstance(error, OSError) and error.errno is not None:  # pydicom's own, for a file cut short, has none
+            raise
         raise BadInstance("not_dicom", f"the data set cannot be parsed ({type(error).__name__})") from error
+
+
+def _parse(path: Path) -> InstanceHeader:
+    _check_inflated_size(path)
+    ds = dcmread(path, stop_before_pixels=True, specific_tags=[*_TAGS.values(), *_FRAME_TAGS])
     charset = tuple(_ascii(ds, "SpecificCharacterSet").split("\\"))
     accession = _text(ds, "AccessionNumber", charset)
     uids: dict[str, str] = {}
@@ -136,6 +153,23 @@ def read_header(path: Path) -> InstanceHeader:
         positions=positions,
         orientation=orientation,
     )
+
+
+def _check_inflated_size(path: Path) -> None:
+    """Refuse a deflated data set that would fill the memory: 300 KB can inflate to gigabytes (PS3.5 annex A.5)."""
+    meta = read_file_meta_info(path)
+    if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+        return
+    inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    with path.open("rb") as file:
+        file.seek(_META_START + int(meta.FileMetaInformationGroupLength))
+        while total <= MAX_INFLATED_BYTES and not inflater.eof:
+            data = inflater.unconsumed_tail or file.read(_INFLATE_STEP)
+            if not data:
+                return
+            total += len(inflater.decompress(data, _INFLATE_STEP))
+    if total > MAX_INFLATED_BYTES:
+        raise BadInstance("too_large", f"the deflated data set is larger than {MAX_INFLATED_BYTES >> 20} MiB")
 
 
 def _raw(ds: Dataset, tag: BaseTag) -> bytes:
@@ -194,11 +228,17 @@ def _numbers(text: str, count: int) -> tuple[float, ...]:
 
 
 def _places(ds: Dataset, sop_class_uid: str) -> tuple[tuple[float, ...], tuple[Vector, ...]]:
+    """Orientation and positions, or nothing where one of the numbers can be no place in a scanner."""
     if sop_class_uid in _MULTI_FRAME:
-        return _frame_places(ds)
-    position = _numbers(_ascii(ds, "ImagePositionPatient"), 3)
-    orientation = _numbers(_ascii(ds, "ImageOrientationPatient"), 6)
-    return orientation, ((position[0], position[1], position[2]),) if position else ()
+        orientation, places = _frame_places(ds)
+    else:
+        position = _numbers(_ascii(ds, "ImagePositionPatient"), 3)
+        orientation = _numbers(_ascii(ds, "ImageOrientationPatient"), 6)
+        places = ((position[0], position[1], position[2]),) if position else ()
+    numbers = (*orientation, *(value for place in places for value in place))
+    if not all(math.isfinite(value) and abs(value) <= _MAX_PLACE_MM for value in numbers):
+        return (), ()
+    return orientation, places
 
 
 def _frame_places(ds: Dataset) -> tuple[tuple[float, ...], tuple[Vector, ...]]:

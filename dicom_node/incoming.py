@@ -34,6 +34,7 @@ class IncomingSeries:
     inherited: dict[str, InstanceHeader] = field(default_factory=dict)
     tokens: set[str] = field(default_factory=set)
     last_token: str = ""  # of the association that brought the latest instance; empty: an earlier life of the node
+    after_cancel: bool = False  # the rest of a series that a person cancelled while it arrived
     calling_ae: str = ""
     address: str = ""
     duplicates: int = 0

@@ -17,7 +17,7 @@ from dicom_node.headers import InstanceHeader, SeriesGeometry, geometry_of
 from dicom_node.kernels import Kernel, classify_kernel
 from dicom_node.net.scp import CT_CLASSES
 
-Action = Literal["synthesize", "reject", "hold"]
+Action = Literal["synthesize", "reject", "hold", "cancel"]
 
 MIN_AXIAL_COSINE = 0.85  # the normal's z component: a gantry tilted by 30 degrees still counts as axial
 CLEARLY_BETTER = 1.25  # coverage of a series that comes after the study's choice, to be chosen as well

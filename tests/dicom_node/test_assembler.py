@@ -376,6 +376,44 @@ def test_an_unexpected_error_with_one_study_leaves_the_others_alone(
     assert [job.state for job in intake.jobs()] == [QUEUED, QUEUED]
 
 
+def test_a_study_whose_decision_fails_again_and_again_ends(
+    intake: Intake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intake.put(small_ct(tmp_path / "ct"))
+    intake.assembler.tick()
+
+    def fail(*_: object) -> Path:
+        raise OSError("disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(intake.spool, "link_previous", fail)
+        patch.setattr(intake.ledger, "jobs_of_study", fail)
+        intake.pass_time(STUDY_QUIET_S)
+        assert intake.job().state is RECEIVING
+        intake.pass_time(GIVE_UP_S)
+    assert (intake.job().state, intake.job().reason_code) == (REJECTED, "internal_error")
+    assert intake.assembler.receiving == 0
+
+
+def test_the_rest_of_a_series_that_was_cancelled_while_it_arrived_is_cancelled_too(
+    intake: Intake, tmp_path: Path
+) -> None:
+    paths = small_ct(tmp_path / "ct", 8)
+    token = intake.registry.open(calling_ae="PACS", address="10.0.0.1", peer="pacs")
+    assert token is not None
+    intake.put(paths[:4], token)
+    intake.assembler.tick()
+    first = intake.ledger.cancel(intake.job().id)
+    intake.assembler.tick()
+    intake.put(paths[4:], token)
+    intake.registry.close(token)
+    intake.pass_time(STUDY_QUIET_S)
+    rest = intake.jobs()[0]
+    assert (rest.state, rest.reason_code, rest.instances) == (JobState.CANCELLED, "cancelled", 8)
+    assert first.id in rest.reason
+    assert len(intake.spool.ct_files(rest.id)) == 8  # `jobs retry` runs all of it
+
+
 def test_a_job_cancelled_while_receiving_keeps_its_slices_for_a_retry(intake: Intake, tmp_path: Path) -> None:
     intake.put(small_ct(tmp_path / "ct"))
     intake.assembler.tick()

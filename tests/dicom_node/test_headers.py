@@ -7,13 +7,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
+from ct_factory import write_ct
 from intake_tools import small_ct
 from pydicom import Dataset, dcmread
 from pydicom.sequence import Sequence
-from pydicom.uid import CTImageStorage, EnhancedCTImageStorage
+from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, EnhancedCTImageStorage
 
-from dicom_node.headers import BadInstance, InstanceHeader, geometry_of, read_header
+from dicom_node.headers import MAX_INFLATED_BYTES, BadInstance, InstanceHeader, geometry_of, read_header
 
 PREFIX = b"\0" * 128 + b"DICM"
 
@@ -180,3 +182,43 @@ def test_real_series_are_whole(real_data: Path, name: str, slices: int) -> None:
     geometry = geometry_of(headers)
     assert (len(geometry.z_mm), geometry.gaps_mm) == (slices, ())
     assert geometry.spacing_mm == pytest.approx(3.0, abs=0.01)
+
+
+def test_a_data_set_cut_inside_a_sequence_is_not_dicom_and_not_a_disk_error(tmp_path: Path) -> None:
+    (path,) = write_ct(tmp_path, np.zeros((1, 8, 8), np.int16), modify=_with_open_sequence)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"1.2.3.4.5.6.7") + 13])
+    with pytest.raises(BadInstance) as caught:
+        read_header(path)
+    assert caught.value.code == "not_dicom"
+
+
+def _with_open_sequence(ds: Dataset, _: int) -> None:
+    item = Dataset()
+    item.ReferencedSOPInstanceUID = "1.2.3.4.5.6.7"
+    item.is_undefined_length_sequence_item = True
+    ds.ReferencedImageSequence = [item]
+    ds["ReferencedImageSequence"].is_undefined_length = True
+
+
+def test_a_deflated_bomb_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    (path,) = write_ct(
+        tmp_path, np.zeros((1, 8, 8), np.int16), transfer_syntax=DeflatedExplicitVRLittleEndian, modify=_with_zeros
+    )
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(BadInstance) as caught:
+        read_header(path)
+    assert caught.value.code == "too_large"
+
+
+def _with_zeros(ds: Dataset, _: int) -> None:
+    ds.add_new(0x00420011, "OB", bytes(MAX_INFLATED_BYTES + 2))
+
+
+@pytest.mark.parametrize("value", [["0", "0", "1.7e308"], ["1e6", "0", "0"]])
+def test_a_position_outside_every_scanner_is_no_position(tmp_path: Path, value: list[str]) -> None:
+    def far(ds: Dataset, _: int) -> None:
+        ds.ImagePositionPatient = value
+
+    (path,) = write_ct(tmp_path, np.zeros((1, 8, 8), np.int16), modify=far)
+    assert read_header(path).positions == ()
