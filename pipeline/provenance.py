@@ -2,9 +2,10 @@
 
 The same CT, weights, software and output options give the same UIDs again, so that a job run twice, or a series
 sent twice, is one series in the PACS; a change of any of them gives new UIDs, so that no UID ever names two
-different images. The device, its fallbacks and all times are left out on purpose: a job that moves from the GPU
-to the CPU after a crash is still the same result. Its values then differ in the last digits under the same UID,
-which is acceptable because what was stored once is sent again byte for byte and never computed anew.
+different images. The device, its fallbacks, the precision that "auto" finds and all times are left out on purpose:
+a job that moves from the GPU to the CPU after a crash is still the same result. Its values then differ in the last
+digits under the same UID, which is acceptable because what was stored once is sent again byte for byte and never
+computed anew.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class ResultUids:
                     "source_instances": sorted(i.sop_instance_uid for i in self.source.instances),
                     "bundle": made_by.bundle_sha256,
                     "models": sorted([m.district, m.weights_sha256] for m in made_by.models),
+                    "networks": sorted(made_by.networks),
                     "software": made_by.software_version,
                     "segmenter": [made_by.segmenter, made_by.segmenter_version],
                     "settings": sorted(made_by.settings),

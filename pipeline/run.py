@@ -109,7 +109,10 @@ def synthesize_series(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Settings:
-    """The bundle's blending and stitching, or what the options put in their place."""
+    """The bundle's blending and stitching, or what the options put in their place.
+
+    `changed` is for the provenance; a precision counts only where the options name one, as "auto" follows the machine.
+    """
 
     blending: str
     stitching: str
@@ -121,7 +124,8 @@ class _Settings:
         own = {"blending": manifest.blending, "stitching": manifest.stitching}
         chosen = {name: str(own[name]) if value == "bundle" else value for name, value in wanted.items()}
         changed = tuple(f"{name}={value}" for name, value in chosen.items() if value != own[name])
-        return cls(blending=chosen["blending"], stitching=chosen["stitching"], changed=changed)
+        precision = () if options.precision == "auto" else (f"precision={options.precision}",)
+        return cls(blending=chosen["blending"], stitching=chosen["stitching"], changed=(*changed, *precision))
 
 
 class _Stages:
@@ -261,6 +265,7 @@ def _provenance(
             for key in bundle.keys
             if key in used
         ),
+        networks=tuple(f"{d.key}={networks.get(d, 'none')}" for d in districts.present),
         segmenter=districts.segmenter,
         segmenter_version=districts.version,
         settings=settings.changed,

@@ -209,6 +209,7 @@ class Provenance:
     models: tuple[ModelRef, ...]
     segmenter: str
     segmenter_version: str
+    networks: tuple[str, ...] = ()  # which served which district: "arms=whole_body", "legs=none"; part of the UIDs
     settings: tuple[str, ...] = ()  # what an option changed against the bundle: "blending=mean"; part of the UIDs
     device: str  # "cpu", "cuda:0 NVIDIA H100": recorded, not part of the UIDs
     fallbacks: tuple[str, ...] = ()  # "out of memory on cuda:0: slabs"; recorded, not part of the UIDs

@@ -38,6 +38,7 @@ PROVENANCE = Provenance(
     bundle_version="1",
     bundle_sha256="a" * 64,
     models=(ModelRef(district="head", weights_sha256="b" * 64), ModelRef(district="trunk", weights_sha256="c" * 64)),
+    networks=("head=head", "trunk=trunk", "legs=none"),
     segmenter="builtin",
     segmenter_version="1",
     device="cpu",
@@ -67,7 +68,7 @@ def test_kinds_and_indices_have_uids_of_their_own() -> None:
 
 
 def test_the_uids_are_the_same_in_every_release() -> None:
-    assert UIDS.uid("series") == "2.25.132143780982783956403645990393552640259"
+    assert UIDS.uid("series") == "2.25.135119621261961428436065931741007144363"
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,8 @@ def test_the_uids_are_the_same_in_every_release() -> None:
         changed_provenance(bundle_sha256="d" * 64),
         changed_provenance(models=PROVENANCE.models[:1]),
         changed_provenance(models=(ModelRef(district="whole_body", weights_sha256="e" * 64), PROVENANCE.models[1])),
+        changed_provenance(networks=("head=trunk", "trunk=head", "legs=none")),
+        changed_provenance(networks=("head=head", "trunk=trunk")),
         changed_provenance(software_version="1.1"),
         changed_provenance(segmenter="dicom_seg"),
         changed_provenance(segmenter_version="2"),
@@ -106,6 +109,7 @@ def test_every_output_option_is_part_of_the_uids(name: str) -> None:
         changed_provenance(device="cuda:0 NVIDIA H100"),
         changed_provenance(fallbacks=("out of memory on cuda:0",)),
         changed_provenance(models=PROVENANCE.models[::-1]),
+        changed_provenance(networks=PROVENANCE.networks[::-1]),
         replace(UIDS, options=OutputOptions(encodings=("sc", "pet"), mip=False)),
     ],
 )

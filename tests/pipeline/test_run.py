@@ -163,6 +163,7 @@ def test_the_provenance_names_bundle_networks_and_segmenter(result: ResultSet, b
     known = {key: entry.sha256 for key, entry in bundle.manifest.networks.items()}
     assert made_by.models
     assert all(known[m.district] == m.weights_sha256 for m in made_by.models)
+    assert made_by.networks == ("head=head", "trunk=trunk", "arms=arms", "legs=legs")
 
 
 def test_each_stage_is_timed_and_reported_in_order(result: ResultSet, reports: list[Progress]) -> None:
@@ -207,6 +208,39 @@ def test_a_district_without_a_network_stays_empty_and_is_reported(
     assert evaluated == {District.HEAD: False, District.TRUNK: True, District.ARMS: False, District.LEGS: False}
     assert any(note.startswith("head: ") and note.endswith("not evaluated") for note in result.notes)
     assert all(s.suv_max == 0 for s in result.stats if not s.evaluated)
+
+
+@pytest.mark.usefixtures("_known_districts")
+def test_the_same_networks_in_other_districts_are_another_result(
+    monkeypatch: pytest.MonkeyPatch,
+    ct_files: list[Path],
+    bundle: ModelBundle,
+    options: PipelineOptions,
+    found: list[DistrictMap],
+) -> None:
+    uids = set()
+    for unsure in (District.ARMS, District.LEGS):
+        confidence = {**found[0].confidence, unsure: 0.1, District.HEAD: 0.1}
+        districts = replace(found[0], confidence=confidence)
+        monkeypatch.setattr(run_module, "find_districts", lambda *_, d=districts, **__: d)
+        monkeypatch.setattr(run_module, "synthesize", lambda ct, *_, **__: ct)
+        for low_confidence in ("whole_body", "not_evaluated"):
+            chosen = replace(options, low_confidence=low_confidence)
+            result = synthesize_series(ct_files, bundle, chosen, created=CREATED)
+            word = {"whole_body": "whole_body", "not_evaluated": "none"}[low_confidence]
+            assert f"{unsure.key}={word}" in result.provenance.networks
+            uids.add(result.series[0].series_uid)
+    assert len(uids) == 4
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("auto", ()), ("fp32", ("precision=fp32",)), ("bf16", ("precision=bf16",))]
+)
+def test_a_precision_that_is_asked_for_is_a_setting_and_one_that_is_found_is_not(
+    bundle: ModelBundle, options: PipelineOptions, precision: str, expected: tuple[str, ...]
+) -> None:
+    settings = run_module._Settings.of(bundle.manifest, replace(options, precision=precision))
+    assert settings.changed == expected
 
 
 @pytest.mark.usefixtures("_known_districts")
