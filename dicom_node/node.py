@@ -123,7 +123,7 @@ class Node:
         config, parts = self.config, self._parts
         root = config.storage.root
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            root.mkdir(exist_ok=True)  # not its parents: a disk that is not mounted must not be papered over
             parts.callback(_lock(root / "node.lock"))
         except OSError as error:
             text = f"{error.strerror} for {error.filename}; it must be a folder that the node's user can write"
@@ -132,6 +132,10 @@ class Node:
         self.spool.clean_temp()
         self.ledger = open_ledger(config.ledger_url)
         parts.callback(self.ledger.close)
+        if not (root / "node.id").exists():
+            log.warning(
+                "node.first_start", root=str(root), reason="a new spool: if there was one, is its disk mounted?"
+            )
         owner = _identity(root / "node.id")
 
         engine = self._engine or LocalEngine(job_timeout_s=config.engine.job_timeout_s)
@@ -165,6 +169,7 @@ class Node:
             wanted = self.config.node.port if port is None else port
             raise NodeError(f"[node].port = {wanted}: cannot listen: {error.strerror}") from error
         self._parts.callback(receiver.stop)
+        self._alive.append(lambda: receiver.alive)
         log.info("node.started", version=__version__, ae_title=self.config.node.ae_title, port=bound)
         return bound
 

@@ -82,7 +82,7 @@ def check_disk(config: Config) -> Finding:
     """The spool's folder can be written, and there is room above the watermark."""
     root = config.storage.root
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(exist_ok=True)
         probe = root / f".check-{os.getpid()}"
         probe.write_bytes(b"x")
         probe.unlink()
@@ -99,7 +99,7 @@ def check_disk(config: Config) -> Finding:
 def check_ledger(config: Config) -> Finding:
     """The ledger opens, is migrated, and takes a write."""
     try:
-        with opened_ledger(config) as ledger:
+        with opened_ledger(config, create=True) as ledger:
             ledger.note("", "check", "dicom-node check")
     except (StorageError, OSError) as error:
         return Finding(check="ledger", verdict=Verdict.FAIL, text=str(error))

@@ -30,6 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dicom_node.config import Config, load_config
+from storage.errors import LedgerError
 from storage.ledger import Ledger, open_ledger
 from storage.records import Job
 
@@ -55,9 +56,16 @@ _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 @contextmanager
-def opened_ledger(config: Config) -> Iterator[Ledger]:
-    """The ledger of a configuration, closed at the end. The node may run at the same time (SQLite in WAL mode)."""
-    config.storage.root.mkdir(parents=True, exist_ok=True)
+def opened_ledger(config: Config, *, create: bool = False) -> Iterator[Ledger]:
+    """The ledger of a configuration, closed at the end. The node may run at the same time (SQLite in WAL mode).
+
+    Without `create` a ledger that is not there is an error: an empty one would answer "no job matches".
+    """
+    file = config.storage.root / "ledger.sqlite"
+    if not create and not config.storage.database_url and not file.is_file():
+        raise LedgerError(
+            f"ledger {file}: is not there; no node has run with this configuration yet, or [storage].root is wrong"
+        )
     ledger = open_ledger(config.ledger_url)
     try:
         yield ledger

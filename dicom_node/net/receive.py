@@ -129,6 +129,11 @@ class Receiver:
         log.info("receiver.started", ae_title=node.ae_title, host=node.host, port=bound)
         return bound
 
+    @property
+    def alive(self) -> bool:
+        """Whether the listening thread runs: the kernel would go on taking connections without it."""
+        return self._thread is not None and self._thread.is_alive()
+
     def stop(self) -> None:
         """Abort what is open, stop listening, join. Instances that were answered with Success are on disk."""
         if self._server is None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from dicom_node.cli import app
 from dicom_node.config import load_config
+from storage.errors import LedgerError
 from storage.ledger import Ledger, open_ledger
 from storage.records import DeliveryState, JobState, NewDelivery, SeriesInfo
 
@@ -87,7 +88,14 @@ def run_to_delivering(ledger: Ledger, number: int) -> str:
     return job.id
 
 
-def test_the_list_of_an_empty_ledger_says_so(config: Path) -> None:
+def test_without_a_ledger_no_command_makes_one(config: Path) -> None:
+    result = ask(config, "jobs", "list")
+    assert isinstance(result.exception, LedgerError)
+    assert "no node has run" in str(result.exception)
+    assert not (config.parent / "spool").exists()
+
+
+def test_the_list_of_an_empty_ledger_says_so(config: Path, ledger: Ledger) -> None:
     result = ask(config, "jobs", "list")
     assert result.exit_code == 0
     assert "no job matches" in result.output
