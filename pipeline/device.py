@@ -16,6 +16,14 @@ CPU_BATCH = 16  # measured: the fastest of 8, 16, 32 and 64 windows at once on 2
 GPU_BATCH = 128  # windows of 32 cubed at width 64: some 6 GiB of activations
 GPU_BYTES_PER_WINDOW = 64 * 2**20  # a generous bound for the same network
 
+# what torch says in a plain RuntimeError, or (CUDA) in its AcceleratorError, where it has no class for it
+OUT_OF_MEMORY_WORDS = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",  # outside of torch's own allocator: the context, a kernel's stack
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
 Result = TypeVar("Result")
 
 
@@ -39,19 +47,32 @@ class Compute:
         return f"{self.device} {torch.cuda.get_device_name(self.device)}"
 
 
-def choose_compute(device: str = "auto", precision: str = "auto", batch: int = 0) -> Compute:
+ON_CPU = Compute(device=torch.device("cpu"), precision="fp32", batch=CPU_BATCH)
+
+
+def choose_compute(
+    device: str = "auto", precision: str = "auto", batch: int = 0, *, report: Callable[[str], None] = lambda _: None
+) -> Compute:
     """What the options ask for on this machine; "auto" and 0 are filled in.
 
     The GPU is taken when there is one. bf16 is chosen on a GPU that has it; never by itself on a CPU, where it
-    was measured three times slower than fp32.
+    was measured three times slower than fp32. A GPU so full that it cannot even be asked leaves an "auto" to the CPU,
+    and `report` gets one sentence about it.
 
     Raises:
         DeviceError: a GPU is asked for by name and is not there.
+        RuntimeError: a GPU that is asked for by name is full, or a GPU has another fault.
     """
     chosen = _device(device)
-    if precision == "auto":
-        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return Compute(device=chosen, precision=precision, batch=batch or default_batch(chosen))
+    try:
+        if precision == "auto":
+            precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        return Compute(device=chosen, precision=precision, batch=batch or default_batch(chosen))
+    except RuntimeError as error:
+        if device != "auto" or not is_out_of_memory(error):
+            raise
+    report(f"out of memory on {chosen} before the first window: on the cpu")
+    return ON_CPU
 
 
 def _device(name: str) -> torch.device:
@@ -94,7 +115,7 @@ def rungs(first: Compute) -> Iterator[Compute]:
         if rung.batch > 1:
             rung = replace(rung, batch=rung.batch // 2)
         elif rung.device.type != "cpu":
-            rung = Compute(device=torch.device("cpu"), precision="fp32", batch=CPU_BATCH)
+            rung = ON_CPU
         else:
             return
 
@@ -129,5 +150,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory, of the GPU or of the machine, ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "CUDNN_STATUS_ALLOC_FAILED" in text)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS)

@@ -74,7 +74,8 @@ def synthesize_series(
     stages = _Stages(on_progress)
     settings = _Settings.of(bundle.manifest, options)
     set_threads(options.threads)
-    compute = choose_compute(options.device, options.precision, options.batch)
+    fallbacks: list[str] = []
+    compute = choose_compute(options.device, options.precision, options.batch, report=fallbacks.append)
 
     with stages.stage(Stage.READ):
         ct = read_ct(paths, max_slices=options.max_slices, on_progress=on_progress)
@@ -86,13 +87,15 @@ def synthesize_series(
         districts = find_districts(ct, grid, chain=options.districts, on_progress=on_progress)
         networks, notes = choose_networks(districts, bundle.keys, options)
     with stages.stage(Stage.SYNTHESIS):
-        volumes, fallbacks = _synthesize_districts(ct_unit, districts, networks, bundle, settings, compute, on_progress)
+        volumes = _synthesize_districts(
+            ct_unit, districts, networks, bundle, settings, compute, fallbacks.append, on_progress
+        )
     with stages.stage(Stage.STITCH):
         suv = _stitch_to_suv(volumes, districts, bundle.manifest, settings, grid)
     with stages.stage(Stage.GATE):
         held = gate.check_output(suv, districts)
     with stages.stage(Stage.WRITE):
-        provenance = _provenance(bundle, networks, districts, settings, compute, fallbacks)
+        provenance = _provenance(bundle, networks, districts, settings, compute, tuple(fallbacks))
         series = _encode(suv, ct, provenance, options, created, on_progress)
         stats = district_stats(suv, districts)
         picture = overview_png(ct, districts, suv)
@@ -176,14 +179,14 @@ def _synthesize_districts(
     bundle: ModelBundle,
     settings: _Settings,
     compute: Compute,
+    report: Callable[[str], None],
     on_progress: OnProgress,
-) -> tuple[dict[District, FloatVolume], tuple[str, ...]]:
-    """[0, 1] volumes per district, and what had to be given up when memory ran out."""
+) -> dict[District, FloatVolume]:
+    """[0, 1] volumes per district; `report` hears what had to be given up when memory ran out."""
     manifest = bundle.manifest
     masks = {d: reach(districts, d, mode=settings.stitching, feather_mm=manifest.feather_mm) for d in networks}
     counter = _WindowCounter(masks, manifest, on_progress)
     volumes: dict[District, FloatVolume] = {}
-    fallbacks: list[str] = []
     for district, key in networks.items():
         masked = masked_input(ct_unit, districts, district, key, manifest.input_mask)
 
@@ -202,8 +205,8 @@ def _synthesize_districts(
             )
 
         # a rung that had no memory for one district is not tried again for the next
-        volumes[district], compute = with_fallbacks(work, compute, fallbacks.append)
-    return volumes, tuple(fallbacks)
+        volumes[district], compute = with_fallbacks(work, compute, report)
+    return volumes
 
 
 class _WindowCounter:

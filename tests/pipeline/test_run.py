@@ -284,6 +284,23 @@ def test_a_lack_of_memory_is_recorded_and_changes_neither_uids_nor_values(
 
 
 @pytest.mark.usefixtures("_known_districts")
+def test_a_gpu_that_is_full_before_the_job_begins_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, ct_files: list[Path], bundle: ModelBundle, options: PipelineOptions
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(run_module, "synthesize", lambda ct, *_, **__: ct)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", full)
+    result = synthesize_series(ct_files, bundle, replace(options, device="auto"), created=CREATED)
+    assert result.provenance.device == "cpu"
+    assert result.provenance.fallbacks == ("out of memory on cuda:0 before the first window: on the cpu",)
+    assert set(result.provenance.fallbacks) <= set(result.notes)
+
+
+@pytest.mark.usefixtures("_known_districts")
 def test_a_gate_that_finds_the_output_implausible_holds_a_complete_result(
     monkeypatch: pytest.MonkeyPatch, ct_files: list[Path], bundle: ModelBundle, options: PipelineOptions
 ) -> None:

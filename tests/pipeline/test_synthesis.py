@@ -240,7 +240,19 @@ def cpu_allocator_error() -> RuntimeError:
     return RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, cpu_allocator_error])
+def context_error() -> RuntimeError:
+    # what the driver says when not even its own context fits beside another process
+    return torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable ...")
+
+
+def cublas_error() -> RuntimeError:
+    return RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+OUT_OF_MEMORY = [torch.OutOfMemoryError, MemoryError, cpu_allocator_error, context_error, cublas_error]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_too_little_memory_means_fewer_windows_at_once(error: Callable[[], Exception]) -> None:
     said: list[str] = []
     first = Compute(device=CPU, precision="fp32", batch=16)
@@ -297,6 +309,40 @@ def test_the_options_choose_the_device() -> None:
     assert choose_compute("cpu", "bf16", 3) == Compute(device=CPU, precision="bf16", batch=3)
     assert choose_compute("cpu").name == "cpu"
     assert choose_compute("auto").device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def full_gpu(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """A GPU on which the first question fails."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_a_gpu_that_is_full_before_the_job_begins_leaves_it_to_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    full_gpu(monkeypatch, context_error())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", torch.cuda.mem_get_info)  # it needs the context, too
+    said: list[str] = []
+    assert choose_compute(batch=batch, report=said.append) == Compute(device=CPU, precision="fp32", batch=16)
+    assert said == ["out of memory on cuda:0 before the first window: on the cpu"]
+
+
+def test_a_full_gpu_that_is_asked_for_by_name_and_other_faults_of_it_are_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    full_gpu(monkeypatch, context_error())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        choose_compute("cuda")
+    full_gpu(monkeypatch, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        choose_compute("auto")
 
 
 def test_a_gpu_that_is_not_there_is_named() -> None:
