@@ -57,6 +57,7 @@ SOP_CLASSES = {"sc": SecondaryCaptureImageStorage, "pet": PositronEmissionTomogr
 
 F18_HALF_LIFE_S = "6586.2"  # PS3.3 C.8.9.2 asks for it; F-18: 109.77 min
 SAME_PLACE_MM = 0.01
+ALONG_Z = 0.866  # cos 30 degrees: planes turned further no longer lie at their center's z, not even roughly
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 SOP_INSTANCE_UID = 0x00080018
@@ -133,6 +134,17 @@ def bracketing(positions_mm: NDArray[np.float64], z_mm: float) -> slice:
     if above == 0 or positions_mm[above] - z_mm <= SAME_PLACE_MM:
         return slice(above, above + 1)
     return slice(above - 1, above + 1)
+
+
+def stacked_along_z(positions_mm: NDArray[np.float64]) -> bool:
+    """Whether CT instances at these centers, [n, 3] x, y, z, follow each other along z: axial, gantry tilt included.
+
+    Each plane of any other stack, coronal, sagittal or strongly oblique, is made of all of its instances.
+    """
+    if len(positions_mm) < 2:
+        return True
+    way = positions_mm[-1] - positions_mm[0]
+    return bool(abs(way[2]) >= ALONG_Z * np.linalg.norm(way))
 
 
 def in_plane_grid_is_the_ct(grid: Grid, header: Dataset) -> bool:
@@ -283,7 +295,8 @@ def _varying_elements(
     in_plane = f"{ds_text(x_mm)}\\{ds_text(y_mm)}"
     pixel_header = element_header(PIXEL_DATA, "OW", codes[0].nbytes)
     instances = _with_good_uids(source)
-    positions_mm = np.array([instance.position_mm[2] for instance in instances])
+    positions_mm = np.array([instance.position_mm for instance in instances]).reshape(-1, 3)
+    axial = stacked_along_z(positions_mm)
 
     @cache  # neighbouring planes share their CT instances
     def references(found: tuple[SourceInstance, ...], preserved: bool) -> tuple[bytes, bytes]:
@@ -291,7 +304,7 @@ def _varying_elements(
 
     for index, plane in enumerate(codes.astype("<u2", copy=False)):
         z_mm = first_z_mm + index * grid.spacing_mm[0]
-        found = instances[bracketing(positions_mm, z_mm)]
+        found = instances[bracketing(positions_mm[:, 2], z_mm)] if axial else instances
         preserved = aligned and len(found) == 1 and abs(found[0].position_mm[2] - z_mm) <= SAME_PLACE_MM
         referenced_series, source_images = references(found, preserved)
         z_text = ds_text(z_mm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from io import BytesIO
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ct_factory import write_ct
 from outputs_samples import (
     CT_SERIES_UID,
     FRAME_UID,
@@ -25,6 +27,7 @@ from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.dataelem import DataElement
 from pydicom.multival import MultiValue
 
+from pipeline.ct_reader import read_ct
 from pipeline.errors import OutputError
 from pipeline.outputs.explicit import SeriesTemplate
 from pipeline.outputs.pet_series import bracketing
@@ -276,6 +279,37 @@ BRACKETS = [(-1.0, [0]), (0.0, [0]), (0.004, [0]), (1.0, [0, 1]), (2.995, [1]), 
 def test_a_plane_is_bracketed(z_mm: float, found: list[int]):
     assert list(range(3))[bracketing(np.array([0.0, 3.0, 6.0]), z_mm)] == found
     assert [][bracketing(np.array([]), z_mm)] == []
+
+
+CORONAL, SAGITTAL, OBLIQUE = (1, 0, 0, 0, 0, -1), (0, 1, 0, 0, 0, -1), (1, 0, 0, 0, 0.6, -0.8)
+
+
+@pytest.mark.parametrize("orientation", [CORONAL, SAGITTAL, OBLIQUE])
+def test_a_plane_across_all_ct_slices_names_all_of_them(sample: Sample, tmp_path: Path, orientation: tuple[float, ...]):
+    hu = np.zeros((7, 8, 8), np.int16)
+    ct = read_ct(write_ct(tmp_path, hu, spacing_mm=(3, 2, 2), orientation=orientation))
+    uids = [i.sop_instance_uid for i in ct.source.instances]
+    suv = SuvVolume(suv=np.zeros(ct.hu.shape, np.float32), grid=ct.grid)
+    for ds in read_back(replace(sample, source=ct.source, suv=suv).pet("sc")):
+        assert [item.ReferencedSOPInstanceUID for item in ds.SourceImageSequence] == uids
+        (series,) = ds.ReferencedSeriesSequence
+        assert [item.ReferencedSOPInstanceUID for item in series.ReferencedInstanceSequence] == uids
+        assert {item.SpatialLocationsPreserved for item in ds.SourceImageSequence} == {"NO"}
+
+
+def along_z(ds: Dataset, index: int) -> None:
+    ds.ImagePositionPatient = [-8, -8, 3 * index]  # the table moves along z, however the gantry is tilted
+
+
+@pytest.mark.parametrize(("degrees", "modify"), [(20, along_z), (5, None)])
+def test_a_tilted_gantry_and_a_slightly_oblique_ct_still_name_the_slices_around_the_plane(
+    sample: Sample, tmp_path: Path, degrees: float, modify: Callable[[Dataset, int], None] | None
+):
+    orientation = (1, 0, 0, 0, np.cos(np.radians(degrees)), np.sin(np.radians(degrees)))
+    ct = read_ct(write_ct(tmp_path, np.zeros((30, 8, 8), np.int16), orientation=orientation, modify=modify))
+    suv = SuvVolume(suv=np.zeros(ct.hu.shape, np.float32), grid=ct.grid)
+    for ds in read_back(replace(sample, source=ct.source, suv=suv).pet("sc")):
+        assert 1 <= len(ds.SourceImageSequence) <= 2
 
 
 def test_a_ct_whose_uids_are_no_uids_is_not_referenced(sample: Sample):
