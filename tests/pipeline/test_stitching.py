@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from pipeline import stitching
 from pipeline.stitching import feather_weight, reach, stitch
 from pipeline.types import District, DistrictMap, FloatVolume, GeometryError, Grid, LabelVolume
 
@@ -86,7 +88,7 @@ def test_feathered_is_a_ramp_over_the_feather_centered_on_the_border() -> None:
 
 def test_the_weight_does_not_fall_toward_the_skin() -> None:
     districts = column(0, 0, 2, 2, 2, 0, 0)
-    weight = feather_weight(districts, TRUNK, 16.0)
+    weight = feather_weight(districts.labels, TRUNK, districts.grid.spacing_mm, 16.0)
     np.testing.assert_array_equal(weight[:, 1, 1], [0, 0, 1, 1, 1, 0, 0])
 
 
@@ -113,6 +115,44 @@ def test_stitching_looks_nowhere_beyond_the_reach(
         volumes[district] = np.nan_to_num(volume, nan=1e6)
     out = stitch(volumes, districts, mode="feathered", feather_mm=feather_mm)
     np.testing.assert_allclose(out[districts.labels > 0], 0.5, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    seed=st.integers(0, 50),
+    block=st.integers(1, 9),
+    feather_mm=st.sampled_from([1.0, 8.0, 20.0]),
+    spacing_mm=st.sampled_from([(4.0, 4.0, 4.0), (5.0, 2.0, 1.0)]),
+)
+def test_the_blocks_in_which_it_is_done_leave_no_trace(
+    seed: int, block: int, feather_mm: float, spacing_mm: tuple[float, float, float]
+) -> None:
+    districts = district_map(random_labels((12, 11, 10), seed), spacing_mm)
+    rng = np.random.default_rng(seed)
+    volumes = {d: rng.random(districts.grid.shape, dtype=np.float32) for d in District}
+    whole = stitch(volumes, districts, mode="feathered", feather_mm=feather_mm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stitching, "BLOCK", block)
+        np.testing.assert_allclose(
+            stitch(volumes, districts, mode="feathered", feather_mm=feather_mm), whole, atol=1e-6
+        )
+
+
+def test_distances_are_only_measured_where_districts_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.full((512, 48, 48), TRUNK, dtype=np.uint8)
+    labels[500:] = HEAD
+    districts = district_map(labels)
+    measured: list[int] = []
+    real = stitching.ndimage.distance_transform_edt
+
+    def counted(target: NDArray[np.bool_], **how: object) -> NDArray[np.float64]:
+        measured.append(target.size)
+        return real(target, **how)
+
+    monkeypatch.setattr(stitching.ndimage, "distance_transform_edt", counted)
+    out = stitch(filled(districts, {HEAD: 1.0, TRUNK: 0.0}), districts, mode="feathered", feather_mm=16.0)
+    assert 0 < out[499, 0, 0] < 0.5 < out[500, 0, 0] < 1
+    assert 0 < sum(measured) < labels.size
 
 
 def test_the_reach_of_hard_stitching_is_the_district() -> None:
