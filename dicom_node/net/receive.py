@@ -120,7 +120,9 @@ class Receiver:
         """
         node = self._config.node
         wanted = node.port if port is None else port
-        self._server = make_server(self._ae, node, self._handlers(), port=wanted, poll=self._reap)
+        self._server = make_server(
+            self._ae, node, self._handlers(), port=wanted, poll=self._reap, on_limit=self._too_many
+        )
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_S,), name="dicom-acceptor", daemon=True
         )
@@ -204,6 +206,15 @@ class Receiver:
             details = {"reason": decision.code, "repeated": repeated}
             self._note("association_rejected", decision.text, details)
         assoc.kill()  # waits until the rejection is sent and the peer closed (or the ARTIM timer ran out)
+
+    def _too_many(self, limit: int) -> None:
+        """A connection was closed before it could ask for an association: somebody opens and says nothing."""
+        text = f"more than {limit} connections were open: new ones are closed unheard"
+        self._registry.count_rejection("connection_limit")
+        repeated = self._repeats("connection_limit", text)
+        if repeated is not None:
+            log.warning("association.rejected", code="connection_limit", reason=text, repeated=repeated)
+            self._note("association_rejected", text, {"reason": "connection_limit", "repeated": repeated})
 
     def _repeats(self, code: str, text: str) -> int | None:
         """How often this refusal was left out since its last event; None: leave it out again."""

@@ -146,6 +146,7 @@ class _Server(ThreadedAssociationServer):
     daemon_threads = True
     request_queue_size = 64  # the kernel's backlog; pynetdicom's 5 drops connections of a busy router
     connection_limit = 0  # 0: none
+    on_limit: Callable[[int], None] = staticmethod(lambda _limit: None)
     poll: Callable[[], None] = staticmethod(lambda: None)
     _polls = 0
 
@@ -164,7 +165,10 @@ class _Server(ThreadedAssociationServer):
 
     def verify_request(self, request: object, client_address: object) -> bool:  # noqa: ARG002
         """Connections that never ask for an association hold a thread each until the ACSE time-out."""
-        return not self.connection_limit or len(self.active_associations) < self.connection_limit
+        if not self.connection_limit or len(self.active_associations) < self.connection_limit:
+            return True
+        self.on_limit(self.connection_limit)
+        return False
 
 
 def build_ae(node: NodeConfig) -> AE:
@@ -184,17 +188,24 @@ def build_ae(node: NodeConfig) -> AE:
 
 
 def make_server(
-    ae: AE, node: NodeConfig, handlers: list[EventHandlerType], *, port: int, poll: Callable[[], None]
+    ae: AE,
+    node: NodeConfig,
+    handlers: list[EventHandlerType],
+    *,
+    port: int,
+    poll: Callable[[], None],
+    on_limit: Callable[[int], None],
 ) -> ThreadedAssociationServer:
     """Bind and listen (port 0: any free one); the caller runs `serve_forever` in a thread of its own.
 
-    `poll` is called at every turn of that loop.
+    `poll` is called at every turn of that loop, `on_limit` when a connection is closed because too many are open.
 
     Raises OSError when the address cannot be bound.
     """
     server = ae.make_server((node.host, port), evt_handlers=handlers, server_class=_Server)
     assert isinstance(server, _Server)
     server.poll = poll
+    server.on_limit = on_limit
     server.connection_limit = node.max_associations * (1 + _CONNECTIONS_PER_ASSOCIATION)
     ae._servers.append(server)  # as AE.start_server does: shutdown() removes it
     return server

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 
@@ -375,3 +376,14 @@ def test_dcmtk_sends_a_compressed_series(intake: Intake, tmp_path: Path, tool: s
     kept = intake.spool.incoming()
     assert len(kept) == len(paths)
     assert {dcmread(path).file_meta.TransferSyntaxUID for path in kept} == {RLELossless}
+
+
+def test_connections_that_say_nothing_are_closed_beyond_a_limit_and_one_event_says_so(tmp_path: Path) -> None:
+    limit = 5  # four silent connections for each allowed association
+    with running_intake(tmp_path, config(node={"max_associations": 1})) as intake, ExitStack() as opened:
+        for _ in range(limit + 3):
+            opened.enter_context(socket.create_connection(("127.0.0.1", intake.port), timeout=5))
+        intake.wait(lambda: bool(intake.ledger.search_events(code="association_rejected")))
+        (event,) = intake.ledger.search_events(code="association_rejected")
+        assert event.details["reason"] == "connection_limit"
+        assert intake.registry.counts()["rejected_connection_limit"] >= 1
