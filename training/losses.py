@@ -23,6 +23,13 @@ def weighted_l1(fake: Tensor, real: Tensor, weight: Tensor) -> Tensor:
     return (weight * (fake - real).abs()).sum() / weight.sum().clamp_min(1.0)
 
 
-def generator_loss(fake_logits: Tensor, fake: Tensor, real: Tensor, weight: Tensor, lambda_l1: float) -> Tensor:
-    """The generator wants its pair judged real, and to be near the truth: adversarial + lambda * L1."""
-    return adversarial_loss(fake_logits, real=True) + lambda_l1 * weighted_l1(fake, real, weight)
+def generator_loss(
+    fake_logits: Tensor,
+    fake: Tensor,
+    real: Tensor,
+    weight: Tensor,
+    lambda_l1: float,
+    adversarial_weight: float = 1.0,
+) -> Tensor:
+    """The generator wants its pair judged real, and to be near the truth: a * adversarial + lambda * L1."""
+    return adversarial_weight * adversarial_loss(fake_logits, real=True) + lambda_l1 * weighted_l1(fake, real, weight)

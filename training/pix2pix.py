@@ -56,7 +56,7 @@ class Pix2Pix:
 
         self.discriminator.requires_grad_(False)
         logits = self.discriminator(ct, fake_seen)
-        loss_g = generator_loss(logits, fake, pet, weight, self._train.lambda_l1)
+        loss_g = generator_loss(logits, fake, pet, weight, self._train.lambda_l1, self._train.adversarial_weight)
         self._update(self._g_optimizer, self.generator, loss_g)
         self.discriminator.requires_grad_(True)
 

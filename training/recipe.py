@@ -62,6 +62,7 @@ class TrainRecipe(_Frozen):
     betas: tuple[float, float] = (0.5, 0.999)
     clip_norm: float = Field(default=5.0, gt=0)
     lambda_l1: float = Field(default=100.0, ge=0)
+    adversarial_weight: float = Field(default=1.0, ge=0)
     decay_fraction: float = Field(default=1 / 3, ge=0, le=1)  # of the run, at its end: linear to 0
     steps: dict[str, int] = {}
     epochs: int = Field(default=0, ge=0)

@@ -37,6 +37,8 @@ def test_the_generator_adds_lambda_times_l1() -> None:
     fake, real, weight = torch.tensor([0.3]), torch.tensor([0.1]), torch.tensor([1.0])
     expected = -sum(math.log(sigmoid(v)) for v in LOGITS) / 4 + 100 * 0.2
     assert generator_loss(logits, fake, real, weight, 100.0).item() == pytest.approx(expected, rel=1e-5)
+    quieter = generator_loss(logits, fake, real, weight, 100.0, adversarial_weight=0.5).item()
+    assert quieter == pytest.approx((expected + 100 * 0.2) / 2, rel=1e-5)
 
 
 def test_the_discriminator_judges_regions_of_34_voxels() -> None:

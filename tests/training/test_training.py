@@ -157,7 +157,7 @@ def test_the_paper_recipe_holds_the_papers_numbers() -> None:
     recipe = load_recipe("paper")
     train, augmentation = recipe.train, recipe.augment
     assert (train.learning_rate, train.betas, train.batch, train.epochs) == (2e-4, (0.5, 0.999), 1, 150)
-    assert (train.clip_norm, train.lambda_l1) == (5.0, 100.0)
+    assert (train.clip_norm, train.lambda_l1, train.adversarial_weight) == (5.0, 100.0, 1.0)
     assert train.decay_fraction * train.epochs == pytest.approx(50)
     assert (augmentation.rotation_deg, augmentation.flips, augmentation.ct_noise) == (10.0, True, 0.01)
     assert (recipe.inference.blending, recipe.inference.stitching, recipe.inference.overlap) == ("mean", "hard", 16)
