@@ -86,7 +86,8 @@ class Manifest(_Frozen):
     """What a bundle says about itself; the inference settings are those that the networks were trained for.
 
     `input_mask` tells what of the scaled CT is set to 0 (air) before a network sees it: "body" keeps the whole
-    body, so a network sees the context at its district's border; "district" is the paper's eq. 7.
+    body, so a network sees the context at its district's border; "district" is the paper's eq. 7 and needs hard
+    stitching: beyond its border such a network has seen air, and feathering would mix that in.
     """
 
     name: str = Field(min_length=1, max_length=64)
@@ -117,6 +118,9 @@ class Manifest(_Frozen):
             raise ValueError(f"networks {unknown} are not among {list(NETWORK_KEYS)}")
         if self.overlap >= self.window:
             raise ValueError(f"overlap {self.overlap} must be below window {self.window}")
+        if self.input_mask == "district" and self.stitching == "feathered":
+            text = "input_mask district cannot go with stitching feathered: borders would darken, hard is expected"
+            raise ValueError(text)
         for key, entry in self.networks.items():
             if entry.spec.window != self.window:
                 raise ValueError(f"network {key} has window {entry.spec.window}, the bundle {self.window}")

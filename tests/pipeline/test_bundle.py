@@ -100,6 +100,14 @@ def test_a_manifest_that_makes_no_sense_is_refused(folder: Path, changes: dict[s
     assert refused(folder) == "manifest_invalid"
 
 
+def test_feathering_what_saw_nothing_beyond_its_border_is_refused(folder: Path) -> None:
+    change_manifest(folder, input_mask="district", stitching="feathered", feather_mm=8.0)
+    with pytest.raises(BundleError, match="input_mask district cannot go with stitching feathered"):
+        load_bundle(folder)
+    change_manifest(folder, input_mask="district", stitching="hard", feather_mm=0.0)
+    assert load_bundle(folder).manifest.input_mask == "district"
+
+
 def test_weights_of_another_size_are_refused(folder: Path) -> None:
     content = json.loads((folder / MANIFEST).read_text())
     content["networks"]["head"]["spec"]["width"] = 2
