@@ -7,7 +7,9 @@ PipelineError                 code, text; `permanent` tells the worker whether a
 │     mixed_spacing, mixed_frame_of_reference, mixed_series, unsupported_pixel_format,
 │     undecodable_pixel_data, unsupported_geometry, too_large
 ├── DistrictError             no body, or no district could be found: REJECTED
+│     codes: no_body, unknown_segmenter, no_segmenter
 ├── GateRefusal               a gate refused: the job becomes HELD (output gate) or REJECTED (input gate)
+├── DeviceError               (device.py) the GPU that the options name is not there: FAILED; code: device_missing
 ├── BundleError               the model bundle is missing, altered or does not fit: FAILED, an operator's matter
 └── OutputError               an object could not be encoded: FAILED
 """
