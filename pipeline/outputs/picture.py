@@ -51,6 +51,7 @@ MIP_DESCRIPTION = "SYNTHETIC FDG PET MIP - AI, RESEARCH ONLY"
 SUV_SHOWN = (0.0, 7.0)  # g/ml: brain and bladder saturate, liver is mid-gray, as in the usual MIP window
 CT_CENTER_HU, CT_WIDTH_HU = 40.0, 400.0
 MARGIN_MM = 15.0
+BARS_PX = 280.0  # height that the overview's two color bars need for their labels
 INVERSE_GRAY = "gray_r"
 FUSION_COLORS = "hot"
 FUSION_FROM_SUV, FUSION_FULL_SUV = 0.5, 4.0  # g/ml: below the first only CT, from the second as opaque as it gets
@@ -131,7 +132,7 @@ def mip_image(suv: SuvVolume) -> NDArray[np.uint8]:
         scale_bar(axes, page, color="black")
         frame(axes, "black", (plane,))
         left += panel_width + gap
-    bar = page.add(left, bottom, 14, min(z_mm * scale, 240))
+    bar = page.add(left, bottom, 14, min(max(z_mm, y_mm) * scale, 240))
     bar.set_yticks([0])
     color_bar(bar, INVERSE_GRAY, SUV_SHOWN, ink="black", label="SUVbw (g/ml)")
     page.text(width / 2, height - 20, MIP_BANNER, ha="center", va="center", fontsize=14, weight="bold", color="black")
@@ -162,11 +163,13 @@ def overview_png(
     panel_px = (x_mm * scale, z_mm * scale)
     content = n_panels * (panel_px[0] + gap) + bar_px
     width = int(max(content + 2 * gap, 900))
-    page = new_page(width, int(panel_px[1]) + top + bottom, scale, background=NIGHT)
+    middle_px = max(panel_px[1], BARS_PX)  # a very short series gets panels in the middle of a page that fits the bars
+    page = new_page(width, int(middle_px) + top + bottom, scale, background=NIGHT)
+    panel_bottom = bottom + (middle_px - panel_px[1]) / 2
 
     y_mm = _fullest_coronal_mm(districts)
     lefts = [(width - content) / 2 + i * (panel_px[0] + gap) for i in range(n_panels)]
-    places: list[Place] = [(left, bottom, *panel_px) for left in lefts]
+    places: list[Place] = [(left, panel_bottom, *panel_px) for left in lefts]
     _ct_panel(page, places[0], ct, box, y_mm)
     _districts_panel(page, places[1], ct, districts, box, y_mm)
     mip = _mip_axes(page, places[2], suv.suv, suv.grid, box, "Synthetic PET, MIP")
@@ -174,9 +177,9 @@ def overview_png(
     _fusion_panel(page, places[3], ct, suv, box, y_mm)
     if true_suv is not None:
         _mip_axes(page, places[4], true_suv, suv.grid, box, "True PET, MIP")
-    bar_left, bar_height = lefts[-1] + panel_px[0] + gap, panel_px[1] * 0.42
+    bar_left, bar_height = lefts[-1] + panel_px[0] + gap, middle_px * 0.42
     for low, colors, label in ((0.0, INVERSE_GRAY, "MIP, SUVbw (g/ml)"), (0.55, FUSION_COLORS, "fusion, SUVbw (g/ml)")):
-        bar = page.add(bar_left, bottom + low * panel_px[1], 14, bar_height)
+        bar = page.add(bar_left, bottom + low * middle_px, 14, bar_height)
         color_bar(bar, colors, SUV_SHOWN, ink=INK, label=label)
     _captions(page, districts, suv, title)
     return page.png()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from outputs_samples import Sample, header_only, read_back, sample_suv, source_of, write_sample_ct
 from PIL import Image
 
+from pipeline.outputs import picture
 from pipeline.outputs.picture import MIP_BANNER, mip_image, overview_png
 from pipeline.outputs.statistics import district_stats
 from pipeline.types import CtVolume, District, DistrictMap, GeometryError, Grid, SuvVolume
@@ -118,6 +122,23 @@ def test_the_overview_is_a_picture_and_the_same_for_the_same_inputs():
     assert pixels.shape[0] > 300
     with_truth = open_png(overview_png(*arguments, true_suv=suv_volume().suv))
     assert with_truth.shape[1] > pixels.shape[1]
+
+
+def test_the_color_bars_of_a_very_short_series_do_not_touch(monkeypatch: pytest.MonkeyPatch):
+    short = replace(GRID, shape=(8, 40, 50))  # 40 mm
+    bars = []
+    real = picture.color_bar
+
+    def remembered(axes: Axes, *arguments: str, **how: str) -> None:
+        real(axes, *arguments, **how)
+        bars.append(axes)
+
+    monkeypatch.setattr(picture, "color_bar", remembered)
+    ct = CtVolume(hu=ct_volume().hu[:8], grid=short, source=header_only())
+    districts = replace(district_map(), labels=labels()[30:38], grid=short)
+    overview_png(ct, districts, SuvVolume(suv=suv_volume().suv[:8], grid=short))
+    low, high = (bar.get_tightbbox(FigureCanvasAgg(bar.figure).get_renderer()) for bar in bars)  # with their labels
+    assert 0 < low.y0 < low.y1 < high.y0 < high.y1 < bars[0].figure.bbox.y1
 
 
 def test_the_overview_shows_what_was_not_evaluated():
