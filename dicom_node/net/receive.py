@@ -46,6 +46,7 @@ _AFFECTED_INSTANCE = Tag(0x0000, 0x1000)
 _MESSAGE_ID = Tag(0x0000, 0x0110)
 _MOVE_ORIGINATOR_AE = Tag(0x0000, 0x1030)
 _PLACEHOLDER_UID = "0.0"  # stands in a response for what was no UID
+_AWAITS_REQUEST = "Sta2"  # PS3.8 table 9-6: connected, waiting for the A-ASSOCIATE-RQ
 _REPEAT_S = 60.0  # a refusal that repeats is one ledger event a minute, with a count
 _MAX_REMEMBERED = 1000
 _JOIN_S = 10.0
@@ -140,6 +141,7 @@ class Receiver:
         """Abort what is open, stop listening, join. Instances that were answered with Success are on disk."""
         if self._server is None:
             return
+        self._hang_up_on_the_silent()
         self._ae.shutdown()
         if self._thread is not None:
             self._thread.join(_JOIN_S)
@@ -149,6 +151,15 @@ class Receiver:
             self._closed(assoc, aborted=True)
         self._server = None
         log.info("receiver.stopped")
+
+    def _hang_up_on_the_silent(self) -> None:
+        """Close connections that never asked for an association: pynetdicom cannot abort what has not begun."""
+        silent = [a for a in self._server.active_associations if a.dul.state_machine.current_state == _AWAITS_REQUEST]
+        for assoc in silent:
+            assoc.dul.socket.close()
+        until = time.monotonic() + _JOIN_S
+        while any(assoc.is_alive() for assoc in silent) and time.monotonic() < until:
+            time.sleep(_POLL_S)
 
     def _handlers(self) -> list[EventHandlerType]:
         return [
