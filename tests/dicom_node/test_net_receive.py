@@ -337,6 +337,7 @@ def test_a_sender_that_breaks_off_or_talks_nonsense_gives_its_place_back(intake:
     with intake.association([(VERIFICATION, ())]) as other:
         assert other.send_c_echo().Status == 0x0000
     assoc.kill()
+    wire.close()  # pynetdicom leaves a socket open whose association was killed
 
 
 def test_a_connection_that_says_nothing_holds_no_place(intake: Intake) -> None:
