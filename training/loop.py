@@ -80,6 +80,7 @@ def train_network(
         window=recipe.model.generator.window,
         neighbor_weight=recipe.train.neighbor_weight,
         lesion_share=recipe.train.lesion_share,
+        lesion_weight=recipe.train.lesion_weight,
         district_input=recipe.inference.input_mask == "district",
     )
     path = None if run_dir is None else run_dir / f"{key}.checkpoint.pt"

@@ -22,7 +22,7 @@ JITTER = 0.375  # of the window: how far from the patch's centre the chosen voxe
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """(N, 1, w, w, w) float32 each. `weight` is the L1 weight: 1 in the district, less in the rest of the body."""
+    """(N, 1, w, w, w) float32 each. `weight` is the L1 weight: 1 in the district, less beside it, more in lesions."""
 
     ct: Tensor
     pet: Tensor
@@ -45,11 +45,12 @@ class PatchSampler:
         window: int,
         neighbor_weight: float,
         lesion_share: float,
+        lesion_weight: float = 1.0,
         district_input: bool = False,
     ) -> None:
         self._label = None if key == WHOLE_BODY else District[key.upper()]
         self._window, self._neighbor, self._lesion_share = window, neighbor_weight, lesion_share
-        self._district_input = district_input
+        self._district_input, self._lesion_weight = district_input, lesion_weight
         self._cases = [case for case in cases if self._mask(case).any()]
         if not self._cases:
             raise ValueError(f"no training case has any voxel of {key}")
@@ -78,9 +79,11 @@ class PatchSampler:
         reach = int(self._window * JITTER)
         shift = rng.integers(-reach, reach + 1, 3)
         start = [int(c) + int(s) - self._window // 2 for c, s in zip(chosen, shift, strict=True)]
-        ct, pet, districts = (cut(v, start, self._window) for v in (case.ct, case.pet, case.districts))
+        volumes = (case.ct, case.pet, case.districts, case.lesions)
+        ct, pet, districts, sick = (cut(v, start, self._window) for v in volumes)
         own = districts > 0 if self._label is None else districts == self._label
         weight = np.where(own, np.float32(1), np.where(districts > 0, np.float32(self._neighbor), np.float32(0)))
+        weight = np.where(sick, weight * np.float32(self._lesion_weight), weight)
         ct = ct.astype(np.float32)
         return (ct * own if self._district_input else ct), pet.astype(np.float32), weight.astype(np.float32)
 

@@ -69,6 +69,7 @@ class TrainRecipe(_Frozen):
     patches_per_volume: int = Field(default=64, ge=1)
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     neighbor_weight: float = Field(default=0.5, ge=0, le=1)  # L1 weight of body voxels outside the district
+    lesion_weight: float = Field(default=1.0, ge=1)  # L1 weight of lesion voxels
     lesion_share: float = Field(default=0.0, ge=0, le=1)  # share of patches placed on a lesion
     precision: Literal["fp32", "bf16"] = "fp32"
 

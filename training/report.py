@@ -53,17 +53,17 @@ def markdown(manifest: Manifest, evaluation: Evaluation) -> str:
     lines = [
         f"# Bundle {manifest.name} {manifest.version}: results on held-out phantoms",
         "",
-        f"**{manifest.statement}** These are computer phantoms with stylised anatomy; nothing here says anything about",
-        "patients. Uptake is drawn from textbook ranges, so part of the error cannot be avoided by any network.",
+        f"**{manifest.statement}**",
+        "These are computer phantoms with stylised anatomy; nothing here says anything about patients. Uptake is drawn",
+        "from textbook ranges for every phantom, so part of the error cannot be avoided by any network.",
         "",
         f"- {summary['cases']} held-out phantoms (other seeds, so other persons), mean ± SD over phantoms.",
         f"- {manifest.training['data']}.",
         "- Units: SUV / 20 for the MAE, data range 1.0 for PSNR and SSIM, g/ml for the bias; inside district and body.",
         "- Inference through the node's own window, blending and stitching code; the districts are the phantom's own,",
         "  so the segmenter is not measured here.",
-        "- Training: "
-        + ", ".join(f"{key} {row['steps']} steps in {row['seconds'] / 60:.0f} min" for key, row in networks.items())
-        + ".",
+        "- Training (wall time on shared cores, networks side by side):",
+        *(f"  - {key}: {row['steps']} steps in {row['seconds'] / 60:.0f} min" for key, row in networks.items()),
         "",
         "![CT, true PET and synthetic PET of one held-out phantom](phantom.png)",
         "",
@@ -112,7 +112,7 @@ def _verdict(table: dict[str, Any]) -> list[str]:
             for base in ("hu_lookup", "district_mean")
             if not _better(metric, table[method][region][metric]["mean"], table[base][region][metric]["mean"])
         ]
-        told = "better in every metric and region" if not lost else "not better in: " + "; ".join(lost)
+        told = "better in every metric and region" if not lost else "worse in: " + "; ".join(lost)
         lines.append(f"- {TITLES[method]}: {told}.")
     lost = [
         f"{HEADS[metric]} on {region}"
@@ -120,7 +120,7 @@ def _verdict(table: dict[str, Any]) -> list[str]:
         for region in REGIONS
         if not _better(metric, table["districts"][region][metric]["mean"], table["whole_body"][region][metric]["mean"])
     ]
-    told = "better in every metric and region" if not lost else "not better in: " + "; ".join(lost)
+    told = "better in every metric and region" if not lost else "worse in: " + "; ".join(lost)
     lines.append(f"- district networks against the whole-body network (the paper's question): {told}.")
     return lines
 

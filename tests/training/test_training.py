@@ -109,6 +109,13 @@ def test_lesions_can_be_aimed_at(case: Case) -> None:
     assert aimed > plain.draw(12, np.random.default_rng(0)).pet.amax(dim=(1, 2, 3, 4)).mean()
 
 
+def test_lesions_can_weigh_more_than_the_district_around_them(case: Case) -> None:
+    sampler = PatchSampler([case], "whole_body", window=16, neighbor_weight=0.5, lesion_share=1.0, lesion_weight=4.0)
+    batch = sampler.draw(4, np.random.default_rng(0))
+    assert set(batch.weight.unique().tolist()) <= {0.0, 1.0, 4.0}
+    assert (batch.weight == 4).any()
+
+
 def test_a_district_that_no_case_shows_is_an_error(case: Case) -> None:
     headless = Case(name="x", ct=case.ct, pet=case.pet, lesions=case.lesions, districts=np.minimum(case.districts, 0))
     with pytest.raises(ValueError, match="head"):
