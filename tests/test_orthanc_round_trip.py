@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from orthanc import Orthanc, running_orthanc
+from orthanc import Orthanc, free_port, running_orthanc
 
 from dicom_node.config import load_config
 from dicom_node.node import Node
@@ -24,13 +23,6 @@ ROUTE = ROOT / "deploy" / "orthanc" / "autoroute.lua"
 JOB_TIMEOUT_S = 400
 
 pytestmark = [pytest.mark.orthanc, pytest.mark.dcmtk, pytest.mark.slow]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def write_config(folder: Path, node_port: int, orthanc: Orthanc) -> Path:

@@ -170,6 +170,25 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
+def print_outcome(stage_seconds: Mapping[str, float], stats: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
+    """Stage times, SUV per district and notes of a finished run: for `run`, `jobs show` and the demo."""
+    if stage_seconds:
+        times = table("stage times", "stage", "seconds")
+        for stage, seconds in stage_seconds.items():
+            times.add_row(stage, f"{seconds:.2f}")
+        times.add_row("total", f"{sum(stage_seconds.values()):.2f}", style="bold")
+        console.print(times)
+    if stats:
+        suv = table("SYNTHETIC PET, SUV (body weight) per district", "district", "ml", "mean", "max", "confidence")
+        for row in stats:
+            mean = f"{row['suv_mean']:.2f}" if row["evaluated"] else "not evaluated"
+            highest = f"{row['suv_max']:.2f}" if row["evaluated"] else ""
+            suv.add_row(str(row["district"]), f"{row['volume_ml']:.0f}", mean, highest, f"{row['confidence']:.2f}")
+        console.print(suv)
+    for note in notes:
+        console.print(safe(f"note: {note}"))
+
+
 def progress_bar() -> Progress:
     """The one look of every progress bar; on a pipe it prints nothing but the end."""
     return Progress(

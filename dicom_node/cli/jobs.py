@@ -23,6 +23,7 @@ from dicom_node.cli.common import (
     parse_time,
     print_csv,
     print_json,
+    print_outcome,
     safe,
     table,
 )
@@ -173,28 +174,8 @@ def print_job(job: Job) -> None:
         if value:
             head.add_row(what, safe(value))
     console.print(head)
-    seconds = job.details.get("stage_seconds") or {}
-    if seconds:
-        times = table("stage times", "stage", "seconds")
-        for stage, value in seconds.items():
-            times.add_row(stage, f"{value:.2f}")
-        times.add_row("total", f"{sum(seconds.values()):.2f}", style="bold")
-        console.print(times)
-    stats = job.details.get("stats") or []
-    if stats:
-        suv = table("SYNTHETIC PET, SUV (body weight) per district", "district", "ml", "mean", "max", "confidence")
-        for row in stats:
-            evaluated = row.get("evaluated", True)
-            suv.add_row(
-                str(row["district"]),
-                f"{row['volume_ml']:.0f}",
-                f"{row['suv_mean']:.2f}" if evaluated else "not evaluated",
-                f"{row['suv_max']:.2f}" if evaluated else "",
-                f"{row['confidence']:.2f}",
-            )
-        console.print(suv)
-    for note in job.details.get("notes") or []:
-        console.print(safe(f"note: {note}"))
+    found = job.details
+    print_outcome(found.get("stage_seconds") or {}, found.get("stats") or [], found.get("notes") or [])
 
 
 def _change(path: Path, job_id: str, change: Callable[[Ledger, Config, str], Job]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from dicom_node.cli.common import console, fail, progress_bar, safe, table
-from pipeline.types import OutputOptions, PipelineOptions, Progress, ResultSet, Stage
+from dicom_node.cli.common import console, fail, print_outcome, progress_bar, safe
+from pipeline.types import OutputOptions, PipelineOptions, Progress, Stage
 
 
 class Encodings(StrEnum):
@@ -67,7 +68,8 @@ def run(
     if out_folder.exists():
         shutil.rmtree(out_folder)
     write_result(result, out_folder)
-    print_result(result)
+    stats = [{**asdict(row), "district": row.district.key} for row in result.stats]
+    print_outcome(result.stage_seconds, stats, result.notes)
     console.print(safe(f"written: {out_folder} (look at {out_folder / 'overview.png'})"))
     if result.held:
         raise fail(f"the output gate would hold this result: {result.held.code}: {result.held.text}")
@@ -99,20 +101,3 @@ class StageBars:
         task = self._bar.tasks[self._tasks[progress.stage]].id
         name = f"{progress.stage.value} {progress.text}".strip()
         self._bar.update(task, description=name[:40], completed=progress.done, total=max(progress.total, 1))
-
-
-def print_result(result: ResultSet) -> None:
-    """Stage times, SUV per district and notes, for a person."""
-    times = table("stage times", "stage", "seconds")
-    for stage, seconds in result.stage_seconds.items():
-        times.add_row(stage, f"{seconds:.2f}")
-    times.add_row("total", f"{sum(result.stage_seconds.values()):.2f}", style="bold")
-    console.print(times)
-    suv = table("SYNTHETIC PET, SUV (body weight) per district", "district", "ml", "mean", "max", "confidence")
-    for row in result.stats:
-        mean = f"{row.suv_mean:.2f}" if row.evaluated else "not evaluated"
-        highest = f"{row.suv_max:.2f}" if row.evaluated else ""
-        suv.add_row(row.district.key, f"{row.volume_ml:.0f}", mean, highest, f"{row.confidence:.2f}")
-    console.print(suv)
-    for note in result.notes:
-        console.print(safe(f"note: {note}"))

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from orthanc import free_port
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import Verification
 from typer.testing import CliRunner
@@ -14,13 +15,6 @@ from typer.testing import CliRunner
 from dicom_node.cli import app
 
 RUNNER = CliRunner()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def write_config(folder: Path, text: str = "") -> Path:
