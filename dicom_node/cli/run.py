@@ -23,6 +23,22 @@ class Encodings(StrEnum):
     BOTH = "both"
 
 
+class Blending(StrEnum):
+    """What `--blending` takes."""
+
+    BUNDLE = "bundle"
+    MEAN = "mean"
+    GAUSSIAN = "gaussian"
+
+
+class Stitching(StrEnum):
+    """What `--stitching` takes."""
+
+    BUNDLE = "bundle"
+    HARD = "hard"
+    FEATHERED = "feathered"
+
+
 def run(
     ct_folder: Annotated[
         Path, typer.Argument(help="A folder with a CT series; of several series the one with the largest coverage.")
@@ -31,8 +47,8 @@ def run(
     bundle: Annotated[str, typer.Option(help="A shipped bundle's name, or the folder of a bundle.")] = "phantom",
     encoding: Annotated[Encodings, typer.Option(help="Secondary capture, PET Image Storage, or both.")] = Encodings.SC,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
-    blending: Annotated[str, typer.Option(help="How windows overlap: bundle (as trained), mean, gaussian")] = "bundle",
-    stitching: Annotated[str, typer.Option(help="How districts meet: bundle, hard, feathered")] = "bundle",
+    blending: Annotated[Blending, typer.Option(help="How windows overlap; bundle: as trained.")] = Blending.BUNDLE,
+    stitching: Annotated[Stitching, typer.Option(help="How districts meet; bundle: as trained.")] = Stitching.BUNDLE,
     min_coverage_mm: Annotated[
         float, typer.Option(min=0.0, help="Refuse a shorter scan; the node's own limit is [gate] min_coverage_mm.")
     ] = 30.0,
@@ -54,8 +70,8 @@ def run(
     options = PipelineOptions(
         bundle=folder,
         device=device,
-        blending=blending,
-        stitching=stitching,
+        blending=blending.value,
+        stitching=stitching.value,
         min_coverage_mm=min_coverage_mm,
         output=OutputOptions(encodings=("sc", "pet") if encoding is Encodings.BOTH else (encoding.value,), mip=mip),
     )

@@ -6,6 +6,7 @@ Every object is marked as a phantom. UIDs follow from the spec, so the same phan
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,8 @@ def _fill(ds: Dataset, values: Mapping[str, Any]) -> None:
 
 
 def _uid(phantom: Phantom, *parts: object) -> str:
-    return str(generate_uid(entropy_srcs=["phantom", repr(phantom.spec), *(str(p) for p in parts)]))
+    person = replace(phantom.spec, spacing_mm=(1.0, 1.0, 1.0))  # CT and PET on other grids are one study of one person
+    return str(generate_uid(entropy_srcs=["phantom", repr(person), *(str(p) for p in parts)]))
 
 
 def _code(value: str, scheme: str, meaning: str) -> Dataset:
