@@ -33,7 +33,7 @@ serve: setup
 	$(BIN)/dicom-node serve --config config.toml
 
 bundle: setup
-	$(BIN)/dicom-node train bundle --recipe phantom --out pipeline/bundles/phantom
+	$(BIN)/dicom-node train bundle --recipe phantom --out pipeline/bundles/phantom --report docs/results/phantom
 
 clean:
 	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache
