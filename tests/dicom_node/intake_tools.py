@@ -107,6 +107,7 @@ class Intake:
     def association(
         self, contexts: Sequence[tuple[str, Sequence[str]]] = ((CTImageStorage, ()),), *, calling_ae: str = "PACS"
     ) -> Iterator[Association]:
+        before = set(self.registry.open_tokens())
         assoc = self.associate(contexts, calling_ae=calling_ae)
         assert assoc.is_established
         try:
@@ -114,7 +115,7 @@ class Intake:
         finally:
             if assoc.is_established:
                 assoc.release()
-            self.wait(lambda: not self.registry.open_tokens() or not assoc.is_alive())
+            self.wait(lambda: set(self.registry.open_tokens()) <= before)  # the node's side ends a moment later
 
     def associate(
         self,
