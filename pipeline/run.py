@@ -10,14 +10,15 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pipeline import gate
 from pipeline.bundle import Manifest, ModelBundle
 from pipeline.ct_reader import read_ct
-from pipeline.device import Compute, choose_compute, set_threads, with_fallbacks
+from pipeline.device import Compute, choose_compute, is_out_of_memory, set_threads, with_fallbacks
 from pipeline.districts import find_districts
-from pipeline.geometry import grid_at_spacing, resample
+from pipeline.geometry import grid_at_spacing, resample, resample_on
 from pipeline.outputs.pet_series import encode_pet_series
 from pipeline.outputs.picture import encode_mip, overview_png
 from pipeline.outputs.statistics import district_stats
@@ -82,7 +83,7 @@ def synthesize_series(
         gate.check_input(ct, min_coverage_mm=options.min_coverage_mm)
     with stages.stage(Stage.RESAMPLE):
         grid = grid_at_spacing(ct.grid, bundle.manifest.spacing_mm)
-        ct_unit = bundle.manifest.normalization.ct_to_unit(resample(ct.hu, ct.grid, grid, fill=AIR_HU))
+        ct_unit = bundle.manifest.normalization.ct_to_unit(_resampled(ct, grid, compute.device))
     with stages.stage(Stage.DISTRICTS):
         districts = find_districts(ct, grid, chain=options.districts, on_progress=on_progress)
         networks, notes = choose_networks(districts, bundle.keys, options)
@@ -145,6 +146,18 @@ class _Stages:
         yield
         self.seconds[stage.value] = time.perf_counter() - began
         self._on_progress(Progress(stage=stage, done=1, total=1))
+
+
+def _resampled(ct: CtVolume, grid: Grid, device: torch.device) -> FloatVolume:
+    """The CT in HU on `grid`: on the GPU where there is one with room for it, else by SimpleITK."""
+    if device.type == "cuda":
+        try:
+            return resample_on(device, ct.hu, ct.grid, grid, fill=AIR_HU)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+    resampled: FloatVolume = resample(ct.hu, ct.grid, grid, fill=AIR_HU)
+    return resampled
 
 
 def choose_networks(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.geometry import from_sitk, grid_at_spacing, resample, to_sitk
+from pipeline.geometry import from_sitk, grid_at_spacing, resample, resample_on, to_sitk
 from pipeline.types import GeometryError, Grid
 
 FOR = "1.2.3"
@@ -121,3 +124,36 @@ def test_another_frame_of_reference_is_refused():
     grid = a_grid()
     with pytest.raises(GeometryError, match="Frame of Reference"):
         resample(ramp(grid), grid, a_grid(frame="1.2.4"), fill=0)
+
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spacing", [(4.0, 4.0, 4.0), (1.5, 0.7, 2.2), (3.0, 0.9, 0.9)])
+def test_torch_samples_the_same_values_as_simpleitk(device: str, spacing: tuple[float, float, float]) -> None:
+    grid = Grid(
+        shape=(17, 40, 33), spacing_mm=(3.0, 0.9, 0.9), origin_mm=(-11.0, 7.5, -300.0), frame_of_reference_uid="1.2.3"
+    )
+    volume = np.random.default_rng(3).normal(0, 300, grid.shape).astype(np.float32)
+    inner = grid_at_spacing(grid, spacing)
+    wider = replace(
+        inner, shape=tuple(n + 6 for n in inner.shape), origin_mm=tuple(o - 5.3 for o in inner.origin_mm)
+    )  # reaches beyond the field on every side
+    for target in (inner, wider):
+        expected = resample(volume, grid, target, fill=-1024.0)
+        got = resample_on(torch.device(device), volume, grid, target, fill=-1024.0)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, expected, atol=2e-3)
+
+
+def test_torch_refuses_what_simpleitk_refuses() -> None:
+    grid = a_grid()
+    with pytest.raises(GeometryError):
+        resample_on(torch.device("cpu"), ramp(grid), grid, a_grid(frame="1.2.4"), fill=0)
