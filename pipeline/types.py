@@ -212,7 +212,7 @@ class Provenance:
     networks: tuple[str, ...] = ()  # which served which district: "arms=whole_body", "legs=none"; part of the UIDs
     settings: tuple[str, ...] = ()  # what an option changed against the bundle: "blending=mean"; part of the UIDs
     device: str  # "cpu", "cuda:0 NVIDIA H100": recorded, not part of the UIDs
-    fallbacks: tuple[str, ...] = ()  # "out of memory on cuda:0: slabs"; recorded, not part of the UIDs
+    fallbacks: tuple[str, ...] = ()  # "out of memory on cuda:0: batch 64"; recorded, not part of the UIDs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
