@@ -135,6 +135,8 @@ def prepare_cases(recipe: Recipe, folder: Path, on_progress: OnBuildProgress = l
             statistics: dict[str, Any] = found["statistics"]
             return statistics
         ready.unlink()
+    for stale in folder.glob("*.npy"):  # of another recipe, or of a run that was cut off: `load_cases` takes all
+        stale.unlink()
     gathered = CaseStatistics(recipe.seed)
     total = recipe.data.train_cases
     began = time.monotonic()

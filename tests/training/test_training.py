@@ -8,7 +8,7 @@ import torch
 
 from pipeline.bundle import load_bundle
 from pipeline.networks import NetworkSpec
-from training.build import BuildProgress, build_bundle
+from training.build import BuildProgress, build_bundle, prepare_cases
 from training.cases import Case, case_of, load_cases, save_case
 from training.loop import learning_rate_factor, train_network
 from training.patches import PatchSampler, augment, cut
@@ -158,6 +158,15 @@ def test_cases_are_the_same_after_the_disk(case: Case, tmp_path: Path) -> None:
     assert read.name == case.name
     assert np.array_equal(read.pet, case.pet)
     assert np.array_equal(read.districts, case.districts)
+
+
+def test_cases_of_another_recipe_are_not_trained_on(tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    two = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_cases": 2})})
+    prepare_cases(two, tmp_path)
+    assert len(load_cases(tmp_path)) == 2
+    prepare_cases(recipe, tmp_path)
+    assert len(load_cases(tmp_path)) == 1
 
 
 def test_the_paper_recipe_holds_the_papers_numbers() -> None:
