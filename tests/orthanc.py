@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import pytest
+from fake_pacs import free_port
 
 START_TIMEOUT_S = 60.0
 
@@ -29,13 +29,6 @@ def orthanc_binary() -> str:
     if found is None:
         pytest.skip("Orthanc is not installed (Debian: apt-get install orthanc)")
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

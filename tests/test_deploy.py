@@ -16,7 +16,8 @@ from types import ModuleType
 
 import pytest
 from ct_factory import write_ct
-from orthanc import free_port, running_orthanc
+from fake_pacs import free_port
+from orthanc import running_orthanc
 
 from dicom_node.config import load_config
 from storage.records import JobState

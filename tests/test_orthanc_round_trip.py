@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from orthanc import Orthanc, free_port, running_orthanc
+from fake_pacs import free_port
+from orthanc import Orthanc, running_orthanc
 
 from dicom_node.config import load_config
 from dicom_node.node import Node

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.bundle import ModelBundle, Normalization
 from pipeline.stitching import reach, stitch
-from pipeline.synthesis import synthesize
+from pipeline.synthesis import masked_input, synthesize
 from pipeline.types import WHOLE_BODY, District, DistrictMap, FloatVolume
 from training.baselines import Baselines, fit_baselines
 from training.cases import body_box, load_cases, phantoms
@@ -115,7 +115,6 @@ def predict(
     )
     unit = manifest.normalization.ct_to_unit(phantom.hu)
     body = phantom.body
-    masked = np.where(body, unit, np.float32(0))
 
     def run(key: str, ct: FloatVolume, mask: NDArray[np.bool_]) -> FloatVolume:
         return synthesize(
@@ -127,15 +126,15 @@ def predict(
             blending=manifest.blending,
             batch=BATCH,
             device=device,
-            margin=manifest.overlap // 2,
         )
 
     volumes: dict[District, FloatVolume] = {}
     for district in districts.present:
         if district.key in bundle.keys:
-            seen = districts.mask(district) if manifest.input_mask == "district" else body
+            seen = masked_input(unit, districts, district, district.key, manifest.input_mask)
             mask = reach(districts, district, mode=manifest.stitching, feather_mm=manifest.feather_mm)
-            volumes[district] = run(district.key, np.where(seen, unit, np.float32(0)), mask)
+            volumes[district] = run(district.key, seen, mask)
+    masked = np.where(body, unit, np.float32(0))
     result = {
         "districts": stitch(volumes, districts, mode=manifest.stitching, feather_mm=manifest.feather_mm),
         "hu_lookup": baselines.predict_lookup(masked, phantom.districts),

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from orthanc import free_port
+from fake_pacs import free_port
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import Verification
 from typer.testing import CliRunner
