@@ -31,6 +31,10 @@ MANIFEST = "manifest.json"
 SHIPPED = Path(__file__).parent / "bundles"
 NETWORK_KEYS = (*(d.key for d in District), WHOLE_BODY)
 
+# What a network sees of the scaled CT (see `Manifest.input_mask`), and in how many channels.
+InputMask = Literal["body", "district", "channel", "districts"]
+INPUT_CHANNELS: Mapping[str, int] = {"body": 1, "district": 1, "channel": 2, "districts": 1 + len(District)}
+
 Volume = TypeVar("Volume", np.ndarray, torch.Tensor)
 Spacing = Annotated[float, Field(gt=0, le=50)]
 
@@ -40,8 +44,13 @@ class _Frozen(BaseModel):
 
 
 class Normalization(_Frozen):
-    """How HU and SUV are scaled to [0, 1]: fixed numbers, the same for every volume (profile `robust`)."""
+    """How HU and SUV are scaled to [0, 1].
 
+    `ct_range` "fixed" takes the same limits for every volume (profile `robust`); "volume" takes the volume's own
+    minimum and maximum (profile `paper`), and then the two limits are not read.
+    """
+
+    ct_range: Literal["fixed", "volume"] = "fixed"
     ct_low_hu: float = -1000.0
     ct_high_hu: float = 1000.0
     suv_max: float = Field(default=20.0, gt=0)
@@ -53,7 +62,10 @@ class Normalization(_Frozen):
         return self
 
     def ct_to_unit(self, hu: Volume) -> Volume:
-        """HU to [0, 1], float32: 0 is air."""
+        """HU to [0, 1], float32: 0 is air. With `ct_range` "volume", of the volume that is passed in."""
+        if self.ct_range == "volume":
+            low = float(hu.min())
+            return _to_unit(hu, low, max(float(hu.max()), low + 1.0))
         return _to_unit(hu, self.ct_low_hu, self.ct_high_hu)
 
     def suv_to_unit(self, suv: Volume) -> Volume:
@@ -85,9 +97,11 @@ class NetworkEntry(_Frozen):
 class Manifest(_Frozen):
     """What a bundle says about itself; the inference settings are those that the networks were trained for.
 
-    `input_mask` tells what of the scaled CT is set to 0 (air) before a network sees it: "body" keeps the whole
-    body, so a network sees the context at its district's border; "district" is the paper's eq. 7 and needs hard
-    stitching: beyond its border such a network has seen air, and feathering would mix that in.
+    `input_mask` tells what a network sees. "body": the scaled CT, 0 (air) outside the body, so it sees the context
+    at its district's border. "district" is the paper's eq. 7, 0 outside the district, and needs hard stitching:
+    beyond its border such a network has seen air, and feathering would mix that in. "channel": the scaled CT as it
+    is, and its district (or the body) as a second channel of 0 and 1. "districts": as "body", and four more
+    channels of 0 and 1, one per district in the paper's order: one network conditioned on the district.
     """
 
     name: str = Field(min_length=1, max_length=64)
@@ -102,7 +116,7 @@ class Manifest(_Frozen):
     blending: Literal["mean", "gaussian"]
     stitching: Literal["hard", "feathered"]
     feather_mm: float = Field(ge=0, le=100)
-    input_mask: Literal["body", "district"] = "body"
+    input_mask: InputMask = "body"
     normalization: Normalization
     networks: dict[str, NetworkEntry]
     training: dict[str, Any] = {}
@@ -122,6 +136,9 @@ class Manifest(_Frozen):
             text = "input_mask district cannot go with stitching feathered: borders would darken, hard is expected"
             raise ValueError(text)
         for key, entry in self.networks.items():
+            if entry.spec.in_channels != INPUT_CHANNELS[self.input_mask]:
+                text = f"network {key} has {entry.spec.in_channels} input channels, input_mask {self.input_mask!r}"
+                raise ValueError(f"{text} needs {INPUT_CHANNELS[self.input_mask]}")
             if entry.spec.window != self.window:
                 raise ValueError(f"network {key} has window {entry.spec.window}, the bundle {self.window}")
         return self

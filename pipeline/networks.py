@@ -23,7 +23,9 @@ class NetworkSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    architecture: Literal["unet3d"] = "unet3d"
+    architecture: Literal["unet3d", "resnet3d"] = "unet3d"
+    version: Literal[1] = 1  # of the layers that an architecture stands for: raised when old weights no longer fit
+    in_channels: int = Field(default=1, ge=1, le=8)
     width: int = Field(default=16, ge=1, le=512)
     depth: int = Field(default=4, ge=1, le=8)
     window: int = Field(default=32, ge=4, le=512)

@@ -1,0 +1,13 @@
+"""`dicom-node train …`: from a folder of FDG-PET/CT studies to a bundle. The only place that imports training.
+
+One file per command; each registers itself on `app`. They import the training package when they run, not before:
+`serve` and `--help` must not load torch.
+"""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    help="Train and evaluate the networks: phantom, prepare, run, all, evaluate, export.", no_args_is_help=True
+)
