@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.bundle import NETWORK_KEYS
 from training.files import sha256_of, write_whole
 from training.phantom import Phantom, PhantomSpec, make_phantom
 from training.prepared import (
@@ -22,7 +23,7 @@ from training.prepared import (
     StudyRecord,
     open_prepared,
 )
-from training.recipe import Recipe, parse_recipe
+from training.recipe import MODELS, Recipe, parse_recipe
 
 DIAGNOSES: tuple[Diagnosis, ...] = ("negative", "lymphoma", "lung_cancer", "melanoma")
 LESIONS = 5
@@ -46,9 +47,7 @@ TINY: dict[str, Any] = {
         "adversarial_weight": 0.02,
         "ema_decay": 0.5,
         "lesion_share": 0.2,
-        "steps": {
-            model: {"trunk": 6, "head": 6, "arms": 6, "legs": 6, WHOLE_BODY: 6} for model in ("pix2pix", "cyclegan")
-        },
+        "steps": {model: dict.fromkeys(NETWORK_KEYS, 6) for model in MODELS},
     },
     "inference": {"overlap": 4, "blending": "gaussian", "stitching": "feathered", "feather_mm": 8.0},
 }
