@@ -41,7 +41,7 @@ def main() -> None:
 
     def ours() -> np.ndarray:
         return synthesize(
-            ct, mask, network, window=WINDOW, overlap=OVERLAP, blending="gaussian", batch=compute.batch,
+            ct[np.newaxis], mask, network, window=WINDOW, overlap=OVERLAP, blending="gaussian", batch=compute.batch,
             device=compute.device, margin=0,
         )  # fmt: skip
 

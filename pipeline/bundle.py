@@ -3,7 +3,8 @@
 Everything that a network needs at inference is in the manifest; `load_bundle` refuses a folder whose files are
 not, byte for byte, the ones that the manifest names. Nothing is downloaded and nothing is unpickled.
 
-BundleError codes: bundle_missing, manifest_invalid, weights_missing, weights_altered, weights_unfit.
+BundleError codes: bundle_missing, manifest_invalid, weights_missing, weights_altered, weights_unfit, file_missing,
+file_altered.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pipeline.networks import NetworkSpec, build_network
 from pipeline.types import WHOLE_BODY, District
 
 MANIFEST = "manifest.json"
+CARD = "MODEL_CARD.md"
 SHIPPED = Path(__file__).parent / "bundles"
 NETWORK_KEYS = (*(d.key for d in District), WHOLE_BODY)
 
@@ -35,6 +37,8 @@ NETWORK_KEYS = (*(d.key for d in District), WHOLE_BODY)
 InputMask = Literal["body", "district", "channel", "districts"]
 INPUT_CHANNELS: Mapping[str, int] = {"body": 1, "district": 1, "channel": 2, "districts": 1 + len(District)}
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
 Volume = TypeVar("Volume", np.ndarray, torch.Tensor)
 Spacing = Annotated[float, Field(gt=0, le=50)]
 
@@ -90,7 +94,7 @@ class NetworkEntry(_Frozen):
     """One network of the bundle. `file` is a plain name in the bundle's folder."""
 
     file: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.safetensors$")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256
     spec: NetworkSpec
 
 
@@ -102,6 +106,8 @@ class Manifest(_Frozen):
     beyond its border such a network has seen air, and feathering would mix that in. "channel": the scaled CT as it
     is, and its district (or the body) as a second channel of 0 and 1. "districts": as "body", and four more
     channels of 0 and 1, one per district in the paper's order: one network conditioned on the district.
+
+    `files` names the other files that belong to the bundle (the model card), each with its SHA-256.
     """
 
     name: str = Field(min_length=1, max_length=64)
@@ -119,6 +125,7 @@ class Manifest(_Frozen):
     input_mask: InputMask = "body"
     normalization: Normalization
     networks: dict[str, NetworkEntry]
+    files: dict[PlainName, Sha256] = {}
     training: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
     statistics: dict[str, Any] = {}
@@ -187,6 +194,17 @@ def _checked_bytes(folder: Path, key: str, entry: NetworkEntry) -> bytes:
     return data
 
 
+def _check_file(folder: Path, name: str, expected: str) -> None:
+    try:
+        found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    except OSError as error:
+        text = f"model bundle {folder}: {name}, named in {MANIFEST}, cannot be read: {error.strerror}"
+        raise BundleError("file_missing", text) from error
+    if found != expected:
+        text = f"model bundle {folder}: {name}: SHA-256 is {found[:16]}..., the manifest says {expected[:16]}..."
+        raise BundleError("file_altered", text)
+
+
 def _read_network(folder: Path, key: str, entry: NetworkEntry) -> nn.Module:
     network = build_network(entry.spec)
     try:
@@ -198,10 +216,10 @@ def _read_network(folder: Path, key: str, entry: NetworkEntry) -> nn.Module:
 
 
 def load_bundle(folder: Path) -> ModelBundle:
-    """Read the manifest and check every weights file against its SHA-256.
+    """Read the manifest and check every file that it names against its SHA-256; other files may lie beside them.
 
     Raises:
-        BundleError: the folder, the manifest or a weights file is missing, malformed or altered.
+        BundleError: the folder, the manifest or a file that it names is missing, malformed or altered.
     """
     path = folder / MANIFEST
     try:
@@ -216,26 +234,40 @@ def load_bundle(folder: Path) -> ModelBundle:
         raise BundleError("manifest_invalid", f"model bundle {folder}: {MANIFEST}: {problems}") from error
     for key, entry in manifest.networks.items():
         _checked_bytes(folder, key, entry)
+    for name, digest in manifest.files.items():
+        _check_file(folder, name, digest)
     return ModelBundle(folder=folder, manifest=manifest, manifest_sha256=hashlib.sha256(raw).hexdigest())
+
+
+def bundles_in(folder: Path) -> list[Path]:
+    """The folders with a manifest in `folder`, by name; none where the folder does not exist."""
+    return sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST}"))
 
 
 def shipped_bundles() -> list[Path]:
     """The folders of the bundles that come with the product, by name."""
-    return sorted(path.parent for path in SHIPPED.glob(f"*/{MANIFEST}"))
+    return bundles_in(SHIPPED)
 
 
-def bundle_path(name_or_folder: str) -> Path:
-    """The folder of a shipped bundle's name ("phantom"), else the folder itself.
+def bundle_path(name_or_folder: str, *folders: Path) -> Path:
+    """The folder of an installed or shipped bundle's name ("phantom"), else the folder itself.
+
+    Args:
+        name_or_folder: what a person wrote.
+        folders: where bundles are installed. An installed bundle comes before a shipped one of the same name.
 
     Raises:
-        BundleError: neither a shipped name nor a folder with a manifest.
+        BundleError: neither a name nor a folder with a manifest.
     """
-    shipped: Mapping[str, Path] = {path.name: path for path in shipped_bundles()}
-    if name_or_folder in shipped:
-        return shipped[name_or_folder]
+    known: dict[str, Path] = {}
+    for place in (*folders, SHIPPED):
+        for path in bundles_in(place):
+            known.setdefault(path.name, path)
+    if name_or_folder in known:
+        return known[name_or_folder]
     folder = Path(name_or_folder).expanduser()
     if name_or_folder and (folder / MANIFEST).is_file():
         return folder
-    names = ", ".join(shipped) or "none"
-    text = f"model bundle {name_or_folder!r} is neither a shipped one ({names}) nor a folder with {MANIFEST}"
+    names = ", ".join(sorted(known)) or "none"
+    text = f"model bundle {name_or_folder!r} is neither a known one ({names}) nor a folder with {MANIFEST}"
     raise BundleError("bundle_missing", text)

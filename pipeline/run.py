@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from pipeline.outputs.statistics import district_stats
 from pipeline.provenance import ResultUids, software_version
 from pipeline.result import ResultSummary, SeriesSummary, read_summary, write_result
 from pipeline.stitching import reach, stitch
-from pipeline.synthesis import masked_input, place_windows, synthesize
+from pipeline.synthesis import depends_on_district, network_input, place_windows, synthesize
 from pipeline.types import (
     WHOLE_BODY,
     CtVolume,
@@ -45,7 +45,15 @@ from pipeline.types import (
     ignore_progress,
 )
 
-__all__ = ["ResultSummary", "SeriesSummary", "read_summary", "synthesize_series", "write_result"]
+__all__ = [
+    "ResultSummary",
+    "SeriesSummary",
+    "choose_networks",
+    "read_summary",
+    "synthesize_series",
+    "synthesize_volume",
+    "write_result",
+]
 
 AIR_HU = -1024.0  # what was not scanned
 MIP_ENCODING = "sc"  # the picture is a secondary capture whatever the PET series is
@@ -87,12 +95,23 @@ def synthesize_series(
     with stages.stage(Stage.DISTRICTS):
         districts = find_districts(ct, grid, chain=options.districts, on_progress=on_progress)
         networks, notes = choose_networks(districts, bundle.keys, options)
-    with stages.stage(Stage.SYNTHESIS):
-        volumes = _synthesize_districts(
-            ct_unit, districts, networks, bundle, settings, compute, fallbacks.append, on_progress
-        )
-    with stages.stage(Stage.STITCH):
-        suv = _stitch_to_suv(volumes, districts, bundle.manifest, settings, grid)
+    unit = synthesize_volume(
+        ct_unit,
+        districts,
+        networks,
+        bundle,
+        compute=compute,
+        blending=settings.blending,
+        stitching=settings.stitching,
+        report=fallbacks.append,
+        on_progress=on_progress,
+        on_stage=stages.stage,
+    )
+    suv = SuvVolume(
+        suv=bundle.manifest.normalization.unit_to_suv(unit),
+        grid=grid,
+        not_evaluated=tuple(d for d in districts.present if d not in networks),
+    )
     with stages.stage(Stage.GATE):
         held = gate.check_output(suv, districts)
     with stages.stage(Stage.WRITE):
@@ -166,15 +185,17 @@ def choose_networks(
     """The network's key for each district that is present, and a note for each that does not get its own.
 
     A district found with less than `options.min_confidence`, or without a network in the bundle, gets the
-    whole-body network, or none ("not evaluated") where the options say so or the bundle has none.
+    whole-body network, or none ("not evaluated") where the options say so or the bundle has none. A bundle of the
+    whole-body network alone was made so: there is nothing to note about districts that it has no networks for.
     """
+    own = {d: WHOLE_BODY if tuple(keys) == (WHOLE_BODY,) else d.key for d in District}
     chosen: dict[District, str] = {}
     notes: list[str] = []
     for district in districts.present:
         confidence = districts.confidence.get(district, 0.0)
         sure = confidence >= options.min_confidence
-        if sure and district.key in keys:
-            chosen[district] = district.key
+        if sure and own[district] in keys:
+            chosen[district] = own[district]
             continue
         why = f"{district.key}: confidence {confidence:.2f}" if not sure else f"{district.key}: no network of its own"
         if WHOLE_BODY in keys and (sure or options.low_confidence == WHOLE_BODY):
@@ -185,81 +206,155 @@ def choose_networks(
     return chosen, tuple(notes)
 
 
+@contextmanager
+def _untimed(_: Stage) -> Iterator[None]:
+    yield
+
+
+def synthesize_volume(
+    ct_unit: FloatVolume,
+    districts: DistrictMap,
+    networks: Mapping[District, str],
+    bundle: ModelBundle,
+    *,
+    compute: Compute,
+    blending: str | None = None,
+    stitching: str | None = None,
+    report: Callable[[str], None] = lambda _: None,
+    on_progress: OnProgress | None = None,
+    on_stage: Callable[[Stage], AbstractContextManager[None]] = _untimed,
+) -> FloatVolume:
+    """The scaled PET of one scaled CT: every network over its districts, then stitched.
+
+    Args:
+        ct_unit: float32 [z, y, x], HU scaled by the bundle's normalization, on the districts' grid, not masked.
+        districts: on the bundle's grid spacing.
+        networks: the key of the network for each district that is wanted; a district left out stays 0.
+        bundle: the networks and the settings they were trained for.
+        compute: where to begin; less of it is used when memory runs out.
+        blending: "mean" or "gaussian"; None: the bundle's.
+        stitching: "hard" or "feathered"; None: the bundle's.
+        report: hears what had to be given up when memory ran out.
+        on_progress: told of the windows of all districts together.
+        on_stage: entered around each of the two stages, SYNTHESIS and STITCH.
+
+    Returns:
+        float32 [z, y, x] in [0, 1], 0 outside the body.
+
+    Raises:
+        GeometryError: shapes do not fit.
+        BundleError: the bundle has no such network, or its file was altered.
+    """
+    mode = stitching or bundle.manifest.stitching
+    with on_stage(Stage.SYNTHESIS):
+        volumes = _synthesize_districts(
+            ct_unit,
+            districts,
+            networks,
+            bundle,
+            blending=blending or bundle.manifest.blending,
+            stitching=mode,
+            compute=compute,
+            report=report,
+            on_progress=on_progress or ignore_progress,
+        )
+    with on_stage(Stage.STITCH):
+        return stitch(volumes, districts, mode=mode, feather_mm=bundle.manifest.feather_mm)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pass:
+    """One network over the windows of one or more districts that show it the same input."""
+
+    key: str
+    districts: tuple[District, ...]
+    mask: NDArray[np.bool_]  # [z, y, x], where its output is wanted
+
+    @property
+    def name(self) -> str:
+        return "+".join(d.key for d in self.districts)
+
+
+def _passes(
+    districts: DistrictMap, networks: Mapping[District, str], manifest: Manifest, stitching: str
+) -> list[_Pass]:
+    """Districts that one network serves with one input go together, so that no window is computed twice."""
+    shared: dict[tuple[str, District | None], list[District]] = {}
+    for district, key in networks.items():
+        own = district if depends_on_district(key, manifest.input_mask) else None
+        shared.setdefault((key, own), []).append(district)
+    feather_mm = manifest.feather_mm
+    return [
+        _Pass(
+            key=key,
+            districts=tuple(group),
+            mask=np.logical_or.reduce(
+                [reach(districts, d, mode=stitching, feather_mm=feather_mm) for d in group], dtype=np.bool_
+            ),
+        )
+        for (key, _), group in shared.items()
+    ]
+
+
 def _synthesize_districts(
     ct_unit: FloatVolume,
     districts: DistrictMap,
     networks: Mapping[District, str],
     bundle: ModelBundle,
-    settings: _Settings,
+    *,
+    blending: str,
+    stitching: str,
     compute: Compute,
     report: Callable[[str], None],
     on_progress: OnProgress,
 ) -> dict[District, FloatVolume]:
-    """[0, 1] volumes per district; `report` hears what had to be given up when memory ran out."""
+    """[0, 1] volumes per district; districts of one pass share one array."""
     manifest = bundle.manifest
-    masks = {d: reach(districts, d, mode=settings.stitching, feather_mm=manifest.feather_mm) for d in networks}
-    counter = _WindowCounter(masks, manifest, on_progress)
+    passes = _passes(districts, networks, manifest, stitching)
+    counter = _WindowCounter([one.mask for one in passes], manifest, on_progress)
     volumes: dict[District, FloatVolume] = {}
-    for district, key in networks.items():
-        masked = masked_input(ct_unit, districts, district, key, manifest.input_mask)
+    for index, one in enumerate(passes):
+        channels = network_input(ct_unit, districts, one.districts[0], one.key, manifest.input_mask)
 
-        def work(rung: Compute, key: str = key, district: District = district, ct: FloatVolume = masked) -> FloatVolume:
+        def work(rung: Compute, index: int = index, one: _Pass = one, seen: FloatVolume = channels) -> FloatVolume:
             return synthesize(
-                ct,
-                masks[district],
-                bundle.network(key, rung.device),
+                seen,
+                one.mask,
+                bundle.network(one.key, rung.device),
                 window=manifest.window,
                 overlap=manifest.overlap,
-                blending=settings.blending,
+                blending=blending,
                 batch=rung.batch,
                 device=rung.device,
                 precision=rung.precision,
-                on_progress=counter.listener(district),
+                on_progress=counter.listener(index, one.name),
             )
 
-        # a rung that had no memory for one district is not tried again for the next
-        volumes[district], compute = with_fallbacks(work, compute, report)
+        # a rung that had no memory for one pass is not tried again for the next
+        volume, compute = with_fallbacks(work, compute, report)
+        volumes |= dict.fromkeys(one.districts, volume)
     return volumes
 
 
 class _WindowCounter:
-    """Windows of all districts together, so that the progress bar runs through once."""
+    """Windows of all passes together, so that the progress bar runs through once."""
 
-    def __init__(
-        self, masks: Mapping[District, NDArray[np.bool_]], manifest: Manifest, on_progress: OnProgress
-    ) -> None:
-        self._done = dict.fromkeys(masks, 0)
+    def __init__(self, masks: Sequence[NDArray[np.bool_]], manifest: Manifest, on_progress: OnProgress) -> None:
+        self._done = [0] * len(masks)
         self._on_progress = on_progress
         self._total = 0
-        for mask in masks.values():
+        for mask in masks:
             lattice = place_windows(mask, window=manifest.window, overlap=manifest.overlap)
             self._total += 0 if lattice is None else len(lattice.starts)
 
-    def listener(self, district: District) -> Callable[[int, int], None]:
-        """What `synthesize` reports to for one district; it may begin again after a fallback."""
+    def listener(self, index: int, name: str) -> Callable[[int, int], None]:
+        """What `synthesize` reports to for one pass; it may begin again after a fallback."""
 
         def listen(done: int, _: int) -> None:
-            self._done[district] = done
-            self._on_progress(
-                Progress(stage=Stage.SYNTHESIS, done=sum(self._done.values()), total=self._total, text=district.key)
-            )
+            self._done[index] = done
+            self._on_progress(Progress(stage=Stage.SYNTHESIS, done=sum(self._done), total=self._total, text=name))
 
         return listen
-
-
-def _stitch_to_suv(
-    volumes: Mapping[District, FloatVolume],
-    districts: DistrictMap,
-    manifest: Manifest,
-    settings: _Settings,
-    grid: Grid,
-) -> SuvVolume:
-    unit = stitch(volumes, districts, mode=settings.stitching, feather_mm=manifest.feather_mm)
-    return SuvVolume(
-        suv=manifest.normalization.unit_to_suv(unit),
-        grid=grid,
-        not_evaluated=tuple(d for d in districts.present if d not in volumes),
-    )
 
 
 def _provenance(

@@ -41,8 +41,8 @@ def stitch(
         GeometryError: a shape does not fit, or the mode is unknown.
     """
     _check(volumes, districts, mode)
-    if mode == "hard" or feather_mm <= 0:
-        return _hard(volumes, districts.labels)
+    if mode == "hard" or feather_mm <= 0 or len({id(volume) for volume in volumes.values()}) == 1:
+        return _hard(volumes, districts.labels)  # one network for all: between its districts is nothing to blend
     return _feathered(volumes, districts, feather_mm)
 
 

@@ -1,4 +1,4 @@
-"""From a scaled CT to a scaled PET with one network: sliding windows where the district is, blended.
+"""From a scaled CT to a scaled PET with one network: its input, then sliding windows where the district is, blended.
 
 Pure: arrays, a network and a device in, one array out. The windows lie on a lattice over the mask's bounding box;
 those without a voxel of the mask are never computed, and memory is bounded by that box, not by the volume. What
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ SMALLEST_WEIGHT = 1e-3  # as in MONAI: a voxel that only a window's corner cover
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
+INPUT_MASKS = ("body", "district", "channel", "districts")  # as `bundle.Manifest.input_mask` tells them
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -42,21 +44,39 @@ class Lattice:
     starts: NDArray[np.int64]
 
 
-def masked_input(
+def network_input(
     ct_unit: FloatVolume, districts: DistrictMap, district: District, key: str, input_mask: str
 ) -> FloatVolume:
-    """The scaled CT as the network `key` was trained to see it: float32 [z, y, x], 0 (air) where it may not look.
+    """What the network `key` was trained to see of one volume, for `district`: float32 [c, z, y, x].
 
-    `input_mask` is the bundle's: with "district" (the paper's eq. 7) a district's network sees only `district`. The
+    Channel 0 is the scaled CT, 0 (air) where the network may not look; the others are masks of 0 and 1. Which is
+    which is told by `bundle.Manifest`, whose `input_mask` this takes ("district" is the paper's eq. 7). The
     whole-body network always sees the whole body, also when it stands in for a district's own.
+
+    Raises:
+        GeometryError: shapes do not fit, or there is no such input mask.
     """
-    own = input_mask == "district" and key != WHOLE_BODY
-    seen = districts.mask(district) if own else districts.labels != OUTSIDE
-    return np.where(seen, ct_unit, np.float32(0.0))
+    if ct_unit.shape != districts.grid.shape:
+        raise GeometryError(f"network input: CT {ct_unit.shape} does not fit districts {districts.grid.shape}")
+    if input_mask not in INPUT_MASKS:
+        raise GeometryError(f"network input: input_mask {input_mask!r} is not one of {INPUT_MASKS}")
+    body = districts.labels != OUTSIDE
+    own = districts.mask(district) if depends_on_district(key, input_mask) else body
+    if input_mask == "channel":
+        return np.stack([ct_unit, own.astype(np.float32)])
+    masked = np.where(own, ct_unit, np.float32(0.0))
+    if input_mask == "districts":
+        return np.stack([masked, *(districts.mask(d).astype(np.float32) for d in District)])
+    return masked[np.newaxis]
+
+
+def depends_on_district(key: str, input_mask: str) -> bool:
+    """Whether the network `key` sees another input for each district; if not, one pass serves all of them."""
+    return key != WHOLE_BODY and input_mask in ("district", "channel")
 
 
 def synthesize(
-    ct_unit: FloatVolume,
+    channels: FloatVolume,
     mask: NDArray[np.bool_],
     network: nn.Module,
     *,
@@ -72,9 +92,9 @@ def synthesize(
     """The network's output over the windows that contain a voxel of `mask`.
 
     Args:
-        ct_unit: float32 [z, y, x] in [0, 1], 0 is air.
-        mask: where the output is wanted, same shape.
-        network: on `device`, in eval mode; (N, 1, w, w, w) to the same shape.
+        channels: float32 [c, z, y, x] in [0, 1], see `network_input`; 0 is air.
+        mask: where the output is wanted, [z, y, x].
+        network: on `device`, in eval mode; (N, c, w, w, w) to (N, 1, w, w, w).
         window: side of a window in voxels.
         overlap: voxels that neighboring windows share along an axis, 0 to window - 1.
         blending: "mean" (the paper's eq. 14) or "gaussian".
@@ -90,27 +110,29 @@ def synthesize(
         GeometryError: shapes or dtype do not fit, or the settings make no windows.
         torch.OutOfMemoryError and its kin: see `device.with_fallbacks`.
     """
-    _check(ct_unit, mask, window, overlap, batch, precision)
-    result = np.zeros(ct_unit.shape, dtype=np.float32)
+    _check(channels, mask, window, overlap, batch, precision)
+    result = np.zeros(mask.shape, dtype=np.float32)
     lattice = place_windows(mask, window=window, overlap=overlap, margin=margin)
     if lattice is None:
         return result
     weights = window_weights(window, blending)
     with torch.inference_mode():
-        box = torch.from_numpy(cut_out(ct_unit, lattice.origin, lattice.shape)).to(device)
+        box = torch.from_numpy(cut_out(channels, lattice.origin, lattice.shape)).to(device)
         blended = _blend(box, lattice.starts, network, weights.to(device), batch, precision, on_progress).cpu().numpy()
-    inside, source = overlap_of(ct_unit.shape, lattice.origin, lattice.shape)
+    inside, source = overlap_of(mask.shape, lattice.origin, lattice.shape)
     result[inside] = blended[source]
     return result
 
 
 def _check(
-    ct_unit: FloatVolume, mask: NDArray[np.bool_], window: int, overlap: int, batch: int, precision: str
+    channels: FloatVolume, mask: NDArray[np.bool_], window: int, overlap: int, batch: int, precision: str
 ) -> None:
-    if ct_unit.ndim != 3 or ct_unit.shape != mask.shape:
-        raise GeometryError(f"synthesis: CT {ct_unit.shape} and mask {mask.shape} are not one 3D shape")
-    if ct_unit.dtype != np.float32 or mask.dtype != np.bool_:
-        raise GeometryError(f"synthesis: CT is {ct_unit.dtype}, mask {mask.dtype}; float32 and bool are expected")
+    if channels.ndim != 4 or channels.shape[1:] != mask.shape or not channels.shape[0]:
+        raise GeometryError(
+            f"synthesis: input {channels.shape}, mask {mask.shape}; [c, z, y, x] and [z, y, x] are needed"
+        )
+    if channels.dtype != np.float32 or mask.dtype != np.bool_:
+        raise GeometryError(f"synthesis: input is {channels.dtype}, mask {mask.dtype}; float32 and bool are expected")
     if not 0 <= overlap < window or batch < 1:
         raise GeometryError(f"synthesis: window {window}, overlap {overlap}, batch {batch} make no windows")
     if precision not in PRECISIONS:
@@ -170,10 +192,12 @@ def overlap_of(
 
 
 def cut_out(volume: NDArray[Scalar], origin: tuple[int, int, int], shape: tuple[int, int, int]) -> NDArray[Scalar]:
-    """A copy of the box, 0 (air, False) where it lies outside the volume."""
-    box = np.zeros(shape, dtype=volume.dtype)
-    in_volume, in_box = overlap_of(volume.shape, origin, shape)
-    box[in_box] = volume[in_volume]
+    """A copy of the box of a volume [..., z, y, x], 0 (air, False) where it lies outside the volume."""
+    box = np.zeros((*volume.shape[:-3], *shape), dtype=volume.dtype)
+    in_volume, in_box = overlap_of(volume.shape[-3:], origin, shape)
+    target: tuple[EllipsisType | slice, ...] = (..., *in_box)
+    source: tuple[EllipsisType | slice, ...] = (..., *in_volume)
+    box[target] = volume[source]
     return box
 
 
@@ -204,14 +228,14 @@ def _blend(
     precision: str,
     on_progress: Callable[[int, int], None] | None,
 ) -> Tensor:
-    """Sum of weighted windows over sum of weights, [z, y, x] like `box`; 0 where no window looked."""
-    total = torch.zeros_like(box)
-    weight = torch.zeros_like(box)
+    """Sum of weighted windows over sum of weights, [z, y, x] for a box [c, z, y, x]; 0 where no window looked."""
+    total = torch.zeros_like(box[0])
+    weight = torch.zeros_like(total)
     side = weights.shape[0]
     corners = [tuple(slice(int(i), int(i) + side) for i in start) for start in starts]
     for first in range(0, len(corners), batch):
         chosen = corners[first : first + batch]
-        patches = torch.stack([box[corner] for corner in chosen]).unsqueeze(1)
+        patches = torch.stack([box[(slice(None), *corner)] for corner in chosen])
         with _autocast(box.device, precision):
             predicted = network(patches)
         for corner, patch in zip(chosen, predicted.to(torch.float32)[:, 0] * weights, strict=True):

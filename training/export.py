@@ -1,80 +1,85 @@
-"""Writing a model bundle: safetensors files and the manifest, each whole or absent, the manifest last."""
+"""From finished runs to a model bundle: a folder that is whole or absent, checked by reading it back."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-from torch import nn
-
-from pipeline.bundle import MANIFEST, Manifest, NetworkEntry
-from training.recipe import Recipe
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Temp file beside the target, fsync, rename, fsync of the folder."""
-    temp = path.with_name(path.name + ".tmp")
-    with temp.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temp.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+from pipeline.bundle import CARD, MANIFEST, Manifest, ModelBundle, NetworkEntry, load_bundle
+from training.errors import RunError
+from training.files import write_whole
+from training.runs import WEIGHTS, RunRecord, check_runs_fit
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, indented, one line per value."""
-    write_whole(folder / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
-
-
-def export_bundle(
+def assemble_bundle(
+    runs: Path,
+    records: Mapping[str, RunRecord],
     folder: Path,
-    networks: Mapping[str, nn.Module],
-    recipe: Recipe,
     *,
+    spacing_mm: tuple[float, float, float],
     created: datetime,
-    training: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    statistics: Mapping[str, Any],
-) -> Manifest:
-    """Write one safetensors file per network and the manifest that names their hashes; returns the manifest."""
+    name: str | None = None,
+    version: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    statistics: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    card: Callable[[Manifest], str] | None = None,
+) -> ModelBundle:
+    """Write a bundle of finished runs into `folder` and load it back.
+
+    Args:
+        runs: where the run directories are.
+        records: the run of each network, by the network's key; all of one recipe.
+        folder: is made; what it holds under the same names is replaced. Not whole if this is interrupted.
+        spacing_mm: (z, y, x) of the grid that the networks were trained on: the prepared manifest's.
+        created: aware UTC time, for the manifest.
+        name: of the bundle; None: the recipe's, and so with `version`.
+        metrics: and `statistics`, `training`: go into the manifest as they are.
+        card: makes the model card's text of the manifest; None: no card.
+
+    Raises:
+        RunError: run_missing, run_unfinished, run_foreign (recipes or data differ), weights_altered.
+        BundleError: what was written cannot be read back.
+        ValueError: the recipe's settings make no manifest (a pydantic ValidationError).
+    """
+    if not records:
+        raise RunError("run_missing", f"{runs}: a bundle needs at least one finished run")
+    check_runs_fit(runs, records.values())
+    recipe = next(iter(records.values())).recipe
     folder.mkdir(parents=True, exist_ok=True)
-    entries: dict[str, NetworkEntry] = {}
-    for key, network in networks.items():
-        data = save({name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()})
-        file = f"{key}.safetensors"
-        write_whole(folder / file, data)
-        digest = hashlib.sha256(data).hexdigest()
-        entries[key] = NetworkEntry(file=file, sha256=digest, spec=recipe.model.generator)
-    inference = recipe.inference
+    entries = {key: _copy_weights(runs, record, folder, key) for key, record in records.items()}
     manifest = Manifest(
-        name=recipe.name,
-        version=recipe.version,
+        name=name or recipe.name,
+        version=version or recipe.version,
         created=created,
         profile=recipe.profile,
         licence=recipe.licence,
         statement=recipe.statement,
-        spacing_mm=recipe.data.spacing_mm,
-        window=recipe.model.generator.window,
-        overlap=inference.overlap,
-        blending=inference.blending,
-        stitching=inference.stitching,
-        feather_mm=inference.feather_mm,
-        input_mask=inference.input_mask,
+        spacing_mm=spacing_mm,
+        window=recipe.window,
         normalization=recipe.normalization,
         networks=entries,
-        training=dict(training),
-        metrics=dict(metrics),
-        statistics=dict(statistics),
+        metrics=dict(metrics or {}),
+        statistics=dict(statistics or {}),
+        training=dict(training or {}),
+        **recipe.inference.model_dump(),
     )
-    write_manifest(folder, manifest)
-    return manifest
+    if card is not None:
+        text = card(manifest).encode()
+        write_whole(folder / CARD, text)
+        manifest = manifest.model_copy(update={"files": {CARD: hashlib.sha256(text).hexdigest()}})
+    write_whole(folder / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
+    return load_bundle(folder)
+
+
+def _copy_weights(runs: Path, record: RunRecord, folder: Path, key: str) -> NetworkEntry:
+    path = runs / record.folder_name / WEIGHTS
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != record.weights_sha256:
+        raise RunError("weights_altered", f"{path}: not the weights that this run ended with")
+    write_whole(folder / f"{key}.safetensors", data)
+    spec = record.recipe.model.generator(record.model)
+    return NetworkEntry(file=f"{key}.safetensors", sha256=record.weights_sha256, spec=spec)

@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 
 from pipeline import result as result_module
 from pipeline import run as run_module
-from pipeline.bundle import Manifest, ModelBundle, NetworkEntry, Normalization, load_bundle
+from pipeline.bundle import INPUT_CHANNELS, Manifest, ModelBundle, NetworkEntry, Normalization, load_bundle
+from pipeline.device import Compute
 from pipeline.errors import GateRefusal, OutputError
 from pipeline.networks import NetworkSpec, build_network
-from pipeline.run import choose_networks, read_summary, synthesize_series, write_result
+from pipeline.run import choose_networks, read_summary, synthesize_series, synthesize_volume, write_result
 from pipeline.types import (
     District,
     DistrictMap,
@@ -47,12 +48,13 @@ SPEC = NetworkSpec(width=4, depth=2, window=16)
 def write_bundle(folder: Path, keys: tuple[str, ...], **changes: Any) -> ModelBundle:
     """A bundle of random networks of width 4 on a grid of 8 mm."""
     folder.mkdir(parents=True)
+    spec = SPEC.model_copy(update={"in_channels": INPUT_CHANNELS[changes.get("input_mask", "body")]})
     entries = {}
     for seed, key in enumerate(keys):
         torch.manual_seed(seed)
-        save_file(build_network(SPEC).state_dict(), folder / f"{key}.safetensors")
+        save_file(build_network(spec).state_dict(), folder / f"{key}.safetensors")
         digest = sha256((folder / f"{key}.safetensors").read_bytes()).hexdigest()
-        entries[key] = NetworkEntry(file=f"{key}.safetensors", sha256=digest, spec=SPEC)
+        entries[key] = NetworkEntry(file=f"{key}.safetensors", sha256=digest, spec=spec)
     settings: dict[str, Any] = {
         "name": "random",
         "version": "1",
@@ -223,7 +225,7 @@ def test_the_same_networks_in_other_districts_are_another_result(
         confidence = {**found[0].confidence, unsure: 0.1, District.HEAD: 0.1}
         districts = replace(found[0], confidence=confidence)
         monkeypatch.setattr(run_module, "find_districts", lambda *_, d=districts, **__: d)
-        monkeypatch.setattr(run_module, "synthesize", lambda ct, *_, **__: ct)
+        monkeypatch.setattr(run_module, "synthesize", lambda channels, *_, **__: channels[0])
         for low_confidence in ("whole_body", "not_evaluated"):
             chosen = replace(options, low_confidence=low_confidence)
             result = synthesize_series(ct_files, bundle, chosen, created=CREATED)
@@ -251,13 +253,13 @@ def test_the_whole_body_network_sees_the_whole_body_where_the_others_see_their_d
     paper = write_bundle(tmp_path / "paper", keys, input_mask="district", stitching="hard")
     sees_more: list[bool] = []
 
-    def blank(ct: Any, mask: Any, *_: Any, **__: Any) -> Any:
-        sees_more.append(bool((ct[~mask] > 0).any()))
-        return np.full(ct.shape, 0.1, dtype=np.float32)
+    def blank(channels: Any, mask: Any, *_: Any, **__: Any) -> Any:
+        sees_more.append(bool((channels[0][~mask] > 0).any()))
+        return np.full(mask.shape, 0.1, dtype=np.float32)
 
     monkeypatch.setattr(run_module, "synthesize", blank)
     synthesize_series(ct_files, paper, options, created=CREATED)
-    assert sees_more == [True, False, True, True]  # head, trunk, arms, legs
+    assert sees_more == [True, False]  # head, arms and legs in one pass; trunk
 
 
 @pytest.mark.usefixtures("_known_districts")
@@ -290,7 +292,7 @@ def test_a_gpu_that_is_full_before_the_job_begins_is_recorded(
     def full(*_: object) -> None:
         raise torch.AcceleratorError("CUDA error: out of memory")
 
-    monkeypatch.setattr(run_module, "synthesize", lambda ct, *_, **__: ct)
+    monkeypatch.setattr(run_module, "synthesize", lambda channels, *_, **__: channels[0])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", full)
@@ -344,6 +346,8 @@ def districts_with(confidence: Mapping[District, float]) -> DistrictMap:
         (0.4, ("arms",), "whole_body", None),
         (0.9, ("trunk", "whole_body"), "not_evaluated", "whole_body"),
         (0.9, ("trunk",), "whole_body", None),
+        (0.4, ("whole_body",), "whole_body", "whole_body"),
+        (0.4, ("whole_body",), "not_evaluated", None),
     ],
 )
 def test_the_network_of_a_district_follows_confidence_bundle_and_options(
@@ -353,6 +357,107 @@ def test_the_network_of_a_district_follows_confidence_bundle_and_options(
     chosen, notes = choose_networks(districts_with({District.ARMS: confidence}), keys, options)
     assert chosen.get(District.ARMS) == expected
     assert bool(notes) == (expected != "arms")
+
+
+# --- one volume --------------------------------------------------------------------------------------------------
+
+ON_CPU = Compute(device=torch.device("cpu"), precision="fp32", batch=8)
+
+
+def stacked_districts() -> DistrictMap:
+    """Head over trunk over legs in a box of body, air around it."""
+    labels = np.zeros((36, 20, 20), dtype=np.uint8)
+    for district, rows in ((District.LEGS, (2, 12)), (District.TRUNK, (12, 24)), (District.HEAD, (24, 34))):
+        labels[rows[0] : rows[1], 3:17, 3:17] = district
+    grid = Grid(shape=labels.shape, spacing_mm=(8, 8, 8), origin_mm=(0, 0, 0), frame_of_reference_uid="1.2")
+    return DistrictMap(labels=labels, grid=grid, segmenter="t", version="1", confidence=dict.fromkeys(District, 1.0))
+
+
+def scaled_ct(districts: DistrictMap) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(3).random(districts.grid.shape, dtype=np.float32)
+
+
+@pytest.mark.parametrize("stitching", ["hard", "feathered"])
+def test_a_network_that_serves_all_districts_runs_once_and_gives_what_the_whole_body_gives(
+    monkeypatch: pytest.MonkeyPatch, bundle: ModelBundle, stitching: str
+) -> None:
+    masks: list[Any] = []
+    real = run_module.synthesize
+
+    def counted(channels: Any, mask: Any, *arguments: Any, **others: Any) -> Any:
+        masks.append(mask)
+        return real(channels, mask, *arguments, **others)
+
+    monkeypatch.setattr(run_module, "synthesize", counted)
+    districts = stacked_districts()
+    body = districts.labels > 0
+    whole = dict.fromkeys(districts.present, "whole_body")
+    ct = scaled_ct(districts)
+    volume = synthesize_volume(ct, districts, whole, bundle, compute=ON_CPU, stitching=stitching)
+    assert len(masks) == 1
+    np.testing.assert_array_equal(masks[0], body)
+    one_label = replace(districts, labels=np.where(body, np.uint8(District.TRUNK), np.uint8(0)))
+    plain = synthesize_volume(ct, one_label, {District.TRUNK: "whole_body"}, bundle, compute=ON_CPU, stitching="hard")
+    np.testing.assert_array_equal(volume, plain)
+    assert volume[body].min() > 0
+    assert not volume[~body].any()
+
+
+def test_a_volume_of_a_subset_of_districts_is_empty_elsewhere(bundle: ModelBundle) -> None:
+    districts = stacked_districts()
+    volume = synthesize_volume(scaled_ct(districts), districts, {District.HEAD: "head"}, bundle, compute=ON_CPU)
+    head = districts.mask(District.HEAD)
+    assert (volume[head] > 0).all()
+    assert not volume[~head].any()
+
+
+def test_a_network_conditioned_on_the_district_answers_to_the_labels(tmp_path: Path) -> None:
+    conditioned = write_bundle(tmp_path / "one", ("whole_body",), input_mask="districts")
+    districts = stacked_districts()
+    ct = scaled_ct(districts)
+    networks, notes = choose_networks(districts, conditioned.keys, PipelineOptions(bundle=conditioned.folder))
+    assert networks == dict.fromkeys(districts.present, "whole_body")
+    assert notes == ()
+    volume = synthesize_volume(ct, districts, networks, conditioned, compute=ON_CPU)
+    relabeled = replace(districts, labels=np.where(districts.labels > 0, np.uint8(District.ARMS), np.uint8(0)))
+    other = synthesize_volume(ct, relabeled, {District.ARMS: "whole_body"}, conditioned, compute=ON_CPU)
+    assert volume.shape == ct.shape
+    assert not np.allclose(volume, other, atol=1e-4)
+
+
+def test_with_the_district_as_a_channel_each_district_has_its_own_pass_and_the_whole_body_one(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "channel", ("head", "trunk", "whole_body"), input_mask="channel")
+    districts = stacked_districts()
+    networks = {
+        District.HEAD: "head",
+        District.TRUNK: "trunk",
+        District.ARMS: "whole_body",
+        District.LEGS: "whole_body",
+    }
+    groups = [(one.key, one.districts) for one in run_module._passes(districts, networks, bundle.manifest, "hard")]
+    assert groups == [
+        ("head", (District.HEAD,)),
+        ("trunk", (District.TRUNK,)),
+        ("whole_body", (District.ARMS, District.LEGS)),
+    ]
+
+
+@pytest.mark.usefixtures("_known_districts")
+def test_a_bundle_of_the_paper_s_profile_works_on_a_whole_series(
+    ct_files: list[Path], tmp_path: Path, options: PipelineOptions, result: ResultSet
+) -> None:
+    paper = {
+        "profile": "paper",
+        "blending": "mean",
+        "stitching": "hard",
+        "feather_mm": 0.0,
+        "input_mask": "district",
+        "normalization": Normalization(ct_range="volume"),
+    }
+    bundle = write_bundle(tmp_path / "paper", ALL, **paper)
+    made = synthesize_series(ct_files, bundle, options, created=CREATED)
+    assert {s.district for s in made.stats if s.evaluated and s.suv_max > 0} == set(District)
+    assert made.series[0].series_uid != result.series[0].series_uid
 
 
 # --- on disk -----------------------------------------------------------------------------------------------------

@@ -13,9 +13,17 @@ from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.bundle import INPUT_CHANNELS
 from pipeline.device import Compute, DeviceError, choose_compute, is_out_of_memory, rungs, with_fallbacks
 from pipeline.networks import NetworkSpec, build_network
-from pipeline.synthesis import bounding_box, masked_input, place_windows, synthesize, window_weights
+from pipeline.synthesis import (
+    INPUT_MASKS,
+    bounding_box,
+    network_input,
+    place_windows,
+    synthesize,
+    window_weights,
+)
 from pipeline.types import District, DistrictMap, FloatVolume, GeometryError, Grid
 
 CPU = torch.device("cpu")
@@ -49,7 +57,7 @@ def run(ct: FloatVolume, mask: NDArray[np.bool_], network: nn.Module, **changes:
         "margin": 0,
         "device": CPU,
     }
-    return synthesize(ct, mask, network, **(arguments | changes))  # type: ignore[arg-type]
+    return synthesize(ct[np.newaxis], mask, network, **(arguments | changes))  # type: ignore[arg-type]
 
 
 @settings(deadline=None, max_examples=40)
@@ -207,21 +215,49 @@ def test_arrays_that_do_not_fit_are_refused(ct: FloatVolume, mask: NDArray[np.bo
 @pytest.mark.parametrize(
     ("key", "input_mask", "expected"),
     [
-        ("trunk", "body", [0, 2, 2, 2, 0]),
-        ("trunk", "district", [0, 2, 2, 0, 0]),
-        ("whole_body", "body", [0, 2, 2, 2, 0]),
-        ("whole_body", "district", [0, 2, 2, 2, 0]),
+        ("trunk", "body", [[0, 2, 2, 2, 0]]),
+        ("trunk", "district", [[0, 2, 2, 0, 0]]),
+        ("trunk", "channel", [[2, 2, 2, 2, 2], [0, 1, 1, 0, 0]]),
+        ("trunk", "districts", [[0, 2, 2, 2, 0], [0, 0, 0, 1, 0], [0, 1, 1, 0, 0], [0] * 5, [0] * 5]),
+        ("whole_body", "body", [[0, 2, 2, 2, 0]]),
+        ("whole_body", "district", [[0, 2, 2, 2, 0]]),
+        ("whole_body", "channel", [[2, 2, 2, 2, 2], [0, 1, 1, 1, 0]]),
+        ("whole_body", "districts", [[0, 2, 2, 2, 0], [0, 0, 0, 1, 0], [0, 1, 1, 0, 0], [0] * 5, [0] * 5]),
     ],
 )
-def test_a_network_sees_what_it_was_trained_on(key: str, input_mask: str, expected: list[float]) -> None:
+def test_a_network_sees_what_it_was_trained_on(key: str, input_mask: str, expected: list[list[float]]) -> None:
     labels = np.array([0, District.TRUNK, District.TRUNK, District.HEAD, 0], dtype=np.uint8).reshape(5, 1, 1)
     grid = Grid(shape=labels.shape, spacing_mm=(4, 4, 4), origin_mm=(0, 0, 0), frame_of_reference_uid="1.2.3")
     districts = DistrictMap(labels=labels, grid=grid, segmenter="t", version="1", confidence={District.TRUNK: 1.0})
     ct = np.full(labels.shape, 2, dtype=np.float32)
-    seen = masked_input(ct, districts, District.TRUNK, key, input_mask)
+    seen = network_input(ct, districts, District.TRUNK, key, input_mask)
     assert seen.dtype == np.float32
-    assert seen.ravel().tolist() == expected
+    assert seen.shape == (INPUT_CHANNELS[input_mask], *ct.shape)
+    assert seen[:, :, 0, 0].tolist() == expected
     assert (ct == 2).all()
+
+
+def test_every_input_mask_of_the_manifest_is_known_here() -> None:
+    assert set(INPUT_MASKS) == set(INPUT_CHANNELS)
+
+
+def test_an_unknown_input_mask_is_refused() -> None:
+    grid = Grid(shape=(1, 1, 1), spacing_mm=(4, 4, 4), origin_mm=(0, 0, 0), frame_of_reference_uid="1.2.3")
+    labels = np.ones((1, 1, 1), dtype=np.uint8)
+    districts = DistrictMap(labels=labels, grid=grid, segmenter="t", version="1", confidence={})
+    with pytest.raises(GeometryError, match="input_mask 'skin'"):
+        network_input(np.ones((1, 1, 1), dtype=np.float32), districts, District.HEAD, "head", "skin")
+
+
+def test_every_channel_of_a_window_reaches_the_network() -> None:
+    class Second(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, 1:2]
+
+    mask = blob((20, 18, 22))
+    channels = np.stack([noise(mask.shape, 1), noise(mask.shape, 2)])
+    out = synthesize(channels, mask, Second(), window=8, overlap=4, blending="gaussian", batch=5, device=CPU)
+    np.testing.assert_allclose(out[mask], channels[1][mask], atol=1e-5)
 
 
 # --- out of memory ---------------------------------------------------------------------------------------------
