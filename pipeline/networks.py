@@ -1,4 +1,4 @@
-"""The generator that turns a CT window into a PET window: a 3D U-Net after Pix2Pix.
+"""The generators that turn a CT window into a PET window: a 3D U-Net after Pix2Pix, a 3D ResNet after CycleGAN.
 
 The paper (arXiv 2503.15555) names the networks and not their sizes. Depth 4 at a window of 32 voxels ends at
 2 voxels; one more level would leave a single number per channel, with nothing for instance normalization to do.
@@ -6,7 +6,8 @@ The paper (arXiv 2503.15555) names the networks and not their sizes. Depth 4 at 
 
 from __future__ import annotations
 
-from itertools import product
+from collections.abc import Mapping
+from itertools import pairwise, product
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 MAX_WIDTH_FACTOR = 8  # deeper levels stop growing at eight times the width, as in Pix2Pix
 SMALLEST_MAP = 2  # voxels per side at the bottom of the U
 RESTING_LOGIT = -3.5  # sigmoid 0.03, SUV 0.6 of 20: the body's usual uptake, so that training starts near it
+STEM_KERNEL = 7
 
 
 class NetworkSpec(BaseModel):
@@ -28,6 +30,7 @@ class NetworkSpec(BaseModel):
     in_channels: int = Field(default=1, ge=1, le=8)
     width: int = Field(default=16, ge=1, le=512)
     depth: int = Field(default=4, ge=1, le=8)
+    blocks: int = Field(default=6, ge=1, le=16)  # residual, of a resnet3d; CycleGAN has 6 for its smaller images
     window: int = Field(default=32, ge=4, le=512)
 
     @model_validator(mode="after")
@@ -102,24 +105,23 @@ class UNet3d(nn.Module):
     after 1,200 steps).
     """
 
-    def __init__(self, spec: NetworkSpec) -> None:
+    def __init__(self, spec: NetworkSpec, resting_logit: float = RESTING_LOGIT) -> None:
         super().__init__()
         widths = [spec.width * min(2**level, MAX_WIDTH_FACTOR) for level in range(spec.depth)]
         self.encoder = nn.ModuleList(
             _down(inputs, outputs, normalize=0 < level < spec.depth - 1)
-            for level, (inputs, outputs) in enumerate(zip([1, *widths[:-1]], widths, strict=True))
+            for level, (inputs, outputs) in enumerate(zip([spec.in_channels, *widths[:-1]], widths, strict=True))
         )
         self.decoder = nn.ModuleList(
             _up(widths[level] * (1 if level == spec.depth - 1 else 2), widths[level - 1])
             for level in range(spec.depth - 1, 0, -1)
         )
         self.head = InterleavedUp(widths[0] * (2 if spec.depth > 1 else 1), 1)
-        self.apply(_initialize)
-        if self.head.conv.bias is not None:
-            nn.init.constant_(self.head.conv.bias, RESTING_LOGIT)
+        self.apply(initialize_weights)
+        _set_bias(self.head.conv, resting_logit)
 
     def forward(self, x: Tensor) -> Tensor:
-        """CT windows (N, 1, w, w, w) in [0, 1] to PET windows of the same shape in [0, 1]."""
+        """Windows (N, in_channels, w, w, w) in [0, 1] to windows (N, 1, w, w, w) in [0, 1]."""
         skips: list[Tensor] = []
         for down in self.encoder:
             x = down(x)
@@ -130,14 +132,77 @@ class UNet3d(nn.Module):
         return torch.sigmoid(self.head(x))
 
 
-def _initialize(module: nn.Module) -> None:
-    """Normal weights with sigma 0.02, as Pix2Pix starts."""
+def _reflected(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+    """Convolution with reflection padding; with a bias only where no normalization follows (one output channel)."""
+    return nn.Sequential(nn.ReflectionPad3d(kernel // 2), nn.Conv3d(inputs, outputs, kernel, bias=outputs == 1))
+
+
+def _normalized(convolution: nn.Module, channels: int) -> nn.Sequential:
+    return nn.Sequential(convolution, nn.InstanceNorm3d(channels, affine=True), nn.ReLU())
+
+
+class ResidualBlock(nn.Module):
+    """x + norm(conv(relu(norm(conv(x))))), 3x3x3, reflection padding: CycleGAN's block after Johnson et al. 2016."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = _normalized(_reflected(channels, channels, 3), channels)
+        self.second = nn.Sequential(_reflected(channels, channels, 3), nn.InstanceNorm3d(channels, affine=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, D, H, W) to the same shape."""
+        out: Tensor = x + self.second(self.first(x))
+        return out
+
+
+class ResNet3d(nn.Module):
+    """CycleGAN's generator (Zhu et al. 2017, appendix 7.2) in 3D: stem, strided levels, residual blocks, and back.
+
+    Sigmoid output in [0, 1] where CycleGAN has tanh. Two departures. The stem and the head are STEM_KERNEL wide
+    and not 7: in 3D, 7 would be half of all the work at width 8 while the strided levels and the blocks see past the
+    window anyway. And a level up is a transposed convolution of kernel 4 and not 3: every output voxel then gets the
+    same number of taps, and no checkerboard is drawn (Odena et al. 2016).
+    """
+
+    def __init__(self, spec: NetworkSpec, resting_logit: float = RESTING_LOGIT) -> None:
+        super().__init__()
+        widths = [spec.width * min(2**level, MAX_WIDTH_FACTOR) for level in range(spec.depth + 1)]
+        levels = list(pairwise(widths))
+        self.stem = _normalized(_reflected(spec.in_channels, widths[0], STEM_KERNEL), widths[0])
+        self.encoder = nn.Sequential(
+            *(_normalized(nn.Conv3d(a, b, 3, stride=2, padding=1, bias=False), b) for a, b in levels)
+        )
+        self.blocks = nn.Sequential(*(ResidualBlock(widths[-1]) for _ in range(spec.blocks)))
+        self.decoder = nn.Sequential(*(_up(b, a) for a, b in reversed(levels)))
+        self.head = _reflected(widths[0], 1, STEM_KERNEL)
+        self.apply(initialize_weights)
+        _set_bias(self.head[-1], resting_logit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Windows (N, in_channels, w, w, w) in [0, 1] to windows (N, 1, w, w, w) in [0, 1]."""
+        x = self.blocks(self.encoder(self.stem(x)))
+        return torch.sigmoid(self.head(self.decoder(x)))
+
+
+def _set_bias(convolution: nn.Module, value: float) -> None:
+    if isinstance(convolution, nn.Conv3d) and convolution.bias is not None:
+        nn.init.constant_(convolution.bias, value)
+
+
+def initialize_weights(module: nn.Module) -> None:
+    """Normal weights with sigma 0.02 and no bias, as Pix2Pix and CycleGAN start; for `nn.Module.apply`."""
     if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-def build_network(spec: NetworkSpec) -> nn.Module:
-    """A generator with fresh weights: (N, 1, window, window, window) in [0, 1] to the same shape in [0, 1]."""
-    return UNet3d(spec)
+ARCHITECTURES: Mapping[str, type[UNet3d] | type[ResNet3d]] = {"unet3d": UNet3d, "resnet3d": ResNet3d}
+
+
+def build_network(spec: NetworkSpec, *, resting_logit: float = RESTING_LOGIT) -> nn.Module:
+    """A generator with fresh weights: (N, in_channels, window, window, window) to one channel, all in [0, 1].
+
+    `resting_logit` is the bias of the last layer: the sigmoid of it is what the generator answers at first.
+    """
+    return ARCHITECTURES[spec.architecture](spec, resting_logit)

@@ -1,91 +1,90 @@
-"""One conditional GAN: generator, discriminator, their optimizers, and one step of training."""
+"""3D Pix2Pix: a generator, a discriminator that sees its input beside the PET, and one step of training."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor
 
 from pipeline.networks import build_network
-from training.discriminators import PatchDiscriminator
-from training.losses import discriminator_loss, generator_loss, weighted_l1
+from training.discriminators import PatchDiscriminator, check_window, half_batches
+from training.losses import adversarial_loss, discriminator_loss, weighted_l1
+from training.optimization import (
+    Wrap,
+    adam,
+    average_into,
+    averaged_copy,
+    compile_in_place,
+    identity,
+    update,
+    uses_bf16,
+)
 from training.patches import Batch
 from training.recipe import Recipe
 
 
-@dataclass(frozen=True, slots=True)
-class StepLosses:
-    """What one step saw: for the log."""
-
-    generator: float
-    discriminator: float
-    l1: float
-
-
 class Pix2Pix:
-    """Trains one generator. Seed torch before making one: the weights are drawn at once."""
+    """Trains one generator (Isola et al. 2017, in 3D). Seed torch before making one: the weights are drawn at once.
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self._train, self._device = recipe.train, device
-        model = recipe.model
-        self.generator = build_network(model.generator).to(device)
-        self.discriminator = PatchDiscriminator(model.discriminator_width, model.discriminator_layers).to(device)
-        self.averaged = copy.deepcopy(self.generator).requires_grad_(False)
-        train = recipe.train
-        self._g_optimizer = torch.optim.Adam(self.generator.parameters(), train.learning_rate, train.betas)
-        self._d_optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), train.discriminator_learning_rate, train.betas
-        )
+    `generator`, `averaged` and `discriminator` are the plain modules; `wrap` goes around the two that are trained
+    (DistributedDataParallel). Every loss is a mean over the batch, so averaged gradients are the whole batch's.
+    """
 
-    def step(self, batch: Batch, rate: float) -> StepLosses:
-        """One update of the discriminator, then of the generator; `rate` scales both learning rates."""
-        self._set_rates(rate)
-        ct, pet, weight = (t.to(self._device) for t in (batch.ct, batch.pet, batch.weight))
-        body = batch.body.to(self._device)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._train.precision == "bf16"):
-            fake = self.generator(ct)
+    def __init__(self, recipe: Recipe, device: torch.device, *, wrap: Wrap = identity) -> None:
+        train, spec, model = recipe.train, recipe.model.pix2pix, recipe.model
+        check_window(spec.window, model.discriminator_layers)
+        self._train, self._device = train, device
+        self._bf16 = uses_bf16(train.precision, device)
+        self.generator = build_network(spec).to(device)
+        pair = spec.in_channels + 1
+        self.discriminator = PatchDiscriminator(pair, model.discriminator_width, model.discriminator_layers).to(device)
+        self.averaged = averaged_copy(self.generator)
+        for network in (self.generator, self.discriminator):
+            compile_in_place(network, train, device)
+        self._generate, self._judge = wrap(self.generator), wrap(self.discriminator)
+        self._g_optimizer = adam(self.generator.parameters(), train.learning_rate, train.betas)
+        self._d_optimizer = adam(self.discriminator.parameters(), train.discriminator_learning_rate, train.betas)
+
+    def step(self, batch: Batch, rate: float, entropy: tuple[int, ...]) -> dict[str, Tensor]:  # noqa: ARG002
+        """One update of the discriminator, then of the generator; `rate` scales both learning rates.
+
+        Nothing here is random: `entropy` is what every model's step takes. The discriminator sees the PET inside
+        the body only (where the batch has a weight): air is set to 0 after inference anyway.
+
+        Returns:
+            Detached scalars on the device: "l1" (weighted, in units of the scaled PET), "adversarial" (the
+            generator's, unweighted), "generator" (its whole loss) and "discriminator".
+        """
+        train, seen, pet, weight, body = self._train, batch.input, batch.pet, batch.weight, batch.body
+        with self._autocast():
+            fake = self._generate(seen)
         fake = fake.float()
-        real_seen, fake_seen = pet * body, fake * body  # air is not judged: it is set to 0 after inference anyway
+        real_pair, fake_pair = (torch.cat([seen, shown * body], dim=1) for shown in (pet, fake))
 
-        loss_d = discriminator_loss(self.discriminator(ct, real_seen), self.discriminator(ct, fake_seen.detach()))
-        self._update(self._d_optimizer, self.discriminator, loss_d)
+        # real and fake in one batch: instance normalization is per sample, and DDP wants one forward per backward
+        with self._autocast():
+            scores = self._judge(torch.cat([real_pair, fake_pair.detach()]))
+        loss_d = discriminator_loss(*half_batches(scores))
+        update(self._d_optimizer, [self.discriminator], loss_d, rate, train.clip_norm)
 
         self.discriminator.requires_grad_(False)
-        logits = self.discriminator(ct, fake_seen)
-        loss_g = generator_loss(logits, fake, pet, weight, self._train.lambda_l1, self._train.adversarial_weight)
-        self._update(self._g_optimizer, self.generator, loss_g)
+        with self._autocast():
+            scores = self.discriminator(fake_pair)
+        adversarial, l1 = adversarial_loss(scores.float(), real=True), weighted_l1(fake, pet, weight)
+        loss_g = train.adversarial_weight * adversarial + train.lambda_l1 * l1
+        update(self._g_optimizer, [self.generator], loss_g, rate, train.clip_norm)
         self.discriminator.requires_grad_(True)
 
-        self._average()
-        l1 = weighted_l1(fake.detach(), pet, weight)
-        return StepLosses(loss_g.item(), loss_d.item(), l1.item())
+        average_into(self.averaged, self.generator, train.ema_decay)
+        losses = {"l1": l1, "adversarial": adversarial, "generator": loss_g, "discriminator": loss_d}
+        return {name: loss.detach() for name, loss in losses.items()}
 
-    def _update(self, optimizer: torch.optim.Optimizer, network: nn.Module, loss: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        clip_grad_norm_(network.parameters(), self._train.clip_norm)
-        optimizer.step()
-
-    def _set_rates(self, rate: float) -> None:
-        for optimizer, base in (
-            (self._g_optimizer, self._train.learning_rate),
-            (self._d_optimizer, self._train.discriminator_learning_rate),
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = base * rate
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        keep = self._train.ema_decay
-        for mean, now in zip(self.averaged.parameters(), self.generator.parameters(), strict=True):
-            mean.lerp_(now, 1 - keep)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to go on: tensors and plain numbers only."""
+        """Everything needed to go on: tensors and plain numbers only, under the plain modules' names."""
         return {
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
@@ -95,7 +94,7 @@ class Pix2Pix:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The opposite of `state`."""
+        """The opposite of `state`: the next step is the one that would have followed, bit for bit on a CPU."""
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
         self.averaged.load_state_dict(state["averaged"])
