@@ -1,20 +1,21 @@
 """Two trivial predictors that a network has to beat: the district's mean, and a look-up from HU to SUV.
 
-Both are fitted on the training cases, per district, in units of [0, 1].
+Both are fitted on the training studies, per district, in units of [0, 1].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.types import District, FloatVolume, LabelVolume
-from training.cases import Case
+from training.prepared import PreparedStudy
 
-BINS = 256
+BINS = 256  # of the scaled CT: 8 HU each with the fixed range
+BASELINES = ("hu_lookup", "district_mean")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,10 @@ class Baselines:
 
     means: NDArray[np.float32]
     lookup: NDArray[np.float32]
+
+    def predict(self, method: str, ct_unit: FloatVolume, districts: LabelVolume) -> FloatVolume:
+        """The volume [z, y, x] in [0, 1] of one of BASELINES; 0 outside the body."""
+        return self.predict_mean(districts) if method == "district_mean" else self.predict_lookup(ct_unit, districts)
 
     def predict_mean(self, districts: LabelVolume) -> FloatVolume:
         """Every voxel gets its district's mean."""
@@ -37,15 +42,23 @@ def _bin(ct_unit: NDArray[np.floating]) -> NDArray[np.intp]:
     return np.minimum((ct_unit * BINS).astype(np.intp), BINS - 1)
 
 
-def fit_baselines(cases: Sequence[Case]) -> Baselines:
-    """Means per district and per (district, HU bin); an empty bin takes its nearest filled neighbor's value."""
+def fit_baselines(
+    studies: Iterable[PreparedStudy], *, on_study: Callable[[int], None] = lambda _done: None
+) -> Baselines:
+    """Means per district and per (district, HU bin); an empty bin takes its nearest filled neighbor's value.
+
+    One study is held at a time. A district that no study has predicts 0.
+    """
     size = len(District) + 1
     sums, counts = np.zeros((size, BINS)), np.zeros((size, BINS))
-    for case in cases:
-        body = np.asarray(case.districts) > 0
-        flat = case.districts[body].astype(np.intp) * BINS + _bin(case.ct[body].astype(np.float32))
+    for number, study in enumerate(studies, start=1):
+        labels = np.asarray(study.districts)
+        body = labels > 0
+        flat = labels[body].astype(np.intp) * BINS + _bin(np.asarray(study.ct)[body].astype(np.float32))
+        pet = np.asarray(study.pet)[body].astype(np.float64)
         counts += np.bincount(flat, minlength=size * BINS).reshape(size, BINS)
-        sums += np.bincount(flat, case.pet[body].astype(np.float64), minlength=size * BINS).reshape(size, BINS)
+        sums += np.bincount(flat, pet, minlength=size * BINS).reshape(size, BINS)
+        on_study(number)
     means = np.divide(sums.sum(1), counts.sum(1), out=np.zeros(size), where=counts.sum(1) > 0)
     lookup = np.zeros((size, BINS))
     for label in range(1, size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +14,13 @@ from pipeline.types import FloatVolume
 # Wang et al., Image quality assessment (IEEE TIP 2004), and the usual implementation in 3D
 SIGMA, WINDOW, K1, K2 = 1.5, 11, 0.01, 0.03
 REACH = WINDOW // 2
-PSNR_LIMIT_DB = 100.0  # half precision stores no error below it; keeps a perfect study in a mean
+RESAMPLES = 2000
+BOOTSTRAP_SEED = 20250315
 
 Volume = NDArray[np.floating]
 Region = NDArray[np.bool_]
 Box = tuple[slice, ...]
+Summary = dict[str, float | int | None]
 
 
 def mae(fake: Volume, real: Volume, region: Region) -> float:
@@ -81,6 +84,24 @@ def reaching_box(region: Region, reach: int = REACH) -> Box | None:
             return None
         box.append(slice(max(int(filled[0]) - reach, 0), min(int(filled[-1]) + 1 + reach, size)))
     return tuple(box)
+
+
+def describe(values: Iterable[float], *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED) -> Summary:
+    """n, mean, sd (ddof 1), se of the mean, and low and high of the 95 % percentile bootstrap interval.
+
+    One value per patient; values that are not finite are not counted. A mean of None was not measured; spread and
+    interval need two patients.
+    """
+    kept = np.array([v for v in values if math.isfinite(v)], dtype=np.float64)
+    summary: Summary = {"n": kept.size, "mean": None, "sd": None, "se": None, "low": None, "high": None}
+    if kept.size:
+        summary["mean"] = float(kept.mean())
+    if kept.size > 1:
+        sd = float(kept.std(ddof=1))
+        drawn = np.random.default_rng(seed).integers(0, kept.size, (resamples, kept.size))
+        low, high = np.percentile(kept[drawn].mean(axis=1), [2.5, 97.5])
+        summary |= {"sd": sd, "se": sd / math.sqrt(kept.size), "low": float(low), "high": float(high)}
+    return summary
 
 
 def _moments(volume: FloatVolume) -> tuple[FloatVolume, FloatVolume]:
