@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,7 +97,7 @@ class PatchSampler:
         self._voxels, self._lesions = [voxels for _, voxels, _ in kept], [lesions for _, _, lesions in kept]
         self._sides = cube_sides(window, augment.rotation_deg, [study.record.spacing_mm for study in self._studies])
         self._volumes = volumes_on(self._studies, device)
-        self._weights = _weight_table(self._label, train).to(device)
+        self._tables = {name: table.to(device) for name, table in _tables(self._label, train, input_mask).items()}
         self._generator = torch.Generator(device=device)
 
     def __len__(self) -> int:
@@ -111,15 +111,13 @@ class PatchSampler:
         images = images.to(self._device, non_blocking=True).float()  # uploaded as halves, where they are not there yet
         labels = labels.to(self._device, non_blocking=True)
         if self._augment.rotation_deg:
-            matrices = np.stack([place.matrix for place in places])
-            images = turn(images, matrices, self._window)
-            labels = turn(labels.float(), matrices, self._window, mode="nearest").to(torch.uint8)
+            images, labels = turn(images, labels, np.stack([place.matrix for place in places]), self._window)
         ct, pet = images[:, :1], images[:, 1:]
         if self._augment.ct_noise:
             ct = self._with_noise(ct, places)
-        districts = labels & (LESION - 1)
-        weight = self._weights[labels.to(torch.int32)]
-        return Batch(self._channels(ct, districts), pet * (districts > 0), weight)
+        shape, index = labels.shape, labels.flatten().int()
+        looked_up = {name: table.index_select(0, index).view(shape) for name, table in self._tables.items()}
+        return Batch(self._channels(ct, looked_up), pet * looked_up["body"], looked_up["weight"])
 
     def place(self, entropy: tuple[int, ...]) -> Placement:
         """Where the sample lies and how it is augmented. The order of the draws is part of what a run repeats."""
@@ -134,7 +132,7 @@ class PatchSampler:
         flips = (rng.random(3) < 0.5) & self._augment.flips
         angles = rng.uniform(-1, 1, 3) * self._augment.rotation_deg
         noise_seed = int(rng.integers(2**63))
-        matrix = voxel_rotation(angles, study.record.spacing_mm)
+        matrix = voxel_rotation(angles, study.record.spacing_mm) if self._augment.rotation_deg else np.eye(3)
         # moved along the turned and flipped axes, so that the chosen voxel stays inside the window
         moved = np.rint(matrix @ shift[::-1])[::-1] * np.where(flips, -1, 1)
         z, y, x = (int(c) + int(m) - self._window // 2 for c, m in zip(chosen, moved, strict=True))
@@ -148,16 +146,14 @@ class PatchSampler:
             row.normal_(generator=self._generator.manual_seed(place.noise_seed))
         return noise.mul_(self._augment.ct_noise).mul_(ct > 0).add_(ct).clamp_(0, 1)
 
-    def _channels(self, ct: Tensor, districts: Tensor) -> Tensor:
-        body = districts > 0
-        own = body if self._label is None else districts == int(self._label)
+    def _channels(self, ct: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
         if self._input_mask == "district":  # eq. 7, after scaling: 0 is air
-            return ct * own
+            return ct * masks["own"]
         if self._input_mask == "channel":
-            return torch.cat([ct, own.to(ct.dtype)], dim=1)
+            return torch.cat([ct, masks["own"]], dim=1)
         if self._input_mask == "districts":
-            return torch.cat([ct * body, *((districts == int(d)).to(ct.dtype) for d in District)], dim=1)
-        return ct * body
+            return torch.cat([ct * masks["body"], *(masks[district.key] for district in District)], dim=1)
+        return ct * masks["body"]
 
 
 def _choices(study: PreparedStudy, label: District | None) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
@@ -180,13 +176,23 @@ def _some(mask: NDArray[np.bool_], seed: int) -> NDArray[np.uint32]:
     return np.sort(kept)
 
 
-def _weight_table(label: District | None, train: TrainRecipe) -> Tensor:
-    """The L1 weight of every label that a voxel may carry: a district's number, plus `LESION` in a lesion."""
-    table = torch.zeros(2 * LESION)
+def _tables(label: District | None, train: TrainRecipe, input_mask: str) -> dict[str, Tensor]:
+    """What a voxel of each label (a district's number, plus `LESION` in a lesion) has in the weights and masks.
+
+    Looked up, one mask costs a CPU half of what a comparison and a product with its result do.
+    """
+    body, own, weight = torch.zeros(3, 2 * LESION)
+    tables = {"body": body, "weight": weight}
+    if input_mask in ("district", "channel"):
+        tables["own"] = own
     for district in District:
-        table[district] = 1.0 if label in (None, district) else train.neighbor_weight
-    table[LESION:] = table[:LESION] * train.lesion_weight
-    return table
+        numbers = [int(district), int(district) + LESION]
+        is_own = label in (None, district)
+        body[numbers], own[numbers] = 1, float(is_own)
+        weight[numbers] = torch.tensor([1.0, train.lesion_weight]) * (1.0 if is_own else train.neighbor_weight)
+        if input_mask == "districts":
+            tables[district.key] = torch.zeros(2 * LESION).index_fill_(0, torch.tensor(numbers), 1)
+    return tables
 
 
 def cube_sides(window: int, rotation_deg: float, spacings_mm: Sequence[tuple[float, float, float]]) -> Triple:
@@ -227,22 +233,21 @@ def _in_voxels(matrix_mm: NDArray[np.float64], spacing_mm: tuple[float, float, f
     return turned
 
 
-def turn(boxes: Tensor, matrices: NDArray[np.float64], window: int, mode: str = "bilinear") -> Tensor:
-    """The window in the middle of each box, sampled along turned axes.
+def turn(images: Tensor, labels: Tensor, matrices: NDArray[np.float64], window: int) -> tuple[Tensor, Tensor]:
+    """The window in the middle of each box, sampled along turned axes: images trilinear, labels nearest.
 
     Args:
-        boxes: (N, C, Z, Y, X) float32.
+        images: (N, C, Z, Y, X) float32.
+        labels: (N, 1, Z, Y, X) uint8.
         matrices: (N, 3, 3), window offsets to box offsets in voxels, (x, y, z).
-        window: side of the result.
-        mode: "bilinear" (which is trilinear in 3D) for images, "nearest" for labels.
-
-    Returns:
-        (N, C, window, window, window) float32.
+        window: side of the results.
     """
-    sizes = np.array(boxes.shape[:1:-1])  # x, y, z
+    sizes = np.array(images.shape[:1:-1])  # x, y, z
     theta = np.zeros((len(matrices), 3, 4))
     theta[:, :, :3] = matrices * (window - 1) / (sizes - 1)[None, :, None]
     # in double: with TF32 allowed, or under autocast, the coordinates would be rounded to parts of a voxel
-    moved = torch.from_numpy(theta).to(boxes.device, non_blocking=True)
-    grid = F.affine_grid(moved, [len(boxes), 1, window, window, window], align_corners=True).float()
-    return F.grid_sample(boxes, grid, mode=mode, padding_mode="zeros", align_corners=True)
+    moved = torch.from_numpy(theta).to(images.device, non_blocking=True)
+    grid = F.affine_grid(moved, [len(images), 1, window, window, window], align_corners=True).float()
+    turned = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    nearest = F.grid_sample(labels.float(), grid, mode="nearest", padding_mode="zeros", align_corners=True)
+    return turned, nearest.to(torch.uint8)
