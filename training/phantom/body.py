@@ -43,7 +43,6 @@ LEG = Profile(
     power=2.1,
 )
 LEG_FAT = [0.15, 0.15, 0.15, 0.2, 0.25, 0.25, 0.25, 0.3, 0.45, 0.7, 0.85, 0.9]
-SOFT = ("fat", "muscle")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +107,6 @@ def _arm_rods(arm: Arm, extra: float) -> list[Capsule | Ellipsoid]:
     return rods
 
 
-def _hand_bones(arm: Arm) -> list[Capsule]:
-    palm = between(arm.wrist, arm.finger, 0.5)
-    return [Capsule(arm.wrist, (palm[0], palm[1] + o, palm[2]), 9, 4) for o in (-17, -6, 6, 17)] + [
-        Capsule((palm[0], palm[1] + o, palm[2]), (arm.finger[0], arm.finger[1] + o * 0.7, arm.finger[2]), 5, 4)
-        for o in (-15, -5, 5, 15)
-    ]
-
-
 def draw_soft_body(sketch: Sketch) -> dict[str, Arm]:
     """Paint fat and muscle of the whole person and write the districts; returns the arms for the bones."""
     person = sketch.person
@@ -127,7 +118,7 @@ def draw_soft_body(sketch: Sketch) -> dict[str, Arm]:
     for _, sign in SIDES:
         leg = mirrored(LEG, sign)
         sketch.add("fat", leg.grown(leg_fat), region=District.LEGS)
-        sketch.add_all("fat", _foot(sign, 3), region=District.LEGS)
+        sketch.add_all("fat", foot(sign, 3), region=District.LEGS)
     sketch.add("fat", Within(skin, z=BELOW), region=District.LEGS)
     sketch.add("fat", Within(skin, z=MIDDLE), region=District.TRUNK)
     for _, sign in SIDES:  # the hips' sides above the crotch belong to the trunk
@@ -141,12 +132,12 @@ def draw_soft_body(sketch: Sketch) -> dict[str, Arm]:
             sketch.add("breast", Ellipsoid((sign * 72, skin.front(165) + 8, 158), (30, depth * 0.6, 30)), over=["fat"])
     neck = NECK.grown(4 + 0.15 * person.fat_mm)
     sketch.add("fat", Within(neck, z=MIDDLE), region=District.TRUNK)
-    solids: list[Shape] = [neck, *_head(5.0)]
+    solids: list[Shape] = [neck, *_head(4 + 0.05 * person.fat_mm)]
     for shape in solids:
         sketch.add("fat", Within(shape, z=ABOVE), region=District.HEAD)
     for _, sign in SIDES:
         sketch.add("muscle", mirrored(LEG, sign), over=["fat"])
-        sketch.add_all("muscle", _foot(sign, -2), over=["fat"])
+        sketch.add_all("muscle", foot(sign, -2), over=["fat"])
         sketch.add_all("muscle", chain([(sign * 90, 15, 338), (sign * 160, 14, 292)], [26, 38]), over=["fat"])
         septum = Profile(
             z=[-720, -550, -400, -330],
@@ -170,52 +161,9 @@ def _head(extra: float) -> list[Ellipsoid]:
     ]
 
 
-def _foot(sign: float, extra: float) -> list[Capsule]:
+def foot(sign: float, extra: float) -> list[Capsule]:
     x = sign * 78
     return [
         Capsule((x, 24, -1096), (x + sign * 8, -80, -1104), 34 + extra, 30 + extra),
         Capsule((x + sign * 8, -80, -1104), (x + sign * 14, -165, -1110), 30 + extra, 18 + extra),
     ]
-
-
-def draw_arm_bones(sketch: Sketch, arms: dict[str, Arm]) -> None:
-    """Humerus, ulna, radius and hand of both arms, with marrow."""
-    over = (*SOFT, "cortical_bone")
-    for arm in arms.values():
-        elbow_a, elbow_b = between(arm.elbow, arm.shoulder, 0.03), between(arm.elbow, arm.wrist, 0.05)
-        head = between(arm.shoulder, arm.elbow, 0.02)
-        sketch.add("cortical_bone", Ellipsoid(head, (25, 25, 25)), over=SOFT)
-        sketch.add_all("cortical_bone", chain([head, between(head, arm.elbow, 0.25), elbow_a], [18, 12, 16]), over=SOFT)
-        sketch.add("red_marrow", Ellipsoid(head, (20, 20, 20)), over=over)
-        sketch.add("yellow_marrow", Capsule(between(head, elbow_a, 0.2), between(head, elbow_a, 0.9), 7, 6), over=over)
-        for offset, r in ((-11.0, 8.0), (11.0, 8.5)):
-            a, b = (elbow_b[0], elbow_b[1] + offset, elbow_b[2]), (arm.wrist[0], arm.wrist[1] + offset, arm.wrist[2])
-            sketch.add("cortical_bone", Capsule(a, b, r, r), over=SOFT)
-            sketch.add("yellow_marrow", Capsule(between(a, b, 0.1), between(a, b, 0.9), 3.5, 3.5), over=over)
-        sketch.add_all("rib", _hand_bones(arm), over=SOFT)
-
-
-def draw_leg_bones(sketch: Sketch) -> None:
-    """Femur, patella, tibia, fibula and foot of both legs, with marrow; femoral arteries."""
-    over = (*SOFT, "cortical_bone", "visceral_fat")
-    for _, s in SIDES:
-        head, neck, trochanter = (s * 88, -2, -262), (s * 108, 2, -280), (s * 126, 8, -300)
-        knee, tibia_top, ankle = (s * 82, 6, -708), (s * 81, 8, -752), (s * 76, 14, -1078)
-        sketch.add("cortical_bone", Ellipsoid(head, (24, 24, 24)), over=over)
-        sketch.add_all("cortical_bone", chain([head, neck, trochanter], [18, 16, 22]), over=over)
-        sketch.add_all("cortical_bone", chain([trochanter, (s * 112, 4, -380), knee], [20, 14.5, 17]), over=over)
-        sketch.add_all("cortical_bone", [Ellipsoid((s * 82 + o, 10, -712), (20, 26, 24)) for o in (-18, 18)], over=over)
-        sketch.add("red_marrow", Ellipsoid(head, (20, 20, 20)), over=over)
-        sketch.add_all("red_marrow", chain([neck, trochanter], [11, 16]), over=over)
-        sketch.add_all("red_marrow", [Ellipsoid((s * 82 + o, 10, -712), (16, 22, 19)) for o in (-18, 18)], over=over)
-        sketch.add_all("yellow_marrow", chain([trochanter, (s * 112, 4, -380), knee], [8, 7.5, 9]), over=over)
-        sketch.add("rib", Ellipsoid((s * 82, -42, -712), (19, 9, 21)), over=over)
-        sketch.add_all("cortical_bone", chain([tibia_top, (s * 80, 0, -830), ankle], [30, 14, 16]), over=over)
-        sketch.add_all("yellow_marrow", chain([tibia_top, (s * 80, 0, -830), ankle], [22, 7.5, 9]), over=over)
-        sketch.add("cortical_bone", Capsule((s * 108, 22, -770), (s * 100, 22, -1090), 7, 7), over=over)
-        sketch.add("cortical_bone", Capsule((s * 77, 30, -1098), (s * 82, -40, -1096), 22, 16), over=over)
-        sketch.add("red_marrow", Capsule((s * 77, 30, -1098), (s * 82, -40, -1096), 17, 11), over=over)
-        toes = [Capsule((s * (72 + 9 * i), -45, -1098), (s * (76 + 11 * i), -150, -1110), 7, 5) for i in range(4)]
-        sketch.add_all("rib", toes, over=over)
-        vessel = chain([(s * 70, -68, -270), (s * 74, -48, -450), (s * 76, 30, -700), (s * 84, 30, -900)], [7, 6, 6, 4])
-        sketch.add_all("blood", vessel, over=(*SOFT,))

@@ -23,14 +23,14 @@ def _folds(x: Coords, y: Coords, z: Coords) -> Coords:
 
 
 def _white(x: Coords, y: Coords, z: Coords) -> Mask:
-    radius2 = ((x - BRAIN[0]) / 60) ** 2 + ((y - BRAIN[1]) / 81) ** 2 + ((z - BRAIN[2]) / 88) ** 2
+    radius2 = ((x - BRAIN[0]) / 57.5) ** 2 + ((y - BRAIN[1]) / 77.5) ** 2 + ((z - BRAIN[2]) / 84.5) ** 2
     return (np.sqrt(radius2) < 0.76 + 0.1 * _folds(x, y, z)) & (np.abs(x) > 4)
 
 
 def draw_head(sketch: Sketch) -> None:
     """Everything above the neck's base, painted over the muscle that the soft body left there."""
     grow = 1 + 0.03 * float(sketch.rng.uniform(-1, 1))
-    outer, inner = (67 * grow, 88 * grow, 95 * grow), (60 * grow, 81 * grow, 88 * grow)
+    outer, inner = (65.5 * grow, 86 * grow, 93 * grow), (57.5 * grow, 77.5 * grow, 84.5 * grow)
     shell = Ellipsoid(BRAIN, outer, power=2.15)
     soft = ("muscle", "fat")
     sketch.add("cortical_bone", Where(shell, lambda x, y, z: _above_skull_base(x, y, z + 9)), over=soft)
@@ -81,10 +81,10 @@ def _draw_face(sketch: Sketch) -> None:
         sketch.add("fat", Ellipsoid((s * 31, -62, 497), (19, 24, 17)), over=None)
         sketch.add("eye", Ellipsoid((s * 32, -70, 497), (12, 12, 12)), over=None)
         sketch.add("cortical_bone", Ellipsoid((s * 50, 20, 482), (16, 18, 14)), over=soft)
-        sketch.add("salivary", Ellipsoid((s * 60, 0, 452), (10, 16, 20)), over=soft)
-        sketch.add("salivary", Ellipsoid((s * 32, -42, 416), (10, 14, 10)), over=soft)
+        sketch.add("salivary", Ellipsoid((s * 59, 2, 450), (14, 22, 27)), over=soft)
+        sketch.add("salivary", Ellipsoid((s * 32, -42, 416), (13, 18, 13)), over=soft)
     sketch.add("airway", Ellipsoid((0, -66, 466), (8, 28, 20)), over=None)
-    sketch.add("tongue", Ellipsoid((0, -48, 434), (22, 32, 17)), over=(*soft, "tooth"))
+    sketch.add("tongue", Ellipsoid((0, -48, 434), (25, 35, 19)), over=(*soft, "tooth"))
 
 
 def _draw_neck(sketch: Sketch) -> None:
@@ -93,7 +93,7 @@ def _draw_neck(sketch: Sketch) -> None:
     sketch.add_all("airway", chain(throat, [8, 8, 8]), over=None)
     for _, s in SIDES:
         sketch.add("tonsil", Ellipsoid((s * 15, -16, 440), (6, 8, 11)), over=over)
-        sketch.add("thyroid", sketch.organ((s * 18, -18, 366), (8, 9, 20)), over=over)
+        sketch.add("thyroid", sketch.organ((s * 18, -18, 366), (10, 11, 22)), over=over)
         sketch.add("blood", Capsule((s * 34, 4, 320), (s * 38, 6, 440), 6, 6), over=over)
         sketch.add("fat", Capsule((s * 44, 22, 350), (s * 44, 26, 440), 6, 5), over=["muscle"])
     sketch.add("cartilage", Within(Ellipsoid((0, -22, 394), (19, 17, 15)), y=(-np.inf, -14.0)), over=over)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,18 +11,31 @@ from pydicom.uid import generate_uid
 from scipy.ndimage import gaussian_filter
 
 from pipeline.types import FloatVolume, Grid, LabelVolume
-from training.phantom.body import CROWN, SOLES, draw_arm_bones, draw_leg_bones, draw_soft_body
+from training.phantom.body import CROWN, SOLES, draw_soft_body
 from training.phantom.couch import add_blanket, add_table
 from training.phantom.head import draw_head
 from training.phantom.lesions import Site, choose_sites, paint_lesions
+from training.phantom.limbs import draw_arms, draw_legs
 from training.phantom.shapes import Coords, Point
 from training.phantom.sketch import Person, Sketch, Stroke
 from training.phantom.spec import POSES, Phantom, PhantomSpec, Pose
-from training.phantom.tissues import FIRST_OUTSIDE_BODY, LABEL, NAMES, TISSUES, draw_values
+from training.phantom.tissues import (
+    FATTY,
+    FIRST_OUTSIDE_BODY,
+    LABEL,
+    NAMES,
+    TISSUES,
+    draw_hu,
+    draw_residual,
+    expected_suv,
+)
 from training.phantom.torso import draw_abdomen, draw_chest, draw_spine_and_pelvis, draw_walls
 
 CT_BLUR_MM = 0.6  # sigma of the scanner's point spread; matters on fine grids only
 SURVEY_MM = 8.0  # grid of the quick look at the whole person: weight and sites of lesions, whatever grid is asked
+# Fewer photons are lost on the way out of a thin part than out of the trunk, so its counts are better.
+NOISE_OF_DISTRICT = (1.0, 0.8, 1.0, 0.7, 0.7)  # by district label
+NOISE_BLUR = 0.8  # of the PET's point spread: what the reconstruction's filter leaves of the noise's grain
 # Scanned ranges as fractions of the body height, and how often each is drawn.
 COVERAGES: tuple[tuple[float, float, float], ...] = (
     (0.40, 1.02, 0.40),  # vertex to mid-thigh
@@ -40,9 +53,11 @@ class Anatomy:
     person: Person
     strokes: tuple[Stroke, ...]
     hu: NDArray[np.float32]  # by label
-    suv: NDArray[np.float32]
+    expected_suv: NDArray[np.float32]  # what this body composition and CT let one expect
+    suv: NDArray[np.float32]  # and what it is
     coverage: tuple[float, float]
     weight_kg: float
+    fat_fraction: float  # of the weight
     sites: tuple[Site, ...]
     ct_noise_hu: float
     pet_sigma_mm: float
@@ -50,9 +65,9 @@ class Anatomy:
     offset_mm: Point  # where the scanner's origin is
 
 
-def _stream(seed: int, purpose: int) -> np.random.Generator:
-    """Independent random numbers per purpose: noise or lesions never change the anatomy."""
-    return np.random.default_rng([seed, purpose])
+def _stream(seed: int, purpose: int, visit: int = 0) -> np.random.Generator:
+    """Independent random numbers per purpose: noise, lesions or another day never change the anatomy."""
+    return np.random.default_rng([seed, purpose, visit] if visit else [seed, purpose])
 
 
 def draw_person(spec: PhantomSpec) -> Person:
@@ -61,7 +76,7 @@ def draw_person(spec: PhantomSpec) -> Person:
     height = float(rng.normal(1.0, 0.05)) if spec.height_mm is None else spec.height_mm / (CROWN - SOLES)
     height = float(np.clip(height, 0.75, 1.25))
     girth = height * float(rng.normal(1.0, 0.045))
-    fat = float(np.clip(rng.gamma(2.2, 8.0), 4, 60)) if spec.fat_mm is None else spec.fat_mm
+    fat = float(np.clip(rng.gamma(1.7, 13.0), 4, 60)) if spec.fat_mm is None else spec.fat_mm
     female = bool(rng.random() < 0.5)
     drawn: Pose = POSES[int(rng.choice(len(POSES), p=(0.5, 0.2, 0.15, 0.15)))]
     return Person(
@@ -75,55 +90,66 @@ def draw_person(spec: PhantomSpec) -> Person:
     )
 
 
-def draw_anatomy(spec: PhantomSpec) -> Anatomy:
-    """Everything about one person and scan that does not depend on the grid. Deterministic from the spec."""
-    person = draw_person(spec)
-    rng = _stream(spec.seed, 2)
+def draw_strokes(person: Person, rng: np.random.Generator) -> Sketch:
+    """The whole anatomy of a person, in painting order."""
     sketch = Sketch(person, rng)
     arms = draw_soft_body(sketch)
     draw_walls(sketch)
     draw_chest(sketch)
     draw_abdomen(sketch)
     draw_spine_and_pelvis(sketch)
-    draw_arm_bones(sketch, arms)
-    draw_leg_bones(sketch)
+    draw_arms(sketch, arms)
+    draw_legs(sketch)
     draw_head(sketch)
-    rng = _stream(spec.seed, 3)
-    contrast = bool(rng.random() < 0.4) if spec.contrast is None else spec.contrast
-    if spec.contrast is not None:
-        rng.random()
-    hu, suv = draw_values(rng, contrast=contrast)
+    return sketch
+
+
+def draw_anatomy(spec: PhantomSpec) -> Anatomy:
+    """Everything about one person and scan that does not depend on the grid. Deterministic from the spec."""
+    person = draw_person(spec)
+    sketch = draw_strokes(person, _stream(spec.seed, 2))
+    labels, districts, axes = _survey(sketch.strokes, person)
+    weight_kg, fat_fraction = _weigh(labels, districts, person)
+    rng = _stream(spec.seed, 3, spec.visit)
+    contrast = bool(rng.random() < 0.4)
+    plain_hu, hu = draw_hu(rng, contrast=contrast if spec.contrast is None else spec.contrast)
+    expected = expected_suv(fat_fraction, plain_hu, sketch.bladder_fill)
+    suv = expected * draw_residual(rng)
     if rng.random() < 0.6:  # fasting heart: the myocardium lives on fat and stays faint
         suv[LABEL["myocardium"]] = float(rng.uniform(1.5, 2.2))
     pick = int(rng.choice(len(COVERAGES), p=[c[2] for c in COVERAGES]))
     coverage = spec.coverage or (COVERAGES[pick][0], COVERAGES[pick][1])
-    anatomy = Anatomy(
+    low, high = (SOLES + f * (CROWN - SOLES) for f in coverage)
+    scanned = (axes[2].ravel() >= low + 10) & (axes[2].ravel() <= high - 10)
+    return Anatomy(
         person=person,
         strokes=tuple(sketch.strokes),
         hu=hu,
+        expected_suv=expected,
         suv=suv,
         coverage=coverage,
-        weight_kg=0.0,
-        sites=(),
+        weight_kg=weight_kg,
+        fat_fraction=fat_fraction,
+        sites=choose_sites(_stream(spec.seed, 4, spec.visit), labels, axes, scanned, spec.lesions),
         ct_noise_hu=float(rng.uniform(8, 20)),
         pet_sigma_mm=float(rng.uniform(5, 7)) / 2.355,
-        pet_noise=float(rng.uniform(0.06, 0.14)),
+        pet_noise=float(rng.uniform(0.02, 0.05)),  # a scanner with a long axial field of view
         offset_mm=tuple(float(v) for v in rng.uniform((-12, -12, -400), (12, 12, 400))),  # type: ignore[arg-type]
     )
-    return _surveyed(anatomy, spec)
 
 
-def _surveyed(anatomy: Anatomy, spec: PhantomSpec) -> Anatomy:
-    """Weigh the person and choose where lesions grow, on a coarse grid of the whole body."""
-    axes = _axes((SOLES, CROWN + 320), (SURVEY_MM,) * 3, 640.0, anatomy.person.scale)
-    labels, districts = paint_labels(anatomy.strokes, axes)
+def _survey(strokes: Sequence[Stroke], person: Person) -> tuple[LabelVolume, LabelVolume, tuple[Coords, ...]]:
+    """A quick look at the whole person on a coarse grid: labels, districts, reference coordinates."""
+    axes = _axes((SOLES, CROWN + 320), (SURVEY_MM,) * 3, 640.0, person.scale)
+    return *paint_labels(strokes, axes), axes
+
+
+def _weigh(labels: LabelVolume, districts: LabelVolume, person: Person) -> tuple[float, float]:
+    """Weight in kg and the fat's share of it."""
     density = np.array([t.density for t in TISSUES.values()])
-    voxel_ml = float(np.prod([SURVEY_MM, *(SURVEY_MM * s for s in anatomy.person.scale)][1:])) / 1000
-    weight = float(density[labels[districts > 0]].sum()) * voxel_ml / 1000
-    low, high = (SOLES + f * (CROWN - SOLES) for f in anatomy.coverage)
-    scanned = (axes[2].ravel() >= low + 10) & (axes[2].ravel() <= high - 10)
-    sites = choose_sites(_stream(spec.seed, 4), labels, axes, scanned, spec.lesions)
-    return replace(anatomy, weight_kg=weight, sites=sites)
+    counts = np.bincount(labels[districts > 0], minlength=len(NAMES)) * density
+    weight_kg = float(counts.sum()) * SURVEY_MM**3 * float(np.prod(person.scale)) / 1e6
+    return weight_kg, float(counts[[LABEL[name] for name in FATTY]].sum() / counts.sum())
 
 
 def _axes(z_range: tuple[float, float], spacing: Sequence[float], width: float, scale: Point) -> tuple[Coords, ...]:
@@ -148,7 +174,8 @@ def scan_grid(anatomy: Anatomy, spec: PhantomSpec) -> tuple[Grid, tuple[Coords, 
         ((y + oy) / sy).astype(np.float32)[None, :, None],
         (z / sz).astype(np.float32)[:, None, None],
     )
-    uid = generate_uid(entropy_srcs=["phantom frame of reference", str(spec.seed)])
+    day = [str(spec.visit)] if spec.visit else []
+    uid = generate_uid(entropy_srcs=["phantom frame of reference", str(spec.seed), *day])
     grid = Grid(
         shape=shape,
         spacing_mm=spec.spacing_mm,
@@ -194,13 +221,13 @@ def make_phantom(spec: PhantomSpec) -> Phantom:
     lesions, lesion_list = paint_lesions(
         anatomy.sites, reference, districts, anatomy.person.scale, grid, anatomy.offset_mm
     )
-    rng = _stream(spec.seed, 5)
+    rng = _stream(spec.seed, 5, spec.visit)
     if spec.table:
         add_table(labels, districts, grid, rng)
     if spec.blanket and rng.random() < 0.7:
         add_blanket(labels, districts, grid, rng)
     hu = _ct(anatomy, labels, lesions, grid, rng if spec.noise else None)
-    suv = _pet(anatomy, labels, lesions, grid, rng if spec.noise else None)
+    suv = _pet(anatomy, labels, districts, lesions, grid, rng if spec.noise else None)
     organs = np.where(labels >= FIRST_OUTSIDE_BODY, np.uint8(0), labels)
     return Phantom(
         hu=hu,
@@ -214,6 +241,8 @@ def make_phantom(spec: PhantomSpec) -> Phantom:
         spec=spec,
         pose=anatomy.person.pose,
         weight_kg=anatomy.weight_kg,
+        fat_fraction=anatomy.fat_fraction,
+        sex="F" if anatomy.person.female else "M",
     )
 
 
@@ -233,16 +262,24 @@ def _ct(
 
 
 def _pet(
-    anatomy: Anatomy, labels: LabelVolume, lesions: LabelVolume, grid: Grid, rng: np.random.Generator | None
+    anatomy: Anatomy,
+    labels: LabelVolume,
+    districts: LabelVolume,
+    lesions: LabelVolume,
+    grid: Grid,
+    rng: np.random.Generator | None,
 ) -> FloatVolume:
     suv = anatomy.suv[labels]
     for site in anatomy.sites:
         suv[lesions == site.label] = site.suv
     suv = _blur(suv, anatomy.pet_sigma_mm, grid)
-    if rng is not None:  # counts: variance goes with activity, and reconstruction smooths it
-        noise = rng.standard_normal(suv.shape, dtype=np.float32)
-        noise *= np.sqrt(suv) * np.float32(anatomy.pet_noise)
-        suv += _blur(noise, 0.5 * anatomy.pet_sigma_mm, grid)
+    if rng is not None:
+        # Iterative reconstruction leaves noise in proportion to the activity (Barrett, Wilson and Tsui 1994), and as
+        # coarse as its filter; scaled so that its size does not depend on the grid.
+        grain = _blur(rng.standard_normal(suv.shape, dtype=np.float32), NOISE_BLUR * anatomy.pet_sigma_mm, grid)
+        grain *= np.float32(anatomy.pet_noise / max(float(grain.std()), 1e-6))
+        grain *= np.asarray(NOISE_OF_DISTRICT, np.float32)[districts]
+        suv += suv * grain
     return np.maximum(suv, 0, out=suv)
 
 

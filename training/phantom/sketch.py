@@ -43,6 +43,7 @@ class Sketch:
     person: Person
     rng: np.random.Generator
     strokes: list[Stroke] = field(default_factory=list)
+    bladder_fill: float = 0.9  # size of the drawn bladder: a full one dilutes what it holds
 
     def add(self, structure: str, shape: Shape, *, over: Iterable[str] | None = None, region: int = 0) -> None:
         self.strokes.append(Stroke(shape, structure, None if over is None else frozenset(over), region))

@@ -19,10 +19,12 @@ class PhantomSpec:
     """One stylised patient and one scan of them. Everything left at None or "random" is drawn from `seed`.
 
     `coverage` is the scanned part of the body height as fractions from the soles (0) to the crown (1); above 1
-    lie raised arms. `fat_mm` is the subcutaneous fat over the belly. `lesions` is how many are painted.
+    lie raised arms. `visit` is another day of the same person: the anatomy stays, uptake, coverage, lesions, noise
+    and the scanner's origin change. `fat_mm` is the subcutaneous fat over the belly. `lesions` is how many are painted.
     """
 
     seed: int = 0
+    visit: int = 0
     spacing_mm: tuple[float, float, float] = (4.0, 4.0, 4.0)  # (z, y, x)
     fov_mm: float = 500.0  # edge to edge, square, in the plane
     pose: Pose | Literal["random"] = "random"
@@ -42,6 +44,8 @@ class PhantomSpec:
             raise ValueError(f"phantom pose {self.pose!r} is not one of {POSES} or 'random'")
         if self.coverage is not None and not self.coverage[0] < self.coverage[1]:
             raise ValueError(f"phantom coverage {self.coverage} must run from low to high")
+        if min(self.seed, self.visit) < 0:
+            raise ValueError(f"phantom seed {self.seed} and visit {self.visit} must not be negative")
         if not 0 <= self.lesions <= 200:
             raise ValueError(f"phantom with {self.lesions} lesions: 0 to 200 are possible")
 
@@ -77,6 +81,8 @@ class Phantom:
     spec: PhantomSpec
     pose: Pose
     weight_kg: float  # of the whole person, scanned or not: the SUV's weight
+    fat_fraction: float  # of that weight
+    sex: Literal["F", "M"]
 
     @property
     def body(self) -> NDArray[np.bool_]:

@@ -10,7 +10,7 @@ from training.phantom.sketch import SIDES, Sketch, between, plus
 
 RIB_PITCH_MM = 26.0
 FAT = ("visceral_fat",)
-BELLY = ("visceral_fat", "muscle", "lung")
+BELLY = ("visceral_fat", "muscle", "postural_muscle", "lung")
 CAVITY_KNOTS = slice(1, 12)
 
 
@@ -35,9 +35,8 @@ def draw_walls(sketch: Sketch) -> None:
     inside = cavity()
     sketch.add("visceral_fat", inside, over=["muscle", "fat"])
     for _, s in SIDES:  # back muscles beside the spine, buttocks behind the hip bones
-        sketch.add_all(
-            "muscle", chain([(s * 34, 82, -230), (s * 32, 68, -60), (s * 26, 82, 110)], [22, 24, 12]), over=FAT
-        )
+        erector = chain([(s * 34, 82, -230), (s * 32, 68, -60), (s * 26, 82, 110)], [22, 24, 12])
+        sketch.add_all("postural_muscle", erector, over=(*FAT, "muscle"))
         sketch.add("muscle", Ellipsoid((s * 98, 62, -245), (56, 44, 66)), over=FAT)
     sketch.add("muscle", Within(inside, z=(-np.inf, -288.0)), over=FAT)  # pelvic floor
     outer, inner = inside.grown(9.0), inside.grown(1.5)
@@ -56,13 +55,13 @@ def draw_walls(sketch: Sketch) -> None:
     def in_front(x: Coords, y: Coords, z: Coords) -> Mask:
         return on_a_rib(x, y, z) & (np.abs(x) < 62) & (y < 0)
 
-    sketch.add("rib", shell(on_a_rib), over=["muscle", "fat", "visceral_fat"])
+    sketch.add("rib", shell(on_a_rib), over=["muscle", "postural_muscle", "fat", "visceral_fat"])
     sketch.add("cartilage", shell(in_front), over=["rib"])
     front = TRUNK.front(200) + 14
     for structure, grow in (("cortical_bone", 0.0), ("red_marrow", -3.5)):
         plate = Ellipsoid((0, front + 2, 210), (20 + grow, 7 + grow, 82 + grow), (-6, 0, 0))
         sketch.add(structure, plate, over=None)
-    soft = ("muscle", "fat", "visceral_fat")
+    soft = ("muscle", "postural_muscle", "fat", "visceral_fat")
     for _, s in SIDES:
         blade = Ellipsoid((s * 92, 74, 225), (46, 6, 72), (0, s * 14, -s * 28))
         sketch.add("rib", blade, over=soft)
@@ -165,12 +164,20 @@ def draw_abdomen(sketch: Sketch) -> None:
     dx, dy, dz = sketch.shift(0.8)
     size = sketch.size()
     tilt = float(rng.uniform(0.45, 0.65))
-    lobe = Ellipsoid((-52 + dx, -8 + dy, 18 + dz), (104 * size, 84 * size, 80 * size), power=2.2)
+    lobe = Ellipsoid((-52 + dx, -8 + dy, 18 + dz), (97 * size, 80 * size, 77 * size), power=2.2)
     liver = Where(lobe, lambda x, y, z: _within(x, y, z) & (z > -92 + dz + tilt * (x + 125)) & (x - 0.35 * y < 62))
     sketch.add("liver", liver, over=(*BELLY, "blood"))
     sketch.add_all("blood", chain([(-20, -4, -10), (-50, -8, 20), (-85, -5, 35)], [7, 6, 4]), over=["liver"])
-    sketch.add("gallbladder", sketch.organ((-58, -58, -32), (16, 15, 30)), over=(*BELLY, "liver"))
-    sketch.add("spleen", Where(sketch.organ((98, 40, 22), (27, 38, 52), (12, -14, 0)), _within), over=BELLY)
+    sketch.add("gallbladder", sketch.organ((-58, -58, -32), (20, 19, 36)), over=(*BELLY, "liver"))
+    sketch.add("spleen", Where(sketch.organ((96, 38, 22), (30, 42, 56), (12, -14, 0)), _within), over=BELLY)
+    dx, dy, dz = sketch.shift(0.6)
+    pancreas: list[Point] = [
+        (-36 + dx, -16 + dy, -50 + dz),
+        (-4 + dx, -20 + dy, -30 + dz),
+        (34 + dx, -4, -20),
+        (78, 20, 4),
+    ]
+    sketch.add_all("pancreas", chain(pancreas, [21, 16.5, 15.5, 14]), over=(*BELLY, "liver"))
     stomach = sketch.organ((58, -38, 6), (42, 34, 66), (0, 24, 0))
     r = stomach.radii
     sketch.add("stomach", Where(stomach, _within), over=BELLY)
@@ -178,9 +185,6 @@ def draw_abdomen(sketch: Sketch) -> None:
     sketch.add("stomach_content", Where(content, _within), over=["stomach"])
     air_line = stomach.centre[1] - float(rng.uniform(2, 20))
     sketch.add("gas", Where(content, lambda x, y, z: _within(x, y, z) & (y < air_line)), over=["stomach_content"])
-    dx, dy, dz = sketch.shift()
-    pancreas: list[Point] = [(-34 + dx, -14 + dy, -42 + dz), (0 + dx, -16 + dy, -26 + dz), (70, 22, 2 + dz)]
-    sketch.add_all("pancreas", chain(pancreas, [15, 11, 9]), over=["visceral_fat"])
     _draw_kidneys(sketch)
     _draw_bowel(sketch)
     _draw_pelvis_organs(sketch)
@@ -191,14 +195,14 @@ def _draw_kidneys(sketch: Sketch) -> None:
         shift = sketch.shift(0.8)
         centre = plus((s * 60, 38, -46 if s < 0 else -32), shift)
         size = sketch.size()
-        kidney = Ellipsoid(centre, (26 * size, 23 * size, 52 * size), (8, s * -10, s * 20))
-        sketch.add("visceral_fat", Ellipsoid(centre, (34, 31, 60)), over=("muscle",))
+        kidney = Ellipsoid(centre, (27.5 * size, 24.5 * size, 55 * size), (8, s * -10, s * 20))
+        sketch.add("visceral_fat", Ellipsoid(centre, (35, 32, 62)), over=("muscle",))
         sketch.add("kidney", kidney, over=(*BELLY, "liver", "spleen"))
         pelvis = plus(centre, (-s * 10, -4, -2))
         sketch.add("urine", Ellipsoid(pelvis, (10 * size, 8 * size, 20 * size), (8, s * -10, s * 20)), over=None)
         ureter: list[Point] = [pelvis, (s * 42, 20, -120), (s * 48, 20, -215), (s * 18, 2, -262)]
         sketch.add_all("urine", chain(ureter, [4, 2.6, 2.6, 2.6]), over=("visceral_fat", "muscle"))
-        sketch.add("adrenal", Ellipsoid(plus(centre, (-s * 12, -6, 58)), (5, 12, 14)), over=("visceral_fat",))
+        sketch.add("adrenal", Ellipsoid(plus(centre, (-s * 12, -6, 58)), (7, 15, 17)), over=BELLY)
 
 
 def _draw_bowel(sketch: Sketch) -> None:
@@ -241,15 +245,15 @@ def _draw_bowel(sketch: Sketch) -> None:
 
 def _draw_pelvis_organs(sketch: Sketch) -> None:
     dx, _, dz = sketch.shift(0.6)
-    fill = float(sketch.rng.uniform(0.65, 1.15))
+    fill = sketch.bladder_fill = float(sketch.rng.uniform(0.65, 1.15))
     bladder: Point = (dx, -26, -270 + 14 * fill + dz)
     radii: Point = (48 * fill, 36 * fill, 34 * fill)
-    soft = ("visceral_fat", "muscle", "bowel", "colon", "gas", "fat")
+    soft = ("visceral_fat", "muscle", "postural_muscle", "bowel", "colon", "gas", "fat")
     if sketch.person.female:
         sketch.add("prostate_uterus", Ellipsoid((dx, 18, -248), (26, 20, 34), (30, 0, 0)), over=soft)
         for _, s in SIDES:
             sketch.add("gonad", Ellipsoid((s * 44, 8, -236), (13, 11, 16)), over=soft)
     else:
         sketch.add("prostate_uterus", Ellipsoid((0, -4, -312), (22, 18, 17)), over=soft)
-    sketch.add("bladder_wall", Ellipsoid(bladder, tuple(v + 4 for v in radii)), over=soft)  # type: ignore[arg-type]
+    sketch.add("bladder_wall", Ellipsoid(bladder, tuple(v + 3 for v in radii)), over=soft)  # type: ignore[arg-type]
     sketch.add("bladder", Ellipsoid(bladder, radii), over=(*soft, "bladder_wall"))
