@@ -1,0 +1,62 @@
+"""What a person watches while a network is trained: scalars and sample pictures for TensorBoard."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FOLDER = "tensorboard"
+PICTURE_SUV_MAX = 7.0  # the usual window of an FDG PET; most tissue is below 3
+FLUSH_S = 30
+
+
+class RunLog:
+    """Scalars and pictures of one run. Without the package `tensorboard` every call does nothing.
+
+    After a resume from `step` what an earlier process wrote beyond it is hidden (purge_step): no step shows twice.
+    """
+
+    def __init__(self, run_dir: Path, step: int, *, wanted: bool = True) -> None:
+        self._writer: Any = _writer(run_dir / FOLDER, step) if wanted else None
+        self.missing = wanted and self._writer is None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """Write each as `group/name`."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def picture(self, name: str, rows: NDArray[np.float32], suv_max: float, step: int) -> None:
+        """Rows of CT, true PET and synthetic PET: `rows` is [n, 3, height, width] in [0, 1]; PET dark on light."""
+        if self._writer is None:
+            return
+        shown = rows.copy()
+        shown[:, 1:] = 1 - np.clip(rows[:, 1:] * suv_max / PICTURE_SUV_MAX, 0, 1)
+        lines = [np.concatenate(list(row), axis=1) for row in shown]
+        image = (255 * np.clip(np.concatenate(lines, axis=0), 0, 1)).astype(np.uint8)
+        self._writer.add_image(name, image, step, dataformats="HW")
+
+
+def _writer(folder: Path, step: int) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # tensorboard's own generated protocol files
+            from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step or None, flush_secs=FLUSH_S)
