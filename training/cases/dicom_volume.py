@@ -1,0 +1,172 @@
+"""The voxels of a DICOM PET series and of DICOM SEG objects, on axis-aligned LPS grids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom import Dataset
+
+from pipeline.ct_stack import Stack
+from pipeline.geometry import resample
+from pipeline.types import FloatVolume, Grid
+from training.cases.dicom_headers import quiet_pydicom, scan, stack_planes
+from training.cases.orient import lps_axes, to_lps
+from training.cases.segments import Kind, kind_of
+from training.cases.types import Labels
+from training.errors import StudyError
+
+FRACTION = 0.5  # of MaximumFractionalValue: from here on a voxel of a FRACTIONAL segment belongs to it
+OFF_GRID = 0.2  # of a slice step: how far a SEG frame may lie beside its own grid
+
+
+def steps_of(stack: Stack) -> NDArray[np.float64]:
+    """The stack's LPS steps by array axis [slice, row, column], as columns."""
+    return stack.steps[:, [2, 1, 0]]
+
+
+def check_pet_stack(stack: Stack) -> None:
+    """Raises StudyError geometry_oblique unless the planes can be turned to LPS without resampling."""
+    columns, rows, slices = stack.sizes
+    lps_axes(steps_of(stack), (slices, rows, columns), "PET")
+
+
+def read_pet(paths: Sequence[Path], frame_uid: str) -> tuple[FloatVolume, Grid]:
+    """The rescaled values (not yet SUV) of a PET series, every slice by its own slope and intercept.
+
+    Raises StudyError: unreadable, and what `stack_planes` and `to_lps` raise.
+    """
+    headers, unreadable = scan(paths, lambda: None)
+    if unreadable or not headers:
+        raise StudyError("unreadable", f"PET: {len(paths) - len(headers)} of {len(paths)} files cannot be read")
+    stack = stack_planes(headers, "PET", drop_duplicates=False)
+    columns, rows, slices = stack.sizes
+    volume = np.empty((slices, rows, columns), np.float32)
+    for k, plane in enumerate(stack.frames):
+        stored = _pixels(plane.path, f"instance {plane.sop_instance_uid}")
+        if stored.shape != (rows, columns):
+            text = f"PET: instance {plane.sop_instance_uid} holds {stored.shape} pixels, {(rows, columns)} expected"
+            raise StudyError("unreadable", text)
+        np.multiply(stored, np.float32(plane.slope), out=volume[k], casting="unsafe")
+        volume[k] += np.float32(plane.intercept)
+    return to_lps(volume, steps_of(stack), stack.origin_mm, frame_uid, "PET")
+
+
+def read_segments(paths: Sequence[Path], kind: Kind, frame_uid: str, fallback: Grid) -> tuple[Labels, tuple[str, ...]]:
+    """The segments of one kind of all SEG objects `paths`: lesions as 0 and 1, districts as 1 to 4, with notes.
+
+    Several objects are united on the grid of the first if they share it, else on `fallback`.
+
+    Raises StudyError: unreadable, geometry_oblique, geometry_seg.
+    """
+    maps = [_read_seg(path, kind, frame_uid) for path in paths]
+    if len(maps) == 1:
+        return maps[0], ()
+    grid = maps[0].grid if all(m.grid == maps[0].grid for m in maps) else fallback
+    united = np.zeros(grid.shape, np.uint8)
+    for m in maps:
+        labels = m.labels if m.grid == grid else resample(m.labels, m.grid, grid, fill=0, nearest=True)
+        united = np.maximum(united, labels)
+    return Labels(labels=united, grid=grid), (f"{kind}: {len(maps)} SEG objects united",)
+
+
+def _read_seg(path: Path, kind: Kind, frame_uid: str) -> Labels:
+    with quiet_pydicom():
+        try:
+            ds = pydicom.dcmread(path)
+        except Exception as error:  # a parser fed with hostile bytes
+            raise StudyError("unreadable", f"SEG: {path.name} cannot be read ({type(error).__name__})") from error
+        values = {int(s.SegmentNumber): label for s in ds.SegmentSequence if (label := _label(s, kind))}
+        frames = [(index, group) for index, group in enumerate(ds.get("PerFrameFunctionalGroupsSequence") or ())]
+        if not frames or len(frames) != int(ds.get("NumberOfFrames") or 0):
+            raise StudyError("unreadable", f"SEG: instance {ds.SOPInstanceUID} does not place each of its frames")
+        places = [_macro(ds, group, "PlanePositionSequence", "ImagePositionPatient") for _, group in frames]
+        steps, origin, index_of = _seg_steps(ds, frames[0][1], np.array(places, np.float64))
+        volume = np.zeros((int(index_of.max()) + 1, int(ds.Rows), int(ds.Columns)), np.uint8)
+        by_value = str(ds.get("SegmentationType")) == "LABELMAP"
+        for (index, group), pixels in zip(frames, _seg_frames(ds, path), strict=True):
+            plane = volume[index_of[index]]
+            if by_value:  # one frame holds all segments by their numbers (PS3.3 C.8.20.2)
+                for number, label in values.items():
+                    plane[pixels == number] = label
+            elif label := values.get(
+                int(_macro(ds, group, "SegmentIdentificationSequence", "ReferencedSegmentNumber"))
+            ):
+                plane[_inside(pixels, ds)] = label
+    labels, grid = to_lps(volume, steps, origin, frame_uid, "SEG")
+    return Labels(labels=labels, grid=grid)
+
+
+def _label(segment: Dataset, kind: Kind) -> int:
+    found, district = kind_of(segment)
+    return 0 if found != kind else int(district or 1)
+
+
+def _seg_steps(
+    ds: Dataset, group: Dataset, places: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.intp]]:
+    """LPS steps by array axis [slice, row, column], the first plane's position, and the slice of each frame.
+
+    Frames without a voxel are often left out, so that the step is the smallest distance and not the mean.
+    """
+    cosines = np.array(_macro(ds, group, "PlaneOrientationSequence", "ImageOrientationPatient"), np.float64)
+    between_rows, between_columns = (float(v) for v in _macro(ds, group, "PixelMeasuresSequence", "PixelSpacing"))
+    row, column = cosines[:3], cosines[3:]
+    normal = np.cross(row, column)
+    along = places @ normal
+    unique = np.unique(np.round(along, 3))
+    step = float(np.diff(unique).min()) if len(unique) > 1 else _slice_step(ds, group)
+    whole = np.rint((along - along.min()) / step)
+    step = float(np.polyfit(whole, along, 1)[0]) if len(unique) > 1 else step
+    off = np.abs((along - along.min()) / step - whole).max()
+    if off > OFF_GRID:
+        text = f"SEG: instance {ds.SOPInstanceUID}: frames lie {off * step:.2f} mm beside planes {step:.2f} mm apart"
+        raise StudyError("geometry_seg", text)
+    steps = np.column_stack([normal * step, column * between_rows, row * between_columns])
+    return steps, places[int(np.argmin(along))], whole.astype(np.intp)
+
+
+def _slice_step(ds: Dataset, group: Dataset) -> float:
+    try:
+        return float(_macro(ds, group, "PixelMeasuresSequence", "SpacingBetweenSlices"))
+    except StudyError:
+        return float(_macro(ds, group, "PixelMeasuresSequence", "SliceThickness"))
+
+
+def _macro(ds: Dataset, group: Dataset, sequence: str, keyword: str) -> Any:
+    """A value of a functional group: of the frame, else shared by all (PS3.3 C.7.6.16)."""
+    for holder in (group, *(ds.get("SharedFunctionalGroupsSequence") or ())):
+        for item in holder.get(sequence) or ():
+            if item.get(keyword) is not None:
+                return item.get(keyword)
+    raise StudyError("unreadable", f"SEG: instance {ds.SOPInstanceUID} has a frame without {keyword}")
+
+
+def _seg_frames(ds: Dataset, path: Path) -> Iterable[NDArray[Any]]:
+    try:
+        pixels = ds.pixel_array
+    except Exception as error:  # decoders raise anything on broken data
+        raise StudyError(
+            "unreadable", f"SEG: {path.name}: pixel data cannot be decoded ({type(error).__name__})"
+        ) from error
+    return pixels[None] if pixels.ndim == 2 else pixels
+
+
+def _inside(pixels: NDArray[Any], ds: Dataset) -> NDArray[np.bool_]:
+    if str(ds.get("SegmentationType")) == "FRACTIONAL":
+        inside: NDArray[np.bool_] = pixels >= FRACTION * int(ds.get("MaximumFractionalValue") or 1)
+        return inside
+    return pixels > 0
+
+
+def _pixels(path: Path, name: str) -> NDArray[Any]:
+    with quiet_pydicom():
+        try:
+            return pydicom.dcmread(path).pixel_array
+        except Exception as error:  # decoders raise anything on broken data
+            text = f"PET: {name}: pixel data cannot be decoded ({type(error).__name__})"
+            raise StudyError("unreadable", text) from error

@@ -1,0 +1,62 @@
+"""What a segment of a DICOM SEG shows: a district, a lesion, or something that is not asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from pydicom import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+
+from pipeline.types import District
+
+Kind = Literal["lesions", "districts", "other"]
+
+DISTRICT_CODES: tuple[tuple[Code, District], ...] = (
+    (codes.SCT.Head, District.HEAD),
+    (codes.SCT.HeadAndNeck, District.HEAD),
+    (codes.SCT.Trunk, District.TRUNK),
+    (codes.SCT.UpperLimb, District.ARMS),
+    (codes.SCT.LowerLimb, District.LEGS),
+)
+DISTRICT_WORDS: Mapping[str, District] = {
+    **dict.fromkeys(("head", "headandneck"), District.HEAD),
+    **dict.fromkeys(("trunk", "torso"), District.TRUNK),
+    **dict.fromkeys(("arms", "arm", "upperlimb", "upperlimbs", "leftarm", "rightarm"), District.ARMS),
+    **dict.fromkeys(("legs", "leg", "lowerlimb", "lowerlimbs", "leftleg", "rightleg"), District.LEGS),
+}
+# Categories (CID 7150) under which organs and tissues are segmented: no lesion, unless the words say so
+HEALTHY = (codes.SCT.AnatomicalStructure, codes.SCT.BodyStructure, codes.SCT.Tissue)
+_LESION = re.compile(r"lesion|tumou?r|neoplas|cancer|carcinoma|metasta|lympho?ma|melanoma|malignan|nodule", re.I)
+
+
+def kind_of(segment: Dataset) -> tuple[Kind, District | None]:
+    """Kind of a segment, and which district it is.
+
+    A district by the code of its property type, then by its label; a healthy structure by its category; everything
+    else (and whatever is called a lesion) is a lesion.
+    """
+    label = str(segment.get("SegmentLabel") or "")
+    kind, category = (_code(segment, f"SegmentedProperty{part}CodeSequence") for part in ("Type", "Category"))
+    words = f"{label} {segment.get('SegmentDescription') or ''} {kind.meaning if kind else ''}"
+    if _LESION.search(words):
+        return "lesions", None
+    for code, district in DISTRICT_CODES:
+        if kind == code:
+            return "districts", district
+    named = DISTRICT_WORDS.get(re.sub(r"[^a-z]", "", label.lower()))
+    if named is not None:
+        return "districts", named
+    if category is not None and category in HEALTHY:
+        return "other", None
+    return "lesions", None
+
+
+def _code(segment: Dataset, keyword: str) -> Code | None:
+    for item in segment.get(keyword) or ():
+        value, scheme = item.get("CodeValue"), item.get("CodingSchemeDesignator")
+        if value and scheme:
+            return Code(str(value), str(scheme), str(item.get("CodeMeaning") or ""))
+    return None
