@@ -125,7 +125,7 @@ def train_network(
     """
     check_prepared(recipe, prepared)
     ranks.share(recipe.train.batch)
-    wanted = _fresh_record(recipe, prepared, model, network, seed, device)
+    wanted = fresh_record(recipe, prepared, model, network, seed, device)
     if (found := check_run(runs, wanted, steps=steps)) and found.state == "done":
         return found
     sampler, validation = _studies(recipe, prepared, network, device)
@@ -144,9 +144,10 @@ def train_network(
         return training.finish(runs)
 
 
-def _fresh_record(
+def fresh_record(
     recipe: Recipe, prepared: PreparedSet, model: ModelName, network: str, seed: int, device: torch.device
 ) -> RunRecord:
+    """The record that a run starts with; its steps are not known yet."""
     name = str(device) if device.type != "cuda" else f"{device} {torch.cuda.get_device_name(device)}"
     return RunRecord(
         recipe=recipe,

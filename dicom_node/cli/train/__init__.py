@@ -11,3 +11,6 @@ import typer
 app = typer.Typer(
     help="Train and evaluate the networks: phantom, prepare, run, all, evaluate, export.", no_args_is_help=True
 )
+from dicom_node.cli.train import export  # noqa: E402, F401
+from dicom_node.cli.train import all as _all  # noqa: E402, F401
+from dicom_node.cli.train import run  # noqa: E402, F401
