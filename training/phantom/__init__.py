@@ -6,6 +6,6 @@ For tests, the demonstration and the bundled weights. What is learned from it sa
 from __future__ import annotations
 
 from training.phantom.paint import make_phantom
-from training.phantom.spec import POSES, Lesion, Phantom, PhantomSpec, Pose
+from training.phantom.spec import POSES, Disease, Lesion, Phantom, PhantomSpec, Pose
 
-__all__ = ["POSES", "Lesion", "Phantom", "PhantomSpec", "Pose", "make_phantom"]
+__all__ = ["POSES", "Disease", "Lesion", "Phantom", "PhantomSpec", "Pose", "make_phantom"]

@@ -1,4 +1,4 @@
-"""A phantom as DICOM files: the CT series that a PACS would route, its PET, and a SEG of the districts.
+"""A phantom as DICOM files: the CT series that a PACS would route, and its PET. Its SEGs are in `segments`.
 
 Every object is marked as a phantom. UIDs follow from the spec, so the same phantom gives the same series.
 """
@@ -6,16 +6,14 @@ Every object is marked as a phantom. UIDs follow from the spec, so the same phan
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import highdicom as hd
 import numpy as np
-from pydicom import Dataset, dcmread
+from pydicom import Dataset
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.sr.codedict import codes
 from pydicom.uid import (
     UID,
     CTImageStorage,
@@ -25,7 +23,7 @@ from pydicom.uid import (
 )
 
 from pipeline.geometry import resample
-from pipeline.types import District, FloatVolume, Grid
+from pipeline.types import FloatVolume, Grid
 from training.phantom.spec import Phantom
 
 SCANNED = datetime(2024, 1, 15, 10, 30, 0)  # a fixed time: the same phantom gives the same bytes
@@ -34,24 +32,56 @@ F18_HALF_LIFE_S = 6586.2
 INJECTED_BQ = 3.5e8
 CT_INTERCEPT = -1024
 PET_LEVELS = 32767
-SERIES_NUMBERS = {"ct": 2, "pet": 3, "seg": 4}
+SERIES_NUMBERS = {"ct": 2, "pet": 3, "seg": 4, "lesions": 5}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyHeader:
+    """What a study's objects say of patient and examination; the defaults are those of a single phantom."""
+
+    patient_id: str
+    patient_name: str
+    scanned: datetime = SCANNED
+    sex: str = "O"
+    age_years: int | None = None
+    description: str = "PHANTOM PET/CT"
+
+
+def header_of(phantom: Phantom) -> StudyHeader:
+    """The header of a phantom that stands alone."""
+    return StudyHeader(patient_id=f"PH-{phantom.spec.seed}", patient_name=f"PHANTOM^{phantom.spec.seed}")
 
 
 def study_uid(phantom: Phantom) -> str:
     """The study that all objects of this phantom belong to."""
-    return _uid(phantom, "study")
+    return uid_of(phantom, "study")
 
 
-def write_ct_series(phantom: Phantom, folder: Path, *, matrix: int | None = 512) -> list[Path]:
+def write_ct_series(
+    phantom: Phantom, folder: Path, *, matrix: int | None = 512, header: StudyHeader | None = None
+) -> list[Path]:
     """CT Image Storage, one file per slice, foot to head; in-plane resampled to `matrix` (None: as painted).
 
     The slice spacing stays. Returns the paths in slice order.
     """
-    grid = phantom.grid if matrix is None else _in_plane(phantom.grid, matrix)
+    grid = phantom.grid if matrix is None else in_plane(phantom.grid, matrix)
     hu = phantom.hu if grid == phantom.grid else resample(phantom.hu, phantom.grid, grid, fill=-1024.0)
+    return write_ct_volume(phantom, hu, grid, folder, header=header)
+
+
+def write_ct_volume(
+    phantom: Phantom,
+    hu: FloatVolume,
+    grid: Grid,
+    folder: Path,
+    *,
+    header: StudyHeader | None = None,
+    name: str = "ct{index:04d}.dcm",
+) -> list[Path]:
+    """A CT of the phantom's person on any grid, HU [z, y, x]. `name` is formatted with `index` and `number`."""
     folder.mkdir(parents=True, exist_ok=True)
-    common = _common(phantom, grid, "ct", "CT")
-    _fill(
+    common = _common(phantom, header or header_of(phantom), grid, "ct", "CT")
+    fill(
         common,
         {
             "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
@@ -71,28 +101,37 @@ def write_ct_series(phantom: Phantom, folder: Path, *, matrix: int | None = 512)
     )
     stored = np.clip(np.rint(hu - CT_INTERCEPT), 0, 4095).astype("<u2")
     return [
-        _write(folder / f"ct{index:04d}.dcm", _slice(common, phantom, grid, "ct", index), CTImageStorage, pixels)
+        _write(
+            folder / name.format(index=index, number=index + 1),
+            _slice(common, phantom, grid, "ct", index),
+            CTImageStorage,
+            pixels,
+        )
         for index, pixels in enumerate(stored)
     ]
 
 
-def write_pet_series(phantom: Phantom, folder: Path) -> list[Path]:
+def write_pet_series(
+    phantom: Phantom, folder: Path, *, header: StudyHeader | None = None, name: str = "pet{index:04d}.dcm"
+) -> list[Path]:
     """PET Image Storage on the phantom's own grid, BQML, decay-corrected to the series time (START).
 
     Every slice has its own rescale slope, as scanners write it: the true SUV must be computed, not read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    common = _common(phantom, phantom.grid, "pet", "PT")
+    header = header or header_of(phantom)
+    common = _common(phantom, header, phantom.grid, "pet", "PT")
+    injected = header.scanned - UPTAKE
     medicine = Dataset()
     medicine.Radiopharmaceutical = "FDG -- fluorodeoxyglucose"
-    medicine.RadiopharmaceuticalStartTime = f"{SCANNED - UPTAKE:%H%M%S}"
-    medicine.RadiopharmaceuticalStartDateTime = f"{SCANNED - UPTAKE:%Y%m%d%H%M%S}"
+    medicine.RadiopharmaceuticalStartTime = f"{injected:%H%M%S}"
+    medicine.RadiopharmaceuticalStartDateTime = f"{injected:%Y%m%d%H%M%S}"
     medicine.RadionuclideTotalDose = f"{INJECTED_BQ:.6g}"
     medicine.RadionuclideHalfLife = f"{F18_HALF_LIFE_S}"
     medicine.RadionuclidePositronFraction = "0.97"
     medicine.RadionuclideCodeSequence = [_code("77004003", "SCT", "^18^Fluorine")]
     medicine.RadiopharmaceuticalCodeSequence = [_code("35321007", "SCT", "Fluorodeoxyglucose F^18^")]
-    _fill(
+    fill(
         common,
         {
             "ImageType": ["ORIGINAL", "PRIMARY"],
@@ -113,7 +152,7 @@ def write_pet_series(phantom: Phantom, folder: Path) -> list[Path]:
         },
     )
     common.RadiopharmaceuticalInformationSequence = [medicine]
-    bqml_per_suv = INJECTED_BQ * decay_factor(UPTAKE) / (round(phantom.weight_kg, 1) * 1000)
+    bqml_per_suv = activity_per_suv(phantom)
     paths = []
     for index, suv in enumerate(phantom.suv):
         ds = _slice(common, phantom, phantom.grid, "pet", index)
@@ -121,9 +160,14 @@ def write_pet_series(phantom: Phantom, folder: Path) -> list[Path]:
         ds.RescaleSlope = slope
         ds.ImageIndex = index + 1
         stored = np.rint(np.minimum(suv * (bqml_per_suv / float(slope)), PET_LEVELS)).astype("<i2")
-        path = folder / f"pet{index:04d}.dcm"
+        path = folder / name.format(index=index, number=index + 1)
         paths.append(_write(path, ds, PositronEmissionTomographyImageStorage, stored))
     return paths
+
+
+def activity_per_suv(phantom: Phantom) -> float:
+    """Bq/ml at the series time for SUV 1, from the weight as the header gives it."""
+    return INJECTED_BQ * decay_factor(UPTAKE) / (round(phantom.weight_kg, 1) * 1000)
 
 
 def decay_factor(elapsed: timedelta) -> float:
@@ -131,56 +175,13 @@ def decay_factor(elapsed: timedelta) -> float:
     return float(2.0 ** (-elapsed.total_seconds() / F18_HALF_LIFE_S))
 
 
-def write_seg(phantom: Phantom, folder: Path, ct_paths: list[Path]) -> Path:
-    """A DICOM SEG with one segment per district that is there, on the grid of the CT series `ct_paths`."""
-    sources = [dcmread(path) for path in ct_paths]
-    grid = _in_plane(phantom.grid, int(sources[0].Columns))
-    labels = resample(phantom.districts, phantom.grid, grid, fill=0, nearest=True)
-    described = {
-        District.HEAD: codes.SCT.HeadAndNeck,
-        District.TRUNK: codes.SCT.Trunk,
-        District.ARMS: codes.SCT.UpperLimb,
-        District.LEGS: codes.SCT.LowerLimb,
-    }
-    present = [d for d in District if (labels == d).any()]
-    segments = [
-        hd.seg.SegmentDescription(
-            segment_number=number,
-            segment_label=district.key,
-            segmented_property_category=codes.SCT.AnatomicalStructure,
-            segmented_property_type=described[district],
-            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.MANUAL,
-        )
-        for number, district in enumerate(present, start=1)
-    ]
-    frames = np.stack([labels == district for district in present], axis=-1).astype(np.uint8)
-    seg = hd.seg.Segmentation(
-        source_images=sources,
-        pixel_array=frames,
-        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=segments,
-        series_instance_uid=_uid(phantom, "seg"),
-        series_number=SERIES_NUMBERS["seg"],
-        sop_instance_uid=_uid(phantom, "seg", 0),
-        instance_number=1,
-        manufacturer="PHANTOM",
-        manufacturer_model_name="MIRD-5",
-        software_versions="1",
-        device_serial_number="1",
-        series_description="PHANTOM DISTRICTS",
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "seg.dcm"
-    seg.save_as(path)
-    return path
-
-
-def _fill(ds: Dataset, values: Mapping[str, Any]) -> None:
+def fill(ds: Dataset, values: Mapping[str, Any]) -> None:
     for keyword, value in values.items():
         setattr(ds, keyword, value)
 
 
-def _uid(phantom: Phantom, *parts: object) -> str:
+def uid_of(phantom: Phantom, *parts: object) -> str:
+    """A UID for a part of the phantom's study: the same part, the same UID."""
     person = replace(phantom.spec, spacing_mm=(1.0, 1.0, 1.0))  # CT and PET on other grids are one study of one person
     return str(generate_uid(entropy_srcs=["phantom", repr(person), *(str(p) for p in parts)]))
 
@@ -191,7 +192,7 @@ def _code(value: str, scheme: str, meaning: str) -> Dataset:
     return item
 
 
-def _in_plane(grid: Grid, matrix: int) -> Grid:
+def in_plane(grid: Grid, matrix: int) -> Grid:
     """The same field of view, edge to edge, with `matrix` columns and square pixels; slices stay."""
     spacing = grid.extent_mm[2] / matrix
     rows = max(round(grid.extent_mm[1] / spacing), 1)
@@ -204,29 +205,29 @@ def _in_plane(grid: Grid, matrix: int) -> Grid:
     )
 
 
-def _common(phantom: Phantom, grid: Grid, kind: str, modality: str) -> Dataset:
+def _common(phantom: Phantom, header: StudyHeader, grid: Grid, kind: str, modality: str) -> Dataset:
     """What all slices of a series share."""
     dz, dy, dx = grid.spacing_mm
-    date, time = f"{SCANNED:%Y%m%d}", f"{SCANNED:%H%M%S}"
+    date, time = f"{header.scanned:%Y%m%d}", f"{header.scanned:%H%M%S}"
     ds = Dataset()
-    _fill(
+    fill(
         ds,
         {
             "SpecificCharacterSet": "ISO_IR 100",
-            "PatientName": f"PHANTOM^{phantom.spec.seed}",
-            "PatientID": f"PH-{phantom.spec.seed}",
+            "PatientName": header.patient_name,
+            "PatientID": header.patient_id,
             "PatientBirthDate": "",
-            "PatientSex": "O",
+            "PatientSex": header.sex,
             "PatientWeight": f"{phantom.weight_kg:.1f}",
             "StudyInstanceUID": study_uid(phantom),
             "StudyID": "1",
             "StudyDate": date,
             "StudyTime": time,
-            "StudyDescription": "PHANTOM PET/CT",
+            "StudyDescription": header.description,
             "AccessionNumber": f"PH{phantom.spec.seed}",
             "ReferringPhysicianName": "",
             "Modality": modality,
-            "SeriesInstanceUID": _uid(phantom, kind, grid.shape),
+            "SeriesInstanceUID": uid_of(phantom, kind, grid.shape),
             "SeriesNumber": str(SERIES_NUMBERS[kind]),
             "SeriesDate": date,
             "SeriesTime": time,
@@ -249,6 +250,8 @@ def _common(phantom: Phantom, grid: Grid, kind: str, modality: str) -> Dataset:
             "BitsAllocated": 16,
         },
     )
+    if header.age_years is not None:
+        ds.PatientAge = f"{header.age_years:03d}Y"
     return ds
 
 
@@ -257,7 +260,7 @@ def _slice(common: Dataset, phantom: Phantom, grid: Grid, kind: str, index: int)
     ds.update(common)
     x, y, z = grid.origin_mm
     z += index * grid.spacing_mm[0]
-    ds.SOPInstanceUID = _uid(phantom, kind, grid.shape, index)
+    ds.SOPInstanceUID = uid_of(phantom, kind, grid.shape, index)
     ds.InstanceNumber = str(index + 1)
     ds.ImagePositionPatient = [_decimal(x), _decimal(y), _decimal(z)]
     ds.SliceLocation = _decimal(z)

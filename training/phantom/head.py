@@ -13,7 +13,8 @@ BRAIN: Point = (0.0, 4.0, 530.0)
 def _above_skull_base(x: Coords, y: Coords, z: Coords) -> Mask:
     """The floor of the skull runs down from the brow to the back of the head; `x` does not matter."""
     del x
-    return z > np.where(y < 0, 486 - 0.1 * y, 486 - 0.95 * y)
+    above: Mask = z > np.where(y < 0, 486 - 0.1 * y, 486 - 0.95 * y)
+    return above
 
 
 def _folds(x: Coords, y: Coords, z: Coords) -> Coords:
@@ -24,7 +25,8 @@ def _folds(x: Coords, y: Coords, z: Coords) -> Coords:
 
 def _white(x: Coords, y: Coords, z: Coords) -> Mask:
     radius2 = ((x - BRAIN[0]) / 57.5) ** 2 + ((y - BRAIN[1]) / 77.5) ** 2 + ((z - BRAIN[2]) / 84.5) ** 2
-    return (np.sqrt(radius2) < 0.76 + 0.1 * _folds(x, y, z)) & (np.abs(x) > 4)
+    white: Mask = (np.sqrt(radius2) < 0.76 + 0.1 * _folds(x, y, z)) & (np.abs(x) > 4)
+    return white
 
 
 def draw_head(sketch: Sketch) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.types import Grid, LabelVolume
 from training.phantom.shapes import Coords, Ellipsoid, Point
-from training.phantom.spec import Lesion
+from training.phantom.spec import Disease, Lesion
 from training.phantom.tissues import LABEL
 
 
@@ -34,6 +34,14 @@ KINDS = (
     Kind("red_marrow", 0.07, None, (10, 24), (4, 10)),
     Kind("muscle", 0.03, None, (10, 26), (4, 9)),
 )
+# How much more often than above an organ is struck: lymphoma grows in nodes and marrow, lung cancer in lung and the
+# nodes beside it, melanoma under the skin, in muscle, liver and lung.
+FAVORED: Mapping[Disease, Mapping[str, float]] = {
+    "mixed": {},
+    "lymphoma": {"lung": 0.1, "liver": 0.2, "visceral_fat": 3.0, "fat": 1.0, "red_marrow": 1.5, "muscle": 0.0},
+    "lung_cancer": {"lung": 2.0, "liver": 0.7, "fat": 0.1, "muscle": 0.0},
+    "melanoma": {"lung": 0.8, "visceral_fat": 0.6, "fat": 2.0, "muscle": 3.0},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +57,20 @@ class Site:
 
 
 def choose_sites(
-    rng: np.random.Generator, labels: LabelVolume, axes: Sequence[Coords], scanned: np.ndarray, count: int
+    rng: np.random.Generator,
+    labels: LabelVolume,
+    axes: Sequence[Coords],
+    scanned: np.ndarray,
+    count: int,
+    disease: Disease = "mixed",
 ) -> tuple[Site, ...]:
     """`count` lesions in the scanned slices of a survey of the person; organs that are not there are passed over."""
     x, y, z = (axis.ravel() for axis in axes)
     voxels = {k.organ: np.argwhere((labels == LABEL[k.organ]) & scanned[:, None, None]) for k in KINDS} if count else {}
-    present = [k for k in KINDS if len(voxels.get(k.organ, ()))]
+    present = [k for k in KINDS if len(voxels.get(k.organ, ())) and FAVORED[disease].get(k.organ, 1.0) > 0]
     sites: list[Site] = []
     for label in range(1, count + 1 if present else 1):
-        shares = np.array([k.share for k in present])
+        shares = np.array([k.share * FAVORED[disease].get(k.organ, 1.0) for k in present])
         kind = present[int(rng.choice(len(present), p=shares / shares.sum()))]
         iz, iy, ix = voxels[kind.organ][int(rng.integers(len(voxels[kind.organ])))]
         diameter = float(rng.uniform(*kind.diameter_mm))

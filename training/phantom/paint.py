@@ -18,7 +18,7 @@ from training.phantom.lesions import Site, choose_sites, paint_lesions
 from training.phantom.limbs import draw_arms, draw_legs
 from training.phantom.shapes import Coords, Point
 from training.phantom.sketch import Person, Sketch, Stroke
-from training.phantom.spec import POSES, Phantom, PhantomSpec, Pose
+from training.phantom.spec import POSES, Lesion, Phantom, PhantomSpec, Pose
 from training.phantom.tissues import (
     FATTY,
     FIRST_OUTSIDE_BODY,
@@ -130,7 +130,7 @@ def draw_anatomy(spec: PhantomSpec) -> Anatomy:
         coverage=coverage,
         weight_kg=weight_kg,
         fat_fraction=fat_fraction,
-        sites=choose_sites(_stream(spec.seed, 4, spec.visit), labels, axes, scanned, spec.lesions),
+        sites=choose_sites(_stream(spec.seed, 4, spec.visit), labels, axes, scanned, spec.lesions, spec.disease),
         ct_noise_hu=float(rng.uniform(8, 20)),
         pet_sigma_mm=float(rng.uniform(5, 7)) / 2.355,
         pet_noise=float(rng.uniform(0.02, 0.05)),  # a scanner with a long axial field of view
@@ -215,7 +215,52 @@ def make_phantom(spec: PhantomSpec) -> Phantom:
 
     The anatomy is the same on every grid; only the noise depends on it. About 1 s at 4 mm, 20 s at 512x512x300.
     """
-    anatomy = draw_anatomy(spec)
+    return scan(draw_anatomy(spec), spec)
+
+
+def scan_ct(anatomy: Anatomy, spec: PhantomSpec) -> tuple[FloatVolume, Grid]:
+    """Only the CT, on the spec's grid: for a CT that is finer than the PET of the same anatomy."""
+    found = _painted(anatomy, spec)
+    rng = found.rng if spec.noise else None
+    return _ct(anatomy, found.labels, found.lesions, found.grid, rng), found.grid
+
+
+def scan(anatomy: Anatomy, spec: PhantomSpec) -> Phantom:
+    """CT, PET and labels of a drawn person on the spec's grid."""
+    found = _painted(anatomy, spec)
+    rng = found.rng if spec.noise else None
+    hu = _ct(anatomy, found.labels, found.lesions, found.grid, rng)
+    suv = _pet(anatomy, found.labels, found.districts, found.lesions, found.grid, rng)
+    return Phantom(
+        hu=hu,
+        suv=suv,
+        districts=found.districts,
+        organs=np.where(found.labels >= FIRST_OUTSIDE_BODY, np.uint8(0), found.labels),
+        lesions=found.lesions,
+        grid=found.grid,
+        organ_names=NAMES[:FIRST_OUTSIDE_BODY],
+        lesion_list=found.lesion_list,
+        spec=spec,
+        pose=anatomy.person.pose,
+        weight_kg=anatomy.weight_kg,
+        fat_fraction=anatomy.fat_fraction,
+        sex="F" if anatomy.person.female else "M",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Painted:
+    """The labels on the scan's grid, and the random numbers for the noise."""
+
+    labels: LabelVolume
+    districts: LabelVolume
+    lesions: LabelVolume
+    lesion_list: tuple[Lesion, ...]
+    grid: Grid
+    rng: np.random.Generator
+
+
+def _painted(anatomy: Anatomy, spec: PhantomSpec) -> _Painted:
     grid, reference = scan_grid(anatomy, spec)
     labels, districts = paint_labels(anatomy.strokes, reference)
     lesions, lesion_list = paint_lesions(
@@ -226,24 +271,7 @@ def make_phantom(spec: PhantomSpec) -> Phantom:
         add_table(labels, districts, grid, rng)
     if spec.blanket and rng.random() < 0.7:
         add_blanket(labels, districts, grid, rng)
-    hu = _ct(anatomy, labels, lesions, grid, rng if spec.noise else None)
-    suv = _pet(anatomy, labels, districts, lesions, grid, rng if spec.noise else None)
-    organs = np.where(labels >= FIRST_OUTSIDE_BODY, np.uint8(0), labels)
-    return Phantom(
-        hu=hu,
-        suv=suv,
-        districts=districts,
-        organs=organs,
-        lesions=lesions,
-        grid=grid,
-        organ_names=NAMES[:FIRST_OUTSIDE_BODY],
-        lesion_list=lesion_list,
-        spec=spec,
-        pose=anatomy.person.pose,
-        weight_kg=anatomy.weight_kg,
-        fat_fraction=anatomy.fat_fraction,
-        sex="F" if anatomy.person.female else "M",
-    )
+    return _Painted(labels=labels, districts=districts, lesions=lesions, lesion_list=lesion_list, grid=grid, rng=rng)
 
 
 def _ct(

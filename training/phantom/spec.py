@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pipeline.types import FloatVolume, Grid, LabelVolume
 
 Pose = Literal["raised", "sides", "touching", "folded"]
+Disease = Literal["mixed", "lymphoma", "lung_cancer", "melanoma"]
 POSES: tuple[Pose, ...] = ("raised", "sides", "touching", "folded")
 
 
@@ -18,9 +19,10 @@ POSES: tuple[Pose, ...] = ("raised", "sides", "touching", "folded")
 class PhantomSpec:
     """One stylised patient and one scan of them. Everything left at None or "random" is drawn from `seed`.
 
-    `coverage` is the scanned part of the body height as fractions from the soles (0) to the crown (1); above 1
-    lie raised arms. `visit` is another day of the same person: the anatomy stays, uptake, coverage, lesions, noise
-    and the scanner's origin change. `fat_mm` is the subcutaneous fat over the belly. `lesions` is how many are painted.
+    `visit` is another day of the same person: the anatomy stays; uptake, coverage, lesions, noise and the scanner's
+    origin change. `coverage` is the scanned part of the body height as fractions from the soles (0) to the crown (1);
+    above 1 lie raised arms. `fat_mm` is the subcutaneous fat over the belly. `lesions` is how many are painted,
+    `disease` where they like to grow.
     """
 
     seed: int = 0
@@ -33,6 +35,7 @@ class PhantomSpec:
     blanket: bool = True
     contrast: bool | None = None
     lesions: int = 0
+    disease: Disease = "mixed"
     noise: bool = True
     height_mm: float | None = None
     fat_mm: float | None = None
