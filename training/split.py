@@ -39,7 +39,7 @@ def split_studies(
     strata: dict[str, list[str]] = {}
     for unit in sorted(units, key=lambda u: _drawn(recipe.seed, u)):
         strata.setdefault(_stratum(units[unit]), []).append(unit)
-    sizes = {name: len(strata[name]) for name in _STRATA if name in strata}
+    sizes: dict[str, int] = {name: len(strata[name]) for name in _STRATA if name in strata}
     counts = side_counts(sizes, recipe.shares)
     result: dict[str, Split] = {}
     for name, row in counts.items():
