@@ -19,7 +19,7 @@ FLUSH_S = 30
 class RunLog:
     """Scalars and pictures of one run. Without the package `tensorboard` every call does nothing.
 
-    After a resume from `step` what an earlier process wrote beyond it is hidden (purge_step): no step shows twice.
+    After a resume from `step`, what an earlier process wrote beyond it is dropped (purge_step): no step shows twice.
     """
 
     def __init__(self, run_dir: Path, step: int, *, wanted: bool = True) -> None:
@@ -45,8 +45,8 @@ class RunLog:
         """Rows of CT, true PET and synthetic PET: `rows` is [n, 3, height, width] in [0, 1]; PET dark on light."""
         if self._writer is None:
             return
-        shown = rows.copy()
-        shown[:, 1:] = 1 - np.clip(rows[:, 1:] * suv_max / PICTURE_SUV_MAX, 0, 1)
+        shown = np.nan_to_num(rows)
+        shown[:, 1:] = 1 - np.clip(shown[:, 1:] * suv_max / PICTURE_SUV_MAX, 0, 1)
         lines = [np.concatenate(list(row), axis=1) for row in shown]
         image = (255 * np.clip(np.concatenate(lines, axis=0), 0, 1)).astype(np.uint8)
         self._writer.add_image(name, image, step, dataformats="HW")
@@ -59,4 +59,4 @@ def _writer(folder: Path, step: int) -> Any:
             from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=step or None, flush_secs=FLUSH_S)
+    return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=FLUSH_S)
