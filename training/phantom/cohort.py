@@ -12,6 +12,7 @@ import io
 import json
 import multiprocessing
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -184,7 +185,7 @@ def _written(out: Path, plans: Sequence[PlannedStudy], arguments: Arguments, wor
             yield
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(plans)), context) as pool:
+    with ProcessPoolExecutor(min(workers, len(plans)), context, _leave_interrupts_to_the_parent) as pool:
         jobs = [pool.submit(write_study, out, plan, arguments) for plan in plans]
         try:
             for job in as_completed(jobs):
@@ -192,6 +193,11 @@ def _written(out: Path, plans: Sequence[PlannedStudy], arguments: Arguments, wor
                 yield
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    """Ctrl-C reaches the whole group; the studies that are being written end whole, the others do not begin."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def write_study(out: Path, plan: PlannedStudy, arguments: Arguments) -> None:

@@ -82,7 +82,7 @@ def _write_tcia(scanned: Scanned, root: Path, manifest: str) -> list[str]:
     study = root / manifest / COLLECTION / f"PETCT_{plan.subject}" / scanned.study
     header = StudyHeader(
         patient_id=f"PETCT_{plan.subject}",
-        patient_name=f"PETCT_{plan.subject}",
+        patient_name=f"PHANTOM^PETCT_{plan.subject}",
         scanned=plan.scanned,
         sex=plan.sex,
         age_years=plan.age_years,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pipeline.types import Grid
 
 GZIP_LEVEL = 1  # noise does not compress; the level only costs time
+MILLIMETERS = 2  # NIFTI_UNITS_MM
 
 
 def ras_affine(grid: Grid) -> NDArray[np.float64]:
@@ -30,8 +31,10 @@ def write_nifti(path: Path, volume: NDArray[Any], grid: Grid) -> None:
     """
     if volume.shape != grid.shape:
         raise ValueError(f"{path.name}: volume {volume.shape} does not fit grid {grid.shape}")
-    image = nib.Nifti1Image(np.asarray(volume.transpose(2, 1, 0)), ras_affine(grid))
-    image.header.set_xyzt_units("mm")
+    image = nib.Nifti1Image(  # type: ignore[no-untyped-call]
+        np.asarray(volume.transpose(2, 1, 0)), ras_affine(grid)
+    )
+    image.header["xyzt_units"] = MILLIMETERS
     for name in ("qform_code", "sform_code"):
         image.header[name] = 1  # scanner coordinates
     path.write_bytes(gzip.compress(image.to_bytes(), GZIP_LEVEL, mtime=0))
