@@ -297,10 +297,8 @@ def measure(setting: Setting, studies: list[PreparedStudy], rates: dict[str, flo
     shares = ", ".join(f"{100 * achieved / rate:.1f} % of {name}" for name, rate in rates.items())
     print(f"step: {flops / 1e9:.3g} GFLOP, {achieved / 1e12:.3g} TFLOP/s: {shares} (matrix product)")
     if device.type == "cuda":
-        print(
-            "peak memory with weights, optimizers and (ours) volumes: "
-            + ", ".join(f"{side} {peak[side] / 2**30:.2f} GiB" for side in peak)
-        )
+        used = ", ".join(f"{side} {peak[side] / 2**30:.2f} GiB" for side in peak)
+        print(f"peak memory with weights, optimizers and (ours) volumes: {used}")
     hours = EPOCHS * SCANS * PATCHES * median["ours", "together"] / batch / 3600
     print(f"extrapolated, not run: {EPOCHS} epochs x {SCANS} scans x {PATCHES} patches: {hours:,.1f} h for one network")
 

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.bundle import INPUT_CHANNELS
-from pipeline.types import District
+from pipeline.synthesis import network_input
+from pipeline.types import District, DistrictMap
 from training.patches import MAX_CHOICES, Batch, PatchSampler, cube_sides, turn, voxel_rotation
 from training.prepared import PreparedStudy, StudyRecord
 from training.recipe import AugmentRecipe, TrainRecipe
@@ -248,6 +249,19 @@ def test_the_channels_are_those_that_the_input_mask_names(key: str, mask: str) -
     assert batch.input.shape[1] == INPUT_CHANNELS[mask]
     np.testing.assert_array_equal(batch.input[0].numpy(), np.stack(channels))
     np.testing.assert_array_equal(batch.pet[0, 0].numpy(), pet * body)
+
+
+@pytest.mark.parametrize("mask", sorted(INPUT_CHANNELS))
+@pytest.mark.parametrize("key", ["trunk", "whole_body"])
+def test_a_network_is_trained_on_what_inference_shows_it(key: str, mask: str) -> None:
+    study, words = make_study(), entropies(3)
+    patches = sampler(study, key=key, mask=mask)
+    ct, labels = np.asarray(study.ct, np.float32), study.districts
+    districts = DistrictMap(labels=labels, grid=study.record.grid, segmenter="given", version="1", confidence={})
+    shown = network_input(ct, districts, District.TRUNK, key, mask)
+    for word, seen in zip(words, patches.draw(words).input, strict=True):
+        start = patches.place(word).start
+        np.testing.assert_array_equal(seen.numpy(), np.stack([padded(channel, start) for channel in shown]))
 
 
 def padded(volume: NDArray[Any], start: tuple[int, int, int]) -> NDArray[np.float32]:
