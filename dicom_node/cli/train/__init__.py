@@ -11,9 +11,9 @@ import typer
 app = typer.Typer(
     help="Train and evaluate the networks: phantom, prepare, run, all, evaluate, export.", no_args_is_help=True
 )
-# isort: off  # one line per command, so that each can be added alone
+# isort: off
+# One line per command, so that each can be added alone.
 from dicom_node.cli.train import all as _all  # noqa: E402, F401
-from dicom_node.cli.train import (
-    export,  # noqa: F401
-    run,  # noqa: F401
-)
+from dicom_node.cli.train import export  # noqa: E402, F401
+from dicom_node.cli.train import run  # noqa: E402, F401
+from dicom_node.cli.train import phantom  # noqa: E402, F401
