@@ -13,7 +13,7 @@ from typing import Any
 import pydicom
 from pydicom import Dataset
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import ImplicitVRLittleEndian
+from pydicom.uid import ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 from pipeline.ct_headers import Frame, PixelFormat, is_localizer
 from pipeline.ct_stack import Stack, check_same, sort_along_normal, stack_of
@@ -90,6 +90,8 @@ def scan(files: Sequence[Path], on_file: Callable[[], None]) -> tuple[list[Heade
 def _read(path: Path, shared: dict[Any, Any]) -> Header | None:
     ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
     modality = _text(ds, "Modality")
+    if not modality and ds.file_meta.get("MediaStorageSOPClassUID") != MediaStorageDirectoryStorage:
+        raise ValueError("no Modality, which every object has but a DICOMDIR: the file is cut off")
     if modality not in MODALITIES:
         return None
 

@@ -14,7 +14,7 @@ from pydicom import Dataset
 from pipeline.ct_stack import Stack
 from pipeline.geometry import resample
 from pipeline.types import FloatVolume, Grid
-from training.cases.dicom_headers import quiet_pydicom, scan, stack_planes
+from training.cases.dicom_headers import Header, quiet_pydicom, stack_planes
 from training.cases.orient import lps_axes, to_lps
 from training.cases.segments import Kind, kind_of
 from training.cases.types import Labels
@@ -35,14 +35,11 @@ def check_pet_stack(stack: Stack) -> None:
     lps_axes(steps_of(stack), (slices, rows, columns), "PET")
 
 
-def read_pet(paths: Sequence[Path], frame_uid: str) -> tuple[FloatVolume, Grid]:
+def read_pet(headers: Sequence[Header], frame_uid: str) -> tuple[FloatVolume, Grid]:
     """The rescaled values (not yet SUV) of a PET series, every slice by its own slope and intercept.
 
     Raises StudyError: unreadable, and what `stack_planes` and `to_lps` raise.
     """
-    headers, unreadable = scan(paths, lambda: None)
-    if unreadable or not headers:
-        raise StudyError("unreadable", f"PET: {len(paths) - len(headers)} of {len(paths)} files cannot be read")
     stack = stack_planes(headers, "PET", drop_duplicates=False)
     columns, rows, slices = stack.sizes
     volume = np.empty((slices, rows, columns), np.float32)
@@ -93,10 +90,10 @@ def _read_seg(path: Path, kind: Kind, frame_uid: str) -> Labels:
             if by_value:  # one frame holds all segments by their numbers (PS3.3 C.8.20.2)
                 for number, label in values.items():
                     plane[pixels == number] = label
-            elif label := values.get(
-                int(_macro(ds, group, "SegmentIdentificationSequence", "ReferencedSegmentNumber"))
-            ):
-                plane[_inside(pixels, ds)] = label
+            else:
+                number = int(_macro(ds, group, "SegmentIdentificationSequence", "ReferencedSegmentNumber"))
+                if number in values:
+                    plane[_inside(pixels, ds)] = values[number]
     labels, grid = to_lps(volume, steps, origin, frame_uid, "SEG")
     return Labels(labels=labels, grid=grid)
 

@@ -17,6 +17,7 @@ from training.errors import DataError
 OnProgress = Callable[[int, int], None]
 TABLE_DEPTH = 2  # folders below the root in which a clinical table may lie; deeper ones belong to single studies
 ORGANS = "organs.json"
+NO_ORGAN = "none"  # the name of label 0
 DICM = b"DICM"  # at byte 128 (PS3.10 section 7.1)
 LAYOUTS = (
     "(1) DICOM files of CT, PET and SEG in any folders, "
@@ -26,7 +27,9 @@ LAYOUTS = (
 
 
 def find_studies(folder: Path, on_progress: OnProgress | None = None) -> Cohort:
-    """Every study below `folder`, checked as far as names and headers go; no voxel is read.
+    """Every study below `folder`, checked as far as names and headers go.
+
+    No voxel is read, but of one nnU-Net case where only its voxels tell CT and SUV apart.
 
     Args:
         folder: a cohort in one of the layouts.
@@ -113,20 +116,22 @@ def _metadata(folder: Path, files: list[Path]) -> Metadata:
 
 
 def _organ_names(folder: Path) -> tuple[str, ...]:
-    """organs.json at the root: a list of names by label, or an object of names and labels. Label 0 is none."""
+    """organs.json at the root: names in the order of their labels, or an object of labels and names (either way).
+
+    Raises DataError organs_invalid.
+    """
     path = folder / ORGANS
     if not path.exists():
         return ()
     try:
         content = json.loads(path.read_text("utf-8"))
-        if isinstance(content, dict) and "organ_names" in content:
-            content = content["organ_names"]
-        if isinstance(content, dict):
-            by_label = {int(label): str(name) for name, label in content.items()}
-            return tuple(by_label.get(label, "") for label in range(max(by_label) + 1))
-        return tuple(str(name) for name in content)
+        if not isinstance(content, dict):
+            return tuple(str(name) for name in content)
+        by_label = {int(k): str(v) for k, v in content.items() if k.isdigit()}
+        by_label = by_label or {int(v): k for k, v in content.items()}
+        return tuple(by_label.get(label, NO_ORGAN) for label in range(max(by_label, default=-1) + 1))
     except (OSError, ValueError, TypeError) as error:
-        text = f"{path}: a list of organ names is expected, or an object of names and labels ({error})"
+        text = f"{path}: a list of organ names is expected, or an object of labels and names ({error})"
         raise DataError("organs_invalid", text) from error
 
 

@@ -34,6 +34,7 @@ def read_study(study: Study) -> StudyVolumes:
     volumes = READERS[study.layout](study)
     _check_values(volumes)
     _check_places(volumes)
+    np.maximum(volumes.hu, np.float32(AIR_HU), out=volumes.hu)  # NIfTI keeps padding such as -3024; `read_ct` does not
     return volumes
 
 
@@ -50,7 +51,7 @@ def _read_dicom(study: Study) -> StudyVolumes:
     scale = check_pet(headers)
     # `find_studies` saw that CT, PET and SEG share their Frame of Reference, or have none; then the CT's was derived
     frame_uid = ct.grid.frame_of_reference_uid
-    values, pet_grid = read_pet(study.parts["pet"], frame_uid)
+    values, pet_grid = read_pet(headers, frame_uid)
     labels: dict[str, Labels] = {}
     notes: tuple[str, ...] = (*study.notes, *ct.source.notes, *scale.notes)
     kinds: tuple[Kind, ...] = ("lesions", "districts")
@@ -73,7 +74,7 @@ def _read_niftis(study: Study) -> StudyVolumes:
     frame_uid = derived_uid(f"nifti {study.id}")
     hu, ct_grid = read_nifti(study.parts["ct"][0], "CT", frame_uid)
     suv, pet_grid = read_nifti(study.parts["pet"][0], "SUV", frame_uid)
-    if suv.size and np.nanmin(suv, initial=0.0) < CT_BELOW_HU:
+    if (suv < CT_BELOW_HU).any():
         text = f"the SUV volume holds values under {CT_BELOW_HU:.0f}: it is a CT, the channels are swapped"
         raise StudyError("channels_swapped", text)
     labels = {}
@@ -81,7 +82,7 @@ def _read_niftis(study: Study) -> StudyVolumes:
         if paths := study.parts.get(part):
             labels[part] = _label_map(*read_nifti(paths[0], part, frame_uid), part, highest)
     return StudyVolumes(
-        hu=np.maximum(hu, np.float32(AIR_HU)),  # as `read_ct`: padding such as -3024 is air
+        hu=hu,
         ct_grid=ct_grid,
         suv=suv,
         pet_grid=pet_grid,

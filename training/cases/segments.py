@@ -44,7 +44,7 @@ def kind_of(segment: Dataset) -> tuple[Kind, District | None]:
     if _LESION.search(words):
         return "lesions", None
     for code, district in DISTRICT_CODES:
-        if kind == code:
+        if kind is not None and kind == code:
             return "districts", district
     named = DISTRICT_WORDS.get(re.sub(r"[^a-z]", "", label.lower()))
     if named is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -120,23 +120,28 @@ def _from_activity(ds: Dataset, units: str, decay: str, earliest: datetime | Non
     medicine = _medicine(ds)
     injected_bq = _injected(medicine)
     prefix = f"{units}: " + ("Philips (7053,1009) counts to Bq/ml, " if units == "CNTS" else "")
-    shared = {"units": units, "decay_correction": decay, "injected_bq": injected_bq, "weight_kg": weight_kg}
+    scale = SuvScale(
+        factor=to_bqml * weight_kg * 1000 / injected_bq,
+        rule=f"{prefix}ADMIN, no decay to undo",
+        units=units,
+        decay_correction=decay,
+        injected_bq=injected_bq,
+        weight_kg=weight_kg,
+    )
     if decay == "ADMIN":
-        rule = f"{prefix}ADMIN, no decay to undo"
-        return SuvScale(factor=to_bqml * weight_kg * 1000 / injected_bq, rule=rule, **shared)
+        return scale
     half_life_s = _half_life(medicine)
     scan, scan_from = scan_moment(ds, earliest)
     delay_s, injection_from, notes = _delay(ds, medicine, scan)
-    left_bq = injected_bq * 2.0 ** (-delay_s / half_life_s)
-    return SuvScale(
-        factor=to_bqml * weight_kg * 1000 / left_bq,
+    return replace(
+        scale,
+        factor=scale.factor * 2.0 ** (delay_s / half_life_s),  # less activity is left: the same uptake reads lower
         rule=f"{prefix}START, decay from injection to the scan",
         delay_s=delay_s,
         scan_time=scan_from,
         injection_time=injection_from,
         half_life_s=half_life_s,
         notes=notes,
-        **shared,
     )
 
 
