@@ -130,7 +130,9 @@ class SelectionConfig(_Table):
 class PipelineConfig(_Table):
     """[pipeline]: how a volume is made."""
 
-    bundle: str = "phantom"  # a bundle shipped with the product, or a folder
+    bundle: str = "phantom"  # the name of a shipped or installed bundle, or a folder
+    bundles: Path = Path("bundles")  # where `models install` puts them
+    shadow: str = ""  # a second bundle, only compared; empty: none
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     batch: int = Field(default=0, ge=0, le=4096)
@@ -279,7 +281,7 @@ def load_config(path: Path) -> Config:
 
 
 def _with_absolute_paths(config: Config, base: Path) -> Config:
-    """Take every relative path from `base`: a bundle only where such a folder is, else it is a shipped one's name."""
+    """Take every relative path from `base`: a bundle only where such a folder is, else it is a name."""
     storage = config.storage.model_copy(
         update={
             "root": (base / config.storage.root).resolve(),
@@ -288,8 +290,17 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
             ),
         }
     )
-    folder = base / config.pipeline.bundle
-    pipeline = config.pipeline.model_copy(update={"bundle": str(folder) if folder.is_dir() else config.pipeline.bundle})
+
+    def folder_or_name(bundle: str) -> str:
+        return str(base / bundle) if bundle and (base / bundle).is_dir() else bundle
+
+    pipeline = config.pipeline.model_copy(
+        update={
+            "bundle": folder_or_name(config.pipeline.bundle),
+            "bundles": (base / config.pipeline.bundles).resolve(),
+            "shadow": folder_or_name(config.pipeline.shadow),
+        }
+    )
     return config.model_copy(update={"storage": storage, "pipeline": pipeline})
 
 

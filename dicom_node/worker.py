@@ -76,6 +76,8 @@ def pipeline_options(config: Config) -> PipelineOptions:
     pipeline, output = config.pipeline, config.output
     return PipelineOptions(
         bundle=Path(pipeline.bundle),
+        bundles=(pipeline.bundles,),
+        shadow=Path(pipeline.shadow) if pipeline.shadow else None,
         device=pipeline.device,
         precision=pipeline.precision,
         batch=pipeline.batch,
@@ -219,6 +221,8 @@ class Worker:
         else:
             log.info("job.completed", state=done.state.value, seconds=round(monotonic() - began, 3))
             self._on_result()
+            if self._options.shadow is not None:
+                self._shadow(job)
 
     def _run(self, job: Job) -> None:
         paths = self._spool.ct_files(job.id)
@@ -253,6 +257,34 @@ class Worker:
             held=held,
             details=result_details(summary),
         )
+
+    def _shadow(self, job: Job) -> None:
+        """Compare with the second bundle while the result is on its way; whatever happens, the job is as it was."""
+        name = self._config.pipeline.shadow
+        try:
+            summary = self._engine.shadow(
+                job.id, self._options, self._spool.result_folder(job.id), should_stop=self._grace_is_over
+            )
+            body = next((one for one in summary.regions if one.region == "body"), None)
+            text = f"shadow {summary.bundle_name} {summary.bundle_version}"
+            if body is not None:
+                text += f": body MAE {body.mae_suv:.3f}, bias {body.bias_suv:+.3f} g/ml"
+            details = {"shadow": summary.model_dump(mode="json")}
+            self._ledger.update(job.id, details=details)
+            self._ledger.note(job.id, "shadow_compared", text, seconds=summary.seconds)
+        except Exception as error:  # an edge: nobody waits for a shadow, and it must not end the worker
+            if not isinstance(error, PipelineError | EngineError | LedgerError):
+                log.exception("job.shadow_error")
+            verdict = judge(error)
+            log.warning("job.shadow_failed", code=verdict.code, reason=verdict.text)
+            with _not_worth_a_job():
+                text = f"shadow {Path(name).name}: {verdict.code}: {verdict.text}"
+                self._ledger.note(job.id, "shadow_failed", text, details={"code": verdict.code})
+        else:
+            log.info("job.shadow", bundle=summary.bundle_name, seconds=summary.seconds)
+
+    def _grace_is_over(self) -> bool:
+        return self._stop_at is not None and monotonic() >= self._stop_at
 
     # ---- ends without a result
 

@@ -44,6 +44,32 @@ class SeriesSummary(_Frozen):
     folder: str
 
 
+class ShadowRegion(_Frozen):
+    """The shadow against the result in one region (the body, or a district), where both were evaluated; SUV in g/ml.
+
+    `bias_suv` is shadow minus result, the mean over voxels; `mae_suv` the mean of its absolute value.
+    """
+
+    region: str
+    volume_ml: float
+    mae_suv: float
+    bias_suv: float
+    suv_mean: float
+    shadow_suv_mean: float
+
+
+class ShadowSummary(_Frozen):
+    """How another bundle did on the same CT and districts. `seconds` is its wall time without the reading."""
+
+    bundle_name: str
+    bundle_version: str
+    bundle_sha256: str
+    seconds: float
+    device: str
+    regions: tuple[ShadowRegion, ...]
+    notes: tuple[str, ...] = ()
+
+
 class ResultSummary(_Frozen):
     """What a result is, without its pixels: for the ledger, the deliveries and the command line."""
 
@@ -53,6 +79,7 @@ class ResultSummary(_Frozen):
     stage_seconds: Mapping[str, float]
     notes: tuple[str, ...] = ()
     held: GateFinding | None = None
+    shadow: ShadowSummary | None = None  # added when another bundle was compared, after the result was complete
 
     @field_serializer("stats")
     def _districts_by_name(self, stats: tuple[DistrictStats, ...]) -> list[dict[str, Any]]:
@@ -179,3 +206,21 @@ def read_summary(folder: Path) -> ResultSummary:
         raise OutputError("no_result", f"result folder {folder.name}: {SUMMARY}: {error.strerror}") from error
     except ValidationError as error:
         raise OutputError("no_result", f"result folder {folder.name}: {SUMMARY} is malformed") from error
+
+
+def add_shadow(folder: Path, shadow: ShadowSummary) -> None:
+    """Put a comparison into the summary of a complete result; nothing else in the folder changes.
+
+    Raises:
+        OutputError: there is no result (code no_result), or it cannot be written now (code not_written).
+    """
+    summary = read_summary(folder).model_copy(update={"shadow": shadow})
+    part = folder / f"{SUMMARY}.tmp"
+    try:
+        part.unlink(missing_ok=True)
+        _write_file(part, (summary.model_dump_json(indent=2) + "\n").encode())
+        part.rename(folder / SUMMARY)
+        _sync_folder(folder)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError("not_written", f"result folder {folder.name}: {error.strerror or error}") from error

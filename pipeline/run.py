@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,6 +28,7 @@ from pipeline.result import ResultSummary, SeriesSummary, read_summary, write_re
 from pipeline.stitching import reach, stitch
 from pipeline.synthesis import depends_on_district, network_input, place_windows, synthesize
 from pipeline.types import (
+    AIR_HU,
     WHOLE_BODY,
     CtVolume,
     District,
@@ -34,6 +36,7 @@ from pipeline.types import (
     EncodedSeries,
     FloatVolume,
     Grid,
+    JobVolumes,
     ModelRef,
     OnProgress,
     PipelineOptions,
@@ -55,7 +58,6 @@ __all__ = [
     "write_result",
 ]
 
-AIR_HU = -1024.0  # what was not scanned
 MIP_ENCODING = "sc"  # the picture is a secondary capture whatever the PET series is
 
 
@@ -66,6 +68,7 @@ def synthesize_series(
     *,
     created: datetime,
     on_progress: OnProgress = ignore_progress,
+    keep: Callable[[JobVolumes], None] | None = None,
 ) -> ResultSet:
     """Read a CT series, synthesize the PET of every district that it shows, and encode the result.
 
@@ -75,6 +78,7 @@ def synthesize_series(
         options: how; `options.bundle` is not read here.
         created: aware UTC time of the job, written into the objects.
         on_progress: told about each stage as it begins, goes on and ends.
+        keep: gets the volumes at the end, for a comparison with another bundle.
 
     Raises:
         UnsupportedSeries, DistrictError, GateRefusal: this CT will never give a result.
@@ -91,7 +95,8 @@ def synthesize_series(
         gate.check_input(ct, min_coverage_mm=options.min_coverage_mm)
     with stages.stage(Stage.RESAMPLE):
         grid = grid_at_spacing(ct.grid, bundle.manifest.spacing_mm)
-        ct_unit = bundle.manifest.normalization.ct_to_unit(_resampled(ct, grid, compute.device))
+        hu = _resampled(ct, grid, compute.device)
+        ct_unit = bundle.manifest.normalization.ct_to_unit(hu)
     with stages.stage(Stage.DISTRICTS):
         districts = find_districts(ct, grid, chain=options.districts, on_progress=on_progress)
         networks, notes = choose_networks(districts, bundle.keys, options)
@@ -119,6 +124,8 @@ def synthesize_series(
         series = _encode(suv, ct, provenance, options, created, on_progress)
         stats = district_stats(suv, districts)
         picture = overview_png(ct, districts, suv)
+    if keep is not None:
+        keep(JobVolumes(ct=ct, hu=hu, districts=districts, suv=suv))
     return ResultSet(
         series=series,
         stats=stats,
@@ -366,6 +373,7 @@ def _provenance(
     fallbacks: tuple[str, ...],
 ) -> Provenance:
     used = set(networks.values())
+    training = bundle.manifest.training
     return Provenance(
         software_version=software_version(),
         bundle_name=bundle.manifest.name,
@@ -380,9 +388,16 @@ def _provenance(
         segmenter=districts.segmenter,
         segmenter_version=districts.version,
         settings=settings.changed,
+        recipe_sha256=_digest(training.get("recipe_sha256")),
+        data_sha256=_digest(training.get("data_sha256")),
         device=compute.name,
         fallbacks=fallbacks,
     )
+
+
+def _digest(value: object) -> str:
+    """A manifest's training part is free text; only a SHA-256 goes into DICOM objects."""
+    return value if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else ""
 
 
 def _encode(

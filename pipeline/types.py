@@ -47,6 +47,7 @@ class District(IntEnum):
 
 
 OUTSIDE = 0
+AIR_HU = -1024.0  # what was not scanned
 WHOLE_BODY = "whole_body"  # the competitor's network, beside the keys of the four districts
 
 
@@ -191,6 +192,16 @@ class SuvVolume:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class JobVolumes:
+    """What one job leaves in memory for a shadow: its CT, the same in HU on the result's grid, districts, result."""
+
+    ct: CtVolume
+    hu: FloatVolume
+    districts: DistrictMap
+    suv: SuvVolume
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRef:
     """One network that took part: for ContributingEquipment and the ledger."""
 
@@ -211,6 +222,8 @@ class Provenance:
     segmenter_version: str
     networks: tuple[str, ...] = ()  # which served which district: "arms=whole_body", "legs=none"; part of the UIDs
     settings: tuple[str, ...] = ()  # what an option changed against the bundle: "blending=mean"; part of the UIDs
+    recipe_sha256: str = ""  # of the recipe that the weights were trained by, as the bundle's manifest says it
+    data_sha256: str = ""  # of the prepared data that they were trained on; the manifest's hash covers both
     device: str  # "cpu", "cuda:0 NVIDIA H100": recorded, not part of the UIDs
     fallbacks: tuple[str, ...] = ()  # "out of memory on cuda:0: batch 64"; recorded, not part of the UIDs
 
@@ -303,9 +316,14 @@ class OutputOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineOptions:
-    """How one job is run. Paths and numbers only: the engine gets it pickled."""
+    """How one job is run. Paths and numbers only: the engine gets it pickled.
+
+    `bundle` and `shadow` are folders, or names of bundles that ship with the product or lie in one of `bundles`.
+    """
 
     bundle: Path
+    bundles: tuple[Path, ...] = ()  # folders with installed bundles
+    shadow: Path | None = None  # a second bundle that is only compared, see `shadow`
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     precision: str = "auto"  # "auto", "fp32", "bf16"
     batch: int = 0  # windows at once; 0: chosen from the device

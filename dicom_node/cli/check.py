@@ -70,6 +70,8 @@ def _findings(path: Path, quick: bool) -> Iterator[Finding]:
     yield Finding(check="config", verdict=Verdict.OK, text=f"{path}: {_summary(config)}")
     for one in CHECKS:
         yield one(config)
+    if config.pipeline.shadow:
+        yield check_shadow(config)
     for peer in config.peers:
         yield check_peer(config, peer)
 
@@ -108,15 +110,24 @@ def check_ledger(config: Config) -> Finding:
 
 def check_bundle(config: Config) -> Finding:
     """The bundle is whole: every hash agrees."""
+    return _whole("bundle", config.pipeline.bundle, config)
+
+
+def check_shadow(config: Config) -> Finding:
+    """So is the one that is only compared. A broken one harms no job, but compares nothing."""
+    return _whole("shadow", config.pipeline.shadow, config)
+
+
+def _whole(check: str, bundle: str, config: Config) -> Finding:
     from pipeline.bundle import bundle_path, load_bundle  # loads torch
 
     try:
-        loaded = load_bundle(bundle_path(config.pipeline.bundle))
+        loaded = load_bundle(bundle_path(bundle, config.pipeline.bundles))
     except BundleError as error:
-        return Finding(check="bundle", verdict=Verdict.FAIL, text=str(error))
+        return Finding(check=check, verdict=Verdict.FAIL, text=str(error))
     manifest = loaded.manifest
     text = f"{manifest.name} {manifest.version}, {len(loaded.keys)} networks, hashes agree; {manifest.statement}"
-    return Finding(check="bundle", verdict=Verdict.OK, text=text)
+    return Finding(check=check, verdict=Verdict.OK, text=text)
 
 
 def check_device(config: Config) -> Finding:

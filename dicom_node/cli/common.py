@@ -90,6 +90,13 @@ def find_job(ledger: Ledger, wanted: str) -> Job:
     raise fail(f"{len(found)} jobs begin with {wanted!r}: {', '.join(job.id[:12] for job in found[:5])}")
 
 
+def bundle_folders(config: Path) -> tuple[Path, ...]:
+    """Where bundles are installed: `[pipeline] bundles`, or its default beside a `config.toml` that is not there."""
+    if config == DEFAULT_CONFIG and not config.exists():
+        return (Config().pipeline.bundles.resolve(),)
+    return (load_config(config).pipeline.bundles,)
+
+
 def fail(message: str, code: int = 1) -> typer.Exit:
     """Say what is wrong; the caller raises what comes back: `raise fail("…")`."""
     print_error(message)

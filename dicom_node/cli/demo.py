@@ -234,7 +234,7 @@ def _draw(paths: list[Path], suv: FloatVolume, phantom: Phantom, out: Path) -> N
 
     config = load_config(out / "config.toml")
     ct = read_ct(paths)
-    bundle = load_bundle(bundle_path(config.pipeline.bundle))
+    bundle = load_bundle(bundle_path(config.pipeline.bundle, config.pipeline.bundles))
     grid = grid_at_spacing(ct.grid, bundle.manifest.spacing_mm)
     districts = find_districts(ct, grid, chain=config.pipeline.districts)
     picture = overview_png(

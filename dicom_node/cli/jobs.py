@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -176,6 +176,25 @@ def print_job(job: Job) -> None:
     console.print(head)
     found = job.details
     print_outcome(found.get("stage_seconds") or {}, found.get("stats") or [], found.get("notes") or [])
+    if found.get("shadow"):
+        _print_shadow(found["shadow"])
+
+
+def _print_shadow(shadow: Mapping[str, Any]) -> None:
+    """How the second bundle did on this job's CT, beside the result that was sent."""
+    name = f"{shadow['bundle_name']} {shadow['bundle_version']}"
+    shown = table(
+        f"shadow {name}, {shadow['seconds']:.1f} s: compared, not sent (SUV, g/ml)",
+        "region", "ml", "mean sent", "mean shadow", "bias", "MAE",
+    )  # fmt: skip
+    for row in shadow["regions"]:
+        means = (f"{row['suv_mean']:.2f}", f"{row['shadow_suv_mean']:.2f}")
+        shown.add_row(
+            row["region"], f"{row['volume_ml']:.0f}", *means, f"{row['bias_suv']:+.3f}", f"{row['mae_suv']:.3f}"
+        )
+    console.print(shown)
+    for note in shadow.get("notes") or []:
+        console.print(safe(f"shadow: {note}"))
 
 
 def _change(path: Path, job_id: str, change: Callable[[Ledger, Config, str], Job]) -> None:

@@ -11,7 +11,16 @@ from typing import Annotated
 
 import typer
 
-from dicom_node.cli.common import console, fail, print_outcome, progress_bar, safe
+from dicom_node.cli.common import (
+    DEFAULT_CONFIG,
+    ConfigPath,
+    bundle_folders,
+    console,
+    fail,
+    print_outcome,
+    progress_bar,
+    safe,
+)
 from pipeline.types import OutputOptions, PipelineOptions, Progress, Stage
 
 
@@ -44,7 +53,7 @@ def run(
         Path, typer.Argument(help="A folder with a CT series; of several series the one with the largest coverage.")
     ],
     out_folder: Annotated[Path, typer.Argument(help="Where the result goes; must not exist, or be empty.")],
-    bundle: Annotated[str, typer.Option(help="A shipped bundle's name, or the folder of a bundle.")] = "phantom",
+    bundle: Annotated[str, typer.Option(help="A shipped or installed bundle's name, or a folder.")] = "phantom",
     encoding: Annotated[Encodings, typer.Option(help="Secondary capture, PET Image Storage, or both.")] = Encodings.SC,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
     blending: Annotated[Blending, typer.Option(help="How windows overlap; bundle: as trained.")] = Blending.BUNDLE,
@@ -54,9 +63,11 @@ def run(
     ] = 30.0,
     mip: Annotated[bool, typer.Option("--mip/--no-mip", help="Also write the MIP picture as DICOM.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in OUT_FOLDER.")] = False,
+    config: ConfigPath = DEFAULT_CONFIG,
 ) -> None:
     """Make a SYNTHETIC PET series from a folder of CT, without a network and without a ledger.
 
+    Of the configuration only `[pipeline] bundles` is read: where installed bundles are.
     Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, overview.png and result.json into OUT_FOLDER.
     """
     from pipeline.bundle import bundle_path, load_bundle
@@ -66,7 +77,7 @@ def run(
     if not ct_folder.is_dir():
         raise fail(f"{ct_folder}: no such folder", code=2)
     _refuse_occupied(out_folder, force)
-    folder = bundle_path(bundle)
+    folder = bundle_path(bundle, *bundle_folders(config))
     options = PipelineOptions(
         bundle=folder,
         device=device,

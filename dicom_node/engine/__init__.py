@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.types import OnProgress, PipelineOptions
+
+if TYPE_CHECKING:
+    from pipeline.result import ShadowSummary
 
 
 class EngineError(Exception):
@@ -53,6 +56,16 @@ class Engine(Protocol):
 
         Raises:
             PipelineError: what the pipeline found; EngineCrash; EngineStopped.
+        """
+        ...
+
+    def shadow(
+        self, job_id: str, options: PipelineOptions, result_folder: Path, *, should_stop: Callable[[], bool]
+    ) -> ShadowSummary:
+        """Compare the job that was run last with `options.shadow`, and put the figures into its result's summary.
+
+        Raises:
+            PipelineError: the second bundle cannot be run, or the job's volumes are gone; EngineCrash; EngineStopped.
         """
         ...
 

@@ -1,8 +1,9 @@
 """The engine's process: loads torch and the bundle once, then does one job after the other.
 
-It talks over a pipe. In: `Start` and `WarmUp`. Out: `Progress` values, then one end for each `Start`: `Done`,
-`Refused` (a PipelineError) or `Broken` (anything else, without its message: a library's message may quote a
-header). It ends by itself when the pipe closes or its parent dies, so that no orphan holds the GPU.
+It talks over a pipe. In: `Start`, `Shadow` and `WarmUp`. Out: `Progress` values, then one end for each `Start` and
+`Shadow`: `Done` or `Compared`, `Refused` (a PipelineError) or `Broken` (anything else, without its message: a
+library's message may quote a header). It ends by itself when the pipe closes or its parent dies, so that no orphan
+holds the GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from pipeline.types import PipelineOptions, Progress
 
 if TYPE_CHECKING:
     from pipeline.bundle import ModelBundle
+    from pipeline.result import ShadowSummary
+    from pipeline.types import JobVolumes
 
 ORPHANED = 3  # exit code
 
@@ -39,6 +42,15 @@ class Start:
     options: PipelineOptions
     result_folder: Path
     created: datetime
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shadow:
+    """Compare the job that was done last with `options.shadow`; the figures go into `result_folder`'s summary."""
+
+    job_id: str
+    options: PipelineOptions
+    result_folder: Path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +75,14 @@ class Done:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Compared:
+    """The shadow was run and its figures are stored."""
+
+    job_id: str
+    summary: ShadowSummary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Refused:
     """A PipelineError: its class by name, so that both ends need not pickle exceptions."""
 
@@ -80,7 +100,7 @@ class Broken:
     text: str
 
 
-Message = Ready | Progress | Done | Refused | Broken
+Message = Ready | Progress | Done | Compared | Refused | Broken
 
 
 def main(connection: Connection) -> None:
@@ -97,40 +117,79 @@ def main(connection: Connection) -> None:
             return
         if isinstance(request, WarmUp):
             _warm_up(library, request.options)
+        elif isinstance(request, Shadow):
+            connection.send(do_shadow(request, library))
         else:
             connection.send(do_job(request, library, connection.send))
 
 
 class Library:
-    """The bundles that this process has loaded; a bundle whose manifest changed on the disk is loaded anew."""
+    """The bundles that this process has loaded; a bundle whose manifest changed on the disk is loaded anew.
+
+    `volumes` are those of the job that was done last, with its id, while a shadow may still ask for them.
+    """
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[Path, int], ModelBundle] = {}
+        self._loaded: dict[str, tuple[tuple[Path, int], ModelBundle]] = {}
+        self.volumes: tuple[str, JobVolumes] | None = None
 
-    def bundle(self, wanted: Path) -> ModelBundle:
-        """Raises BundleError."""
+    def bundle(self, options: PipelineOptions, role: str = "bundle") -> ModelBundle:
+        """The bundle of one role, "bundle" or "shadow". Raises BundleError."""
         from pipeline.bundle import MANIFEST, bundle_path, load_bundle
 
-        folder = bundle_path(str(wanted))
+        wanted = options.shadow if role == "shadow" else options.bundle
+        folder = bundle_path(str(wanted or ""), *options.bundles)
         key = (folder, (folder / MANIFEST).stat().st_mtime_ns)
-        if key not in self._loaded:
-            self._loaded = {key: load_bundle(folder)}  # one at a time: networks are large
-        return self._loaded[key]
+        if role not in self._loaded or self._loaded[role][0] != key:
+            self._loaded.pop(role, None)  # one for each role: networks are large
+            self._loaded[role] = (key, load_bundle(folder))
+        return self._loaded[role][1]
 
 
 def do_job(start: Start, library: Library, send: Callable[[Message], None]) -> Done | Refused | Broken:
     """Run one job and say how it ended; sends progress on the way."""
     from pipeline.run import synthesize_series, write_result
 
+    kept: list[JobVolumes] = []
+    library.volumes = None
     try:
-        bundle = library.bundle(start.options.bundle)
-        result = synthesize_series(start.paths, bundle, start.options, created=start.created, on_progress=send)
+        result = synthesize_series(
+            start.paths,
+            library.bundle(start.options),
+            start.options,
+            created=start.created,
+            on_progress=send,
+            keep=kept.append if start.options.shadow is not None else None,
+        )
         write_result(result, start.result_folder)
     except PipelineError as error:
         return Refused(job_id=start.job_id, error_class=type(error).__name__, code=error.code, text=error.text)
     except Exception as error:
         return Broken(job_id=start.job_id, text=describe(error))
+    library.volumes = (start.job_id, kept[0]) if kept else None
     return Done(job_id=start.job_id)
+
+
+def do_shadow(request: Shadow, library: Library) -> Compared | Refused | Broken:
+    """Run the second bundle on the volumes of the job that was done last; they are let go in any case."""
+    from pipeline.device import choose_compute, set_threads
+    from pipeline.result import add_shadow
+    from pipeline.shadow import compare_shadow
+
+    options, kept, library.volumes = request.options, library.volumes, None
+    try:
+        if kept is None or kept[0] != request.job_id:
+            raise PipelineError("volumes_gone", "the engine was started again since the job was run")
+        bundle = library.bundle(options, "shadow")
+        set_threads(options.threads)
+        compute = choose_compute(options.device, options.precision, options.batch)
+        summary = compare_shadow(kept[1], bundle, options, compute=compute)
+        add_shadow(request.result_folder, summary)
+    except PipelineError as error:
+        return Refused(job_id=request.job_id, error_class=type(error).__name__, code=error.code, text=error.text)
+    except Exception as error:
+        return Broken(job_id=request.job_id, text=describe(error))
+    return Compared(job_id=request.job_id, summary=summary)
 
 
 def describe(error: BaseException) -> str:
@@ -145,7 +204,7 @@ def _warm_up(library: Library, options: PipelineOptions) -> None:
     import pipeline.run  # noqa: F401  # seconds of imports that the first job need not wait for
 
     try:
-        library.bundle(options.bundle)
+        library.bundle(options)
     except PipelineError:
         return  # the job that needs it will say so, into the ledger
 

@@ -12,11 +12,15 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING
 
 import pipeline.errors
 from dicom_node.engine import EngineCrash, EngineStopped, child
 from pipeline.errors import PipelineError
-from pipeline.types import GeometryError, OnProgress, PipelineOptions, Progress
+from pipeline.types import GeometryError, OnProgress, PipelineOptions, Progress, ignore_progress
+
+if TYPE_CHECKING:
+    from pipeline.result import ShadowSummary
 
 POLL_S = 0.2  # how often `should_stop` is asked
 START_TIMEOUT_S = 120.0  # a cold disk and a large torch
@@ -57,13 +61,28 @@ class LocalEngine:
         should_stop: Callable[[], bool],
     ) -> None:
         """See `Engine.run`. A child that died between two jobs is replaced without a word."""
-        process, connection = self._child()
         start = child.Start(
             job_id=job_id, paths=tuple(paths), options=options, result_folder=result_folder, created=created
         )
+        self._ask(start, on_progress, should_stop)
+
+    def shadow(
+        self, job_id: str, options: PipelineOptions, result_folder: Path, *, should_stop: Callable[[], bool]
+    ) -> ShadowSummary:
+        """See `Engine.shadow`."""
+        request = child.Shadow(job_id=job_id, options=options, result_folder=result_folder)
+        answer = self._ask(request, ignore_progress, should_stop)
+        if not isinstance(answer, child.Compared):
+            raise EngineCrash("engine_error", f"the engine answered a shadow with {type(answer).__name__}")
+        return answer.summary
+
+    def _ask(
+        self, request: child.Start | child.Shadow, on_progress: OnProgress, should_stop: Callable[[], bool]
+    ) -> child.Done | child.Compared:
+        process, connection = self._child()
         try:
-            connection.send(start)
-            self._follow(start, process, connection, on_progress, should_stop)
+            connection.send(request)
+            return self._follow(request, process, connection, on_progress, should_stop)
         except (BrokenPipeError, ConnectionResetError, EOFError) as error:
             raise self._crash(process) from error
         except (PipelineError, _Broken):
@@ -80,18 +99,18 @@ class LocalEngine:
 
     def _follow(
         self,
-        start: child.Start,
+        request: child.Start | child.Shadow,
         process: SpawnProcess,
         connection: Connection,
         on_progress: OnProgress,
         should_stop: Callable[[], bool],
-    ) -> None:
+    ) -> child.Done | child.Compared:
         deadline = monotonic() + self._job_timeout_s
         while True:
             wait([connection, process.sentinel], timeout=POLL_S)
             while connection.poll():
-                if self._ended(connection.recv(), start.job_id, on_progress):
-                    return
+                if answer := self._ended(connection.recv(), request.job_id, on_progress):
+                    return answer
             if not process.is_alive():
                 raise self._crash(process)
             if should_stop():
@@ -101,20 +120,20 @@ class LocalEngine:
                 raise EngineCrash("engine_timeout", text)
 
     @staticmethod
-    def _ended(message: child.Message, job_id: str, on_progress: OnProgress) -> bool:
-        """Whether the job is done; raises what the child reports."""
+    def _ended(message: child.Message, job_id: str, on_progress: OnProgress) -> child.Done | child.Compared | None:
+        """The job's good end, or None while it goes on; raises what the child reports."""
         match message:
             case Progress():
                 on_progress(message)
-            case child.Done(job_id=found) if found == job_id:
-                return True
+            case child.Done(job_id=found) | child.Compared(job_id=found) if found == job_id:
+                return message
             case child.Refused(job_id=found) if found == job_id:
                 raise pipeline_error(message.error_class, message.code, message.text)
             case child.Broken(job_id=found) if found == job_id:
                 raise _Broken("engine_error", message.text)
             case _:
                 pass  # "ready", said again
-        return False
+        return None
 
     def _child(self) -> tuple[SpawnProcess, Connection]:
         """The living child; starts one when there is none."""

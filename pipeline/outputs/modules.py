@@ -113,7 +113,7 @@ def contributing_equipment(provenance: Provenance, date_time: str) -> list[Datas
         item.ContributionDescription = clean(
             "ST",
             f"{provenance.bundle_name} {provenance.bundle_version} {model.district}, "
-            f"weights {model.weights_sha256[:HASH_SHOWN]}, software {software}",
+            f"weights {model.weights_sha256[:HASH_SHOWN]}, {_lineage(provenance)}software {software}",
         )
         items.append(item)
     segmenter = _equipment(provenance.segmenter, provenance.segmenter_version, date_time)
@@ -122,6 +122,16 @@ def contributing_equipment(provenance: Provenance, date_time: str) -> list[Datas
         "ST", f"body districts by {provenance.segmenter} {provenance.segmenter_version}, software {software}"
     )
     return [*items, segmenter]
+
+
+def _lineage(provenance: Provenance) -> str:
+    """The digests that the manifest ties to the weights; what an older bundle does not say is left out."""
+    parts = (
+        ("manifest", provenance.bundle_sha256),
+        ("recipe", provenance.recipe_sha256),
+        ("data", provenance.data_sha256),
+    )
+    return "".join(f"{name} {digest[:HASH_SHOWN]}, " for name, digest in parts if digest)
 
 
 def _equipment(model: str, version: str, date_time: str) -> Dataset:
