@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from pipeline.bundle import MANIFEST, BundleError, bundle_path, load_bundle
-from pipeline.networks import InterleavedUp, NetworkSpec, ResNet3d, build_network
+from pipeline.networks import InterleavedUp, NetworkSpec, OneChannelHead, ResNet3d, build_network
 
 
 @pytest.mark.parametrize(("channels_in", "channels_out"), [(1, 1), (3, 2)])
@@ -21,6 +21,20 @@ def test_the_interleaved_layer_equals_the_transposed_convolution(channels_in: in
     layer.set_from_transposed(transposed.weight.detach(), transposed.bias.detach())  # type: ignore[union-attr]
     x = torch.randn(2, channels_in, 3, 4, 5)
     torch.testing.assert_close(layer(x), transposed(x), rtol=0, atol=1e-6)
+
+
+def test_the_head_equals_a_plain_convolution_with_its_gradients() -> None:
+    torch.manual_seed(0)
+    head = OneChannelHead(3)
+    plain = nn.Sequential(nn.ReflectionPad3d(1), nn.Conv3d(3, 1, 3))
+    plain[1].load_state_dict(head.state_dict())
+    x = torch.randn(2, 3, 4, 6, 8)
+    found, expected = head(x), plain(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for out in (found, expected):
+        (out * torch.arange(out.numel()).view(out.shape) / out.numel()).sum().backward()
+    torch.testing.assert_close(head.weight.grad, plain[1].weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(head.bias.grad, plain[1].bias.grad)  # type: ignore[union-attr]
 
 
 SPECS = [
@@ -82,7 +96,7 @@ def test_weights_start_narrow_and_biases_at_zero_but_the_last(spec: NetworkSpec)
     network = build_network(spec.model_copy(update={"width": 8}), resting_logit=1.0)
     biases = 0.0
     for module in network.modules():
-        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):  # OneChannelHead too
             assert module.weight.mean().item() == pytest.approx(0, abs=0.004)
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.15)
             biases += 0.0 if module.bias is None else module.bias.mean().item()
