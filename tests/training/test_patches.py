@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.bundle import INPUT_CHANNELS
 from pipeline.synthesis import network_input
 from pipeline.types import District, DistrictMap
-from training.patches import MAX_CHOICES, Batch, PatchSampler, cube_sides, turn, voxel_rotation
+from training.patches import JITTER, MAX_CHOICES, Batch, PatchSampler, cube_sides, turn, voxel_rotation
 from training.prepared import PreparedStudy, StudyRecord
 from training.recipe import AugmentRecipe, TrainRecipe
 from training.volumes import LESION, DeviceVolumes, MappedVolumes, Placement
@@ -152,6 +153,20 @@ def test_every_patch_shows_its_district(key: str, augment: AugmentRecipe) -> Non
     batch = sampler(key=key, augment=augment, neighbor_weight=0.5).draw(entropies(40))
     assert ((batch.weight == 1).flatten(1).sum(dim=1) > 0).all()
     assert set(batch.weight.unique().tolist()) <= ({0.0, 1.0} if key == "whole_body" else {0.0, 0.5, 1.0})
+
+
+def test_the_chosen_voxel_stays_within_reach_of_the_center_of_a_turned_patch() -> None:
+    chosen = np.array([20, 18, 22])
+    lonely = np.zeros(SHAPE, np.uint8)
+    lonely[tuple(chosen)] = District.TRUNK
+    patches = sampler(make_study(districts=lonely), augment=AugmentRecipe(rotation_deg=45, flips=True))
+    furthest = 0.0
+    for words in entropies(300):
+        place = patches.place(words)
+        offset = (chosen - place.start - (WINDOW - 1) / 2) * np.where(place.flips, -1, 1)
+        furthest = max(furthest, np.abs(np.linalg.inv(place.matrix) @ offset[::-1]).max())
+    reach = int(WINDOW * JITTER)
+    assert reach < furthest < reach + math.sqrt(3)  # half a voxel each: the even window's middle, and rounding
 
 
 def test_a_lesion_is_aimed_at_in_its_share_of_the_patches() -> None:
