@@ -1,163 +1,182 @@
-"""The evaluation report: report.md for people, report.json for programs, one picture."""
+"""What an evaluation leaves: report.md for people, report.json for programs, tables and rows, figures.
+
+REPORT/report.md, report.json, tables.csv, tables.tex, tests.csv, rows.csv, lesions.csv and *.png. It prints what
+was found, also where the district networks lose.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from pipeline.types import WHOLE_BODY
+from training import figures
+from training.aggregate import by_method, of_region, per_patient
+from training.agreement import organ_agreement, organs_of, region_agreement
+from training.detection import FALSE_POSITIVES_PER_STUDY, FrocPoint, froc, sensitivity_at
+from training.evaluate import Evaluation
+from training.files import write_whole
+from training.measure import REGIONS, Measure
+from training.metrics import Summary, describe
+from training.prepared import patients
+from training.report_format import REPORT, EvaluationReport
+from training.report_text import report_markdown
+from training.tables import Table, latex, make_tables, tables_csv, tests_csv
 
-from pipeline.bundle import Manifest
-from pipeline.types import District
-from training.evaluate import METHODS, METRICS, REGIONS, Evaluation, Picture, describe
-from training.export import write_whole
-
-TITLES = {
-    "districts": "district networks, stitched",
-    "whole_body": "whole-body network",
-    "hu_lookup": "HU-to-SUV look-up",
-    "district_mean": "district mean",
-}
-DIGITS = {"mae": 4, "psnr": 2, "ssim": 3, "bias_suv_mean": 3}
-HEADS = {"mae": "MAE", "psnr": "PSNR (dB)", "ssim": "SSIM", "bias_suv_mean": "SUVmean bias"}
-PICTURE_SUV = 8.0  # upper end of the picture's grey scale
+SUMMARY_METRICS = ("mae", "psnr", "ssim", "bias_suv_mean", "bias_suv_max")
 
 
-def write_report(folder: Path, manifest: Manifest, evaluation: Evaluation) -> None:
-    """Write report.md, report.json and phantom.png into `folder`."""
+def write_report(folder: Path, evaluation: Evaluation, *, created: datetime | None = None) -> list[Table]:
+    """Write everything into `folder`, report.json last; returns the tables.
+
+    Args:
+        folder: is made; files of the same names are replaced.
+        evaluation: what was measured.
+        created: aware UTC time; None: now.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "bundle": {"name": manifest.name, "version": manifest.version, "created": manifest.created.isoformat()},
-        "training": manifest.training,
-        "statistics": manifest.statistics,
-        "metrics": evaluation.summary,
-        "rows": evaluation.rows,
-        "organs": evaluation.organs,
-        "lesions": evaluation.lesions,
+    tables = make_tables(evaluation.measures)
+    suv_max = evaluation.recipe.normalization.suv_max
+    names = _write_figures(folder, evaluation, tables[0])
+    write_whole(folder / "tables.csv", tables_csv(tables).encode())
+    write_whole(folder / "tests.csv", tests_csv(tables).encode())
+    write_whole(folder / "tables.tex", latex(tables, suv_max, data_note(evaluation)).encode())
+    write_whole(folder / "rows.csv", rows_csv(evaluation.measures).encode())
+    write_whole(folder / "lesions.csv", lesions_csv(evaluation.measures).encode())
+    text = report_markdown(evaluation, tables, froc_by_method(evaluation.measures), names, data_note(evaluation))
+    write_whole(folder / "report.md", text.encode())
+    report = as_report(evaluation, tables, created or datetime.now(UTC))
+    write_whole(folder / REPORT, (report.model_dump_json(indent=1) + "\n").encode())
+    return tables
+
+
+def data_note(evaluation: Evaluation) -> str:
+    """One sentence that stands beside every figure and table."""
+    if evaluation.prepared.phantom:
+        return "Computer phantoms, not patients; not for clinical use."
+    return "Research only; not for clinical use."
+
+
+def froc_by_method(measures: Sequence[Measure]) -> dict[str, list[FrocPoint]]:
+    """The FROC curve of each method over its studies and seeds."""
+    curves = {}
+    for method, rows in by_method(measures).items():
+        whole = [row for row in rows if not row.not_evaluated]
+        curves[method] = froc(([lesion["suv_max"] or 0.0 for lesion in r.lesions], r.false_positives) for r in whole)
+    return curves
+
+
+def as_report(evaluation: Evaluation, tables: Sequence[Table], created: datetime) -> EvaluationReport:
+    """The figures for programs; what is not finite or was not measured is null."""
+    measures = evaluation.measures
+    summary: dict[str, dict[str, dict[str, Summary]]] = {}
+    for method, rows in by_method(measures).items():
+        summary[method] = {
+            region: {metric: _described(rows, region, metric) for metric in SUMMARY_METRICS} for region in REGIONS
+        }
+    curves = froc_by_method(measures)
+    details: dict[str, Any] = {
+        "device": evaluation.device,
+        "missing": list(evaluation.missing),
+        "studies_by_diagnosis": dict(Counter(study.diagnosis for study in evaluation.studies)),
+        "tables": {
+            t.name: [{"group": g, "method": m, "metric": k, **cell} for (g, m, k), cell in t.cells.items()]
+            for t in tables
+        },
+        "tests": {
+            t.name: [
+                {name: getattr(test, name) for name in test.__slots__} | {"verdict": test.verdict} for test in t.tests
+            ]
+            for t in tables
+        },
+        "froc": {
+            method: [[p.threshold_suv, p.sensitivity, p.false_positives] for p in points]
+            for method, points in curves.items()
+        },
+        "sensitivity_at": {
+            method: {str(fp): sensitivity_at(points, fp) for fp in FALSE_POSITIVES_PER_STUDY}
+            for method, points in curves.items()
+        },
+        "seam_index": _by_patient(measures, lambda row: row.seam_index),
+        "false_positive_ml": _by_patient(
+            [row for row in measures if row.diagnosis == "negative"], lambda row: row.false_positive_ml
+        ),
+        "rows": [row.model_dump(mode="json") for row in measures],
     }
-    write_whole(folder / "report.json", (json.dumps(_finite(content), indent=1) + "\n").encode())
-    write_whole(folder / "report.md", markdown(manifest, evaluation).encode())
-    if evaluation.picture is not None:
-        draw(evaluation.picture, folder / "phantom.png")
+    return EvaluationReport(
+        created=created,
+        recipe=evaluation.recipe.name,
+        split="test" if evaluation.split == "test" else "validation",
+        studies=len(evaluation.studies),
+        patients=patients(evaluation.studies),
+        phantom=evaluation.prepared.phantom,
+        prepared_digest=evaluation.prepared.digest,
+        split_digest=evaluation.prepared.split_digest,
+        weights={record.folder_name.as_posix(): record.weights_sha256 for record in evaluation.records},
+        summary=summary,
+        details=_finite(details),
+    )
 
 
-def markdown(manifest: Manifest, evaluation: Evaluation) -> str:
-    """The report as Markdown: every method beside every other, nothing left out."""
-    summary = evaluation.summary
-    networks = manifest.training["networks"]
-    lines = [
-        f"# Bundle {manifest.name} {manifest.version}: results on held-out phantoms",
-        "",
-        f"**{manifest.statement}**",
-        "These are computer phantoms with stylised anatomy; nothing here says anything about patients. Uptake is drawn",
-        "from textbook ranges for every phantom, so part of the error cannot be avoided by any network.",
-        "",
-        f"- {summary['cases']} held-out phantoms (other seeds, so other persons), mean ± SD over phantoms.",
-        f"- {manifest.training['data']}.",
-        "- Units: SUV / 20 for the MAE, data range 1.0 for PSNR and SSIM, g/ml for the bias; inside district and body.",
-        "- Inference through the node's own window, blending and stitching code; the districts are the phantom's own,",
-        "  so the segmenter is not measured here.",
-        "- Training (wall time on shared cores, networks side by side):",
-        *(f"  - {key}: {row['steps']} steps in {row['seconds'] / 60:.0f} min" for key, row in networks.items()),
-        "",
-        "![CT, true PET and synthetic PET of one held-out phantom](phantom.png)",
-        "",
-    ]
-    for metric in METRICS:
-        lines += [f"## {HEADS[metric]}", "", *_metric_table(summary["table"], metric), ""]
-    lines += ["## Does it beat the trivial predictors?", "", *_verdict(summary["table"]), ""]
-    lines += [
-        "## Organs",
-        "",
-        *_organ_table(evaluation.organs),
-        "",
-        "## Lesions",
-        "",
-        *_lesion_table(evaluation.lesions),
-    ]
-    return "\n".join(lines) + "\n"
+def _described(rows: Sequence[Measure], region: str, metric: str) -> Summary:
+    return describe(per_patient(rows, of_region(region, metric)).values())
 
 
-def _cell(value: dict[str, Any], digits: int) -> str:
-    if value["mean"] is None:
-        return "-"
-    spread = "" if value["sd"] is None else f" ± {value['sd']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{spread}"
+def _by_patient(measures: Sequence[Measure], value: Any) -> dict[str, Summary]:
+    return {method: describe(per_patient(rows, value).values()) for method, rows in by_method(measures).items()}
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *rows)]
+def rows_csv(measures: Sequence[Measure]) -> str:
+    """One line per study, method, seed and region."""
+    figures_of = ("voxels", "mae", "psnr", "ssim", "suv_mean", "true_suv_mean", "suv_max", "true_suv_max")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["study", "patient", "diagnosis", "method", "seed", "region", *figures_of, "seam_index"])
+    for row in measures:
+        for region, found in row.regions.items():
+            who = [row.study, row.patient, row.diagnosis, row.method, row.seed, region]
+            writer.writerow([*who, *(found.get(name) for name in figures_of), row.seam_index])
+    return text.getvalue()
 
 
-def _metric_table(table: dict[str, Any], metric: str) -> list[str]:
-    rows = [
-        [TITLES[method], *(_cell(table[method][region][metric], DIGITS[metric]) for region in REGIONS)]
-        for method in METHODS
-    ]
-    return _table(["", *(f"{r} (n={table['districts'][r][metric]['n']})" for r in REGIONS)], rows)
+def lesions_csv(measures: Sequence[Measure]) -> str:
+    """One line per lesion, method and seed."""
+    names = ("volume_ml", "true_suv_max", "suv_max", "true_contrast", "contrast")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["study", "method", "seed", "lesion", *names])
+    for row in measures:
+        for number, lesion in enumerate(row.lesions, start=1):
+            writer.writerow([row.study, row.method, row.seed, number, *(lesion.get(name) for name in names)])
+    return text.getvalue()
 
 
-def _verdict(table: dict[str, Any]) -> list[str]:
-    lines = []
-    for method in ("districts", "whole_body"):
-        lost = [
-            f"{HEADS[metric]} on {region} against {TITLES[base]}"
-            for metric in ("mae", "psnr", "ssim")
-            for region in REGIONS
-            for base in ("hu_lookup", "district_mean")
-            if not _better(metric, table[method][region][metric]["mean"], table[base][region][metric]["mean"])
-        ]
-        told = "better in every metric and region" if not lost else "worse in: " + "; ".join(lost)
-        lines.append(f"- {TITLES[method]}: {told}.")
-    lost = [
-        f"{HEADS[metric]} on {region}"
-        for metric in ("mae", "psnr", "ssim")
-        for region in REGIONS
-        if not _better(metric, table["districts"][region][metric]["mean"], table["whole_body"][region][metric]["mean"])
-    ]
-    told = "better in every metric and region" if not lost else "worse in: " + "; ".join(lost)
-    lines.append(f"- district networks against the whole-body network (the paper's question): {told}.")
-    return lines
-
-
-def _better(metric: str, value: float | None, other: float | None) -> bool:
-    if value is None or other is None:
-        return True
-    return value < other if metric == "mae" else value > other
-
-
-def _organ_table(organs: list[dict[str, Any]]) -> list[str]:
-    rows = []
-    for organ in dict.fromkeys(row["organ"] for row in organs):
-        own = [r for r in organs if r["organ"] == organ and r["method"] == "districts"]
-        whole = [r for r in organs if r["organ"] == organ and r["method"] == "whole_body"]
-        true = describe(r["true_suv_mean"] for r in own)
-        cells = [_cell(describe(r["suv_mean"] for r in found), 2) for found in (own, whole)]
-        rows.append([organ.replace("_", " "), str(true["n"]), _cell(true, 2), *cells])
-    return _table(["organ", "n", "true SUVmean", "district networks", "whole-body network"], rows)
-
-
-def _lesion_table(lesions: list[dict[str, Any]]) -> list[str]:
-    rows = []
-    for visible in (True, False):
-        for method in ("districts", "whole_body", "hu_lookup"):
-            found = [r for r in lesions if r["visible_on_ct"] is visible and r["method"] == method]
-            rows.append(
-                [
-                    "seen on CT" if visible else "not seen on CT",
-                    TITLES[method],
-                    str(len(found)),
-                    _cell(describe(r["mae"] for r in found), 3),
-                    _cell(describe(r["true_suv_max"] for r in found), 1),
-                    _cell(describe(r["suv_max"] for r in found), 1),
-                ]
-            )
-    return _table(["lesions", "method", "n", "MAE", "true SUVmax", "SUVmax"], rows)
+def _write_figures(folder: Path, evaluation: Evaluation, table: Table) -> dict[str, str]:
+    """Draws the figures; file names by what they show."""
+    note, normalization = data_note(evaluation), evaluation.recipe.normalization
+    drawn: dict[str, Any] = {}
+    for picture in evaluation.pictures:
+        drawn[f"panels-{picture.model}"] = figures.panels(picture, normalization, note)
+        drawn[f"mip-{picture.model}"] = figures.projections(picture, note)
+    drawn["mae"] = figures.mae_by_district(table, normalization.suv_max, note)
+    methods = by_method(evaluation.measures)
+    for model in evaluation.models:
+        own = {m: rows for m, rows in methods.items() if m in (f"{model}/districts", f"{model}/{WHOLE_BODY}")}
+        by_region = {m: [a for r in REGIONS if (a := region_agreement(rows, r))] for m, rows in own.items()}
+        drawn[f"bland-altman-{model}"] = figures.bland_altman(by_region, note)
+        by_organ = {m: [a for o in organs_of(rows) if (a := organ_agreement(rows, o))] for m, rows in own.items()}
+        if any(by_organ.values()):
+            drawn[f"bland-altman-organs-{model}"] = figures.bland_altman(by_organ, note)
+    drawn["froc"] = figures.froc_curves(froc_by_method(evaluation.measures), note)
+    for name, figure in drawn.items():
+        figures.save(figure, folder / f"{name}.png")
+    return {name: f"{name}.png" for name in drawn}
 
 
 def _finite(value: Any) -> Any:
@@ -167,32 +186,5 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     if isinstance(value, float):
-        return round(value, 6) if np.isfinite(value) else None
+        return round(value, 7) if math.isfinite(value) else None
     return value
-
-
-def draw(picture: Picture, path: Path) -> None:
-    """CT, true PET and synthetic PET side by side: a coronal slice and the maximum intensity projection."""
-    dz, _, dx = picture.spacing_mm
-    body = picture.labels > 0
-    rows = np.flatnonzero((picture.labels == District.TRUNK).any(axis=(0, 2)))
-    if rows.size == 0:
-        rows = np.flatnonzero(body.any(axis=(0, 2)))
-    row = int(rows[len(rows) // 2])
-    panels: list[tuple[str, NDArray[np.float32], str, float, float]] = [
-        ("CT, coronal", picture.hu[:, row], "gray", -200, 300),
-        ("true PET, coronal", picture.true_suv[:, row], "gray_r", 0, PICTURE_SUV),
-        ("synthetic PET, coronal", picture.synthetic_suv[:, row], "gray_r", 0, PICTURE_SUV),
-        ("true PET, MIP", picture.true_suv.max(axis=1), "gray_r", 0, PICTURE_SUV),
-        ("synthetic PET, MIP", picture.synthetic_suv.max(axis=1), "gray_r", 0, PICTURE_SUV),
-    ]
-    height = picture.hu.shape[0] * dz / (picture.hu.shape[2] * dx) * 3.0
-    figure = Figure(figsize=(3.0 * len(panels), height + 0.6), layout="constrained")
-    for axes, (title, values, colors, low, high) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        axes.imshow(values[::-1], cmap=matplotlib.colormaps[colors], vmin=low, vmax=high, aspect=dz / dx)
-        axes.set_title(title)
-        axes.axis("off")
-    figure.suptitle(
-        f"{picture.name}, held out. SUV 0 to {PICTURE_SUV:g}. Phantom, not a patient; not for clinical use."
-    )
-    figure.savefig(path, dpi=70)
