@@ -9,7 +9,8 @@ from pydicom import dcmread
 
 from pipeline.ct_reader import read_ct
 from training.phantom import Phantom, PhantomSpec, make_phantom
-from training.phantom.dicom import write_ct_series, write_pet_series, write_seg
+from training.phantom.dicom import write_ct_series, write_pet_series
+from training.phantom.segments import write_seg
 
 
 @pytest.fixture(scope="module")

@@ -109,3 +109,5 @@ def _make_repeatable(seg: Dataset, dimension_uid: str, moment: datetime) -> None
             elem.value = f"{moment:%Y%m%d}"
         elif elem.keyword in ("ContentTime", "SeriesTime", "InstanceCreationTime"):
             elem.value = f"{moment:%H%M%S}"
+        elif elem.keyword == "ContributionDateTime":
+            elem.value = f"{moment:%Y%m%d%H%M%S}"
