@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import sha256
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from training.phantom import PhantomSpec, make_phantom
 
 CREATED = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)
 SPEC = NetworkSpec(width=4, depth=2, window=16)
+LINEAGE = {"recipe_sha256": "ab" * 32, "data_sha256": "cd" * 32}
 
 
 def write_bundle(folder: Path, keys: tuple[str, ...], **changes: Any) -> ModelBundle:
@@ -79,7 +81,7 @@ def write_bundle(folder: Path, keys: tuple[str, ...], **changes: Any) -> ModelBu
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
     keys = ("head", "trunk", "arms", "legs", "whole_body")
-    return write_bundle(tmp_path_factory.mktemp("bundle") / "random", keys)
+    return write_bundle(tmp_path_factory.mktemp("bundle") / "random", keys, training=LINEAGE)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,40 @@ def test_the_provenance_names_bundle_networks_and_segmenter(result: ResultSet, b
     assert made_by.models
     assert all(known[m.district] == m.weights_sha256 for m in made_by.models)
     assert made_by.networks == ("head=head", "trunk=trunk", "arms=arms", "legs=legs")
+
+
+def test_every_written_object_names_software_bundle_weights_recipe_and_data(
+    result: ResultSet, bundle: ModelBundle
+) -> None:
+    assert (result.provenance.recipe_sha256, result.provenance.data_sha256) == ("ab" * 32, "cd" * 32)
+    weights = {f"random {key}": entry.sha256[:12] for key, entry in bundle.manifest.networks.items()}
+    for series in result.series:
+        ds = dcmread(BytesIO(series.instances[0].data), stop_before_pixels=True)
+        assert ds.SoftwareVersions == version("dicom-node")
+        assert bundle.manifest_sha256[:12] == ds.DeviceSerialNumber
+        assert "by random 1;" in ds.DerivationDescription
+        *networks, segmenter = ds.ContributingEquipmentSequence
+        assert {item.ManufacturerModelName for item in networks} == set(weights) - {"random whole_body"}
+        for item in networks:
+            assert (item.SoftwareVersions, item.DeviceSerialNumber) == ("1", weights[item.ManufacturerModelName])
+            said = item.ContributionDescription
+            for digest in (weights[item.ManufacturerModelName], bundle.manifest_sha256[:12]):
+                assert digest in said
+            assert f"recipe {'ab' * 6}, data {'cd' * 6}, software {version('dicom-node')}" in said
+        assert segmenter.ManufacturerModelName == "builtin"
+
+
+def test_a_manifest_that_says_nothing_sound_of_its_data_adds_no_words(
+    ct_files: list[Path], options: PipelineOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    found: list[DistrictMap], result: ResultSet,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(run_module, "find_districts", lambda *_, **__: found[0])
+    odd = write_bundle(tmp_path / "odd", ("whole_body",), training={"data_sha256": "x\ny", "recipe_sha256": 7})
+    made = synthesize_series(ct_files, odd, options, created=CREATED)
+    assert (made.provenance.recipe_sha256, made.provenance.data_sha256) == ("", "")
+    ds = dcmread(BytesIO(made.series[-1].instances[0].data), stop_before_pixels=True)
+    assert "data" not in ds.ContributingEquipmentSequence[0].ContributionDescription
+    assert made.series[0].series_uid != result.series[0].series_uid
 
 
 def test_each_stage_is_timed_and_reported_in_order(result: ResultSet, reports: list[Progress]) -> None:

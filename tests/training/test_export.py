@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
+from typer.testing import CliRunner
 
+from dicom_node.cli import app
 from pipeline.bundle import CARD, MANIFEST, NETWORK_KEYS, load_bundle
 from pipeline.errors import BundleError
 from pipeline.networks import build_network
@@ -312,3 +314,19 @@ def test_assembled_for_measuring_it_has_neither_card_nor_lineage(shop: Workshop)
 def test_no_run_at_all_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="at least one"):
         assemble_bundle(tmp_path, {}, tmp_path / "b", spacing_mm=SPACING, created=CREATED)
+
+
+def test_the_command_writes_the_bundle_and_says_where_its_card_is(shop: Workshop) -> None:
+    done = CliRunner().invoke(app, ["train", "export", str(shop.runs), "--out", str(shop.root / "out"), "--name", "x"])
+    assert done.exit_code == 0, done.output
+    assert load_bundle(shop.root / "out").manifest.name == "x"
+    assert "MODEL_CARD.md" in done.output
+
+
+def test_the_command_refuses_in_one_line_without_a_report(shop: Workshop) -> None:
+    (shop.report / "report.json").unlink()
+    done = CliRunner().invoke(app, ["train", "export", str(shop.runs), "--out", str(shop.root / "out")])
+    assert done.exit_code == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "train evaluate" in done.stderr
+    assert not (shop.root / "out").exists()
