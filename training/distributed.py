@@ -52,7 +52,7 @@ class Ranks:
         if self.world == 1:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(module, device_ids=devices)  # no network here has buffers to agree on
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in any process. All of them must ask at the same step."""

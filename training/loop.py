@@ -28,7 +28,7 @@ from training.pace import Means, Pace
 from training.patches import Batch, PatchSampler
 from training.prepared import PreparedSet, PreparedStudy
 from training.recipe import MODELS, ModelName, Recipe
-from training.runs import WEIGHTS, RunRecord, write_record
+from training.runs import WEIGHTS, RunRecord, read_record, write_record
 from training.start import check_finite, check_prepared, check_run
 from training.stopping import Interrupted, locked, stop_on_signals
 from training.tensorboard import RunLog
@@ -297,7 +297,7 @@ class _Training:
             drop_previous(self._folder)
             self._tell()
         self._ranks.barrier()
-        return self._record
+        return self._record if self._ranks.first else read_record(self._folder)
 
     def _check_losses(self) -> None:
         means = self._losses.now()
