@@ -229,7 +229,7 @@ def _record(study: Study, volumes: StudyVolumes, prepared: Prepared, files: Mapp
         segmenter=prepared.segmenter,
         registration=prepared.registration,
         suv=dict(volumes.suv_details),
-        notes=(*study.notes, *prepared.notes),
+        notes=tuple(dict.fromkeys((*study.notes, *prepared.notes))),
     )
 
 

@@ -76,8 +76,6 @@ def _prepare(volumes: StudyVolumes, recipe: Recipe, spacing_mm: Triple | None) -
     }
     if "lesions" in volumes.labels:
         arrays["lesions"] = (_labels(volumes, "lesions", grid, identity()) > 0).astype(np.uint8)
-    else:
-        notes = (*notes, "no lesion labels")
     if "organs" in volumes.labels:
         arrays["organs"] = _labels(volumes, "organs", grid, transform)
     box = body_box(districts, MARGIN_VOXELS)

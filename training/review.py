@@ -27,8 +27,8 @@ from training.split import SIDES
 
 PAGE = "review.html"
 PICTURES = "review"
-PANELS_PX = (1400.0, 480.0)  # at most, all panels together
-MAX_PX_PER_MM = 1.0
+PANELS_PX = (1400.0, 600.0)  # at most, all panels together
+MAX_PX_PER_MM = 1.2
 GAP_PX, TITLE_PX = 12, 24
 MARGIN_MM = 10.0
 PET_SHOWN = 0.35  # of the scaled PET: SUV 7 where suv_max is 20
@@ -57,7 +57,7 @@ def study_picture(arrays: Mapping[str, NDArray[Any]], grid: Grid) -> bytes:
     ct, pet = (np.asarray(arrays[name], np.float32) for name in ("ct", "pet"))
     districts, lesions = np.asarray(arrays["districts"]), np.asarray(arrays["lesions"])
     body = districts > 0
-    low, high = (float(v) for v in np.percentile(ct[body], (8, 99.5)))
+    low, high = (float(v) for v in np.percentile(ct[body], (10, 98.5)))
     limits = (low, max(high, low + 1e-3))
     y, x = (int(np.flatnonzero(body.any(axis=axes)).mean()) for axes in ((0, 2), (0, 1)))
     box = box_around(body, grid, margin_mm=MARGIN_MM)

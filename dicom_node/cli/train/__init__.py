@@ -17,3 +17,4 @@ from dicom_node.cli.train import all as _all  # noqa: E402, F401
 from dicom_node.cli.train import export  # noqa: E402, F401
 from dicom_node.cli.train import run  # noqa: E402, F401
 from dicom_node.cli.train import phantom  # noqa: E402, F401
+from dicom_node.cli.train import prepare  # noqa: E402, F401
