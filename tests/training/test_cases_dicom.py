@@ -12,6 +12,7 @@ import pydicom
 import pytest
 from case_tools import copy_series, edit, write_dicom_study
 from pydicom import Dataset
+from pydicom.sr.codedict import codes
 
 from pipeline.geometry import resample
 from pipeline.types import District
@@ -233,6 +234,86 @@ def test_a_seg_on_the_finer_ct_grid_keeps_that_grid(phantom: Phantom, tmp_path: 
     assert set(np.unique(read.labels["districts"].labels)) == {0, *np.unique(phantom.districts)}
 
 
+def write_lesions(
+    folder: Path, masks: list[np.ndarray], kind: hd.seg.SegmentationTypeValues, *, pet: Path, uid: str
+) -> None:
+    """A SEG on the grid of the PET in `pet`, with one lesion segment for each mask [z, y, x]."""
+    segments = [
+        hd.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=f"Segment_{number}",
+            segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+            segmented_property_type=codes.SCT.Neoplasm,
+            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.MANUAL,
+        )
+        for number in range(1, len(masks) + 1)
+    ]
+    seg = hd.seg.Segmentation(
+        source_images=[pydicom.dcmread(path) for path in sorted(pet.glob("*.dcm"))],
+        pixel_array=np.stack(masks, axis=-1),
+        segmentation_type=kind,
+        segment_descriptions=segments,
+        series_instance_uid=uid,
+        series_number=9,
+        sop_instance_uid=f"{uid}.1",
+        instance_number=1,
+        manufacturer="X",
+        manufacturer_model_name="X",
+        software_versions="1",
+        device_serial_number="1",
+    )
+    folder.mkdir()
+    seg.save_as(folder / "seg.dcm")
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+def test_frames_lie_where_they_say_in_every_kind_of_seg(phantom: Phantom, folder: Path, kind: str) -> None:
+    shutil.rmtree(folder / "d")
+    masks = [np.zeros(phantom.grid.shape, np.uint8) for _ in range(2)]
+    masks[0][3, 10, 20] = masks[0][9, 11, 21] = 1  # the empty slices between are left out of the file
+    masks[1][4, 30:33, 40] = 1
+    given = [mask * 0.8 for mask in masks] if kind == "FRACTIONAL" else masks
+    write_lesions(folder / "d", given, hd.seg.SegmentationTypeValues(kind), pet=folder / "b", uid="1.2.3.9")
+    read = read_study(find_studies(folder).studies[0])
+    lesions = read.labels["lesions"]
+    on_pet = resample(lesions.labels, lesions.grid, read.pet_grid, fill=0, nearest=True)
+    np.testing.assert_array_equal(on_pet, masks[0] | masks[1])
+
+
+def test_several_segs_of_lesions_are_united(phantom: Phantom, folder: Path) -> None:
+    mask = np.zeros(phantom.grid.shape, np.uint8)
+    mask[2:5, 10:12, 20] = 1
+    binary = hd.seg.SegmentationTypeValues.BINARY
+    write_lesions(folder / "e", [mask], binary, pet=folder / "b", uid="1.2.3.9")
+    read = read_study(find_studies(folder).studies[0])
+    np.testing.assert_array_equal(read.labels["lesions"].labels, mask | (phantom.lesions > 0))
+    assert "lesions: 2 SEG objects united" in read.notes
+
+
+def test_rounded_positions_of_frames_do_not_bend_the_grid(phantom: Phantom, folder: Path) -> None:
+    before = read_study(find_studies(folder).studies[0]).labels["districts"]
+    rng = np.random.default_rng(0)
+
+    def jitter(ds: Dataset) -> None:
+        for group in ds.PerFrameFunctionalGroupsSequence:
+            x, y, z = group.PlanePositionSequence[0].ImagePositionPatient
+            group.PlanePositionSequence[0].ImagePositionPatient = [x, y, round(z + rng.uniform(-0.02, 0.02), 3)]
+
+    edit(folder / "c", jitter)
+    after = read_study(find_studies(folder).studies[0]).labels["districts"]
+    np.testing.assert_array_equal(before.labels, after.labels)
+    assert after.grid.spacing_mm[0] == pytest.approx(8, abs=0.01)
+
+
+def test_a_cut_off_seg_is_refused_when_it_is_read(folder: Path) -> None:
+    path = folder / "d" / "seg.dcm"
+    path.write_bytes(path.read_bytes()[:-200])
+    (study,) = find_studies(folder).studies
+    with pytest.raises(StudyError) as caught:
+        read_study(study)
+    assert caught.value.code == "unreadable"
+
+
 def test_a_missing_slice_is_refused_before_a_voxel_is_read(folder: Path) -> None:
     for part in ("a", "b"):
         again = folder.parent / f"again-{part}"
@@ -354,6 +435,7 @@ KINDS = [
     (segment("Segment_1", hd.sr.CodedConcept("108369006", "SCT", "Neoplasm")), "lesions", None),
     (segment("Tumor, head", category=ANATOMY), "lesions", None),
     (segment("Segment_1"), "lesions", None),
+    (segment("Background"), "other", None),
     (segment("Liver", hd.sr.CodedConcept("10200004", "SCT", "Liver"), ANATOMY), "other", None),
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from training.cases.types import Labels
 from training.errors import StudyError
 
 FRACTION = 0.5  # of MaximumFractionalValue: from here on a voxel of a FRACTIONAL segment belongs to it
+SAME_PLACE_MM = 0.05  # closer frames are at one place; the thinnest CT slices step by 0.1 mm
 OFF_GRID = 0.2  # of a slice step: how far a SEG frame may lie beside its own grid
 
 
@@ -74,28 +75,35 @@ def read_segments(paths: Sequence[Path], kind: Kind, frame_uid: str, fallback: G
 def _read_seg(path: Path, kind: Kind, frame_uid: str) -> Labels:
     with quiet_pydicom():
         try:
-            ds = pydicom.dcmread(path)
-        except Exception as error:  # a parser fed with hostile bytes
-            raise StudyError("unreadable", f"SEG: {path.name} cannot be read ({type(error).__name__})") from error
-        values = {int(s.SegmentNumber): label for s in ds.SegmentSequence if (label := _label(s, kind))}
-        frames = [(index, group) for index, group in enumerate(ds.get("PerFrameFunctionalGroupsSequence") or ())]
-        if not frames or len(frames) != int(ds.get("NumberOfFrames") or 0):
-            raise StudyError("unreadable", f"SEG: instance {ds.SOPInstanceUID} does not place each of its frames")
-        places = [_macro(ds, group, "PlanePositionSequence", "ImagePositionPatient") for _, group in frames]
-        steps, origin, index_of = _seg_steps(ds, frames[0][1], np.array(places, np.float64))
-        volume = np.zeros((int(index_of.max()) + 1, int(ds.Rows), int(ds.Columns)), np.uint8)
-        by_value = str(ds.get("SegmentationType")) == "LABELMAP"
-        for (index, group), pixels in zip(frames, _seg_frames(ds, path), strict=True):
-            plane = volume[index_of[index]]
-            if by_value:  # one frame holds all segments by their numbers (PS3.3 C.8.20.2)
-                for number, label in values.items():
-                    plane[pixels == number] = label
-            else:
-                number = int(_macro(ds, group, "SegmentIdentificationSequence", "ReferencedSegmentNumber"))
-                if number in values:
-                    plane[_inside(pixels, ds)] = values[number]
+            volume, steps, origin = _seg_volume(pydicom.dcmread(path), kind)
+        except StudyError:
+            raise
+        except Exception as error:  # hostile bytes: parsers and decoders raise anything, elements may be missing
+            text = f"SEG: {path.name} cannot be read ({type(error).__name__})"
+            raise StudyError("unreadable", text) from error
     labels, grid = to_lps(volume, steps, origin, frame_uid, "SEG")
     return Labels(labels=labels, grid=grid)
+
+
+def _seg_volume(ds: Dataset, kind: Kind) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]:
+    """Labels [slice, row, column] of the segments of one kind, their LPS steps and the first voxel's position."""
+    values = {int(s.SegmentNumber): label for s in ds.SegmentSequence if (label := _label(s, kind))}
+    groups = list(ds.get("PerFrameFunctionalGroupsSequence") or ())
+    if not groups or len(groups) != int(ds.get("NumberOfFrames") or 0):
+        raise StudyError("unreadable", f"SEG: instance {ds.SOPInstanceUID} does not place each of its frames")
+    places = [_macro(ds, group, "PlanePositionSequence", "ImagePositionPatient") for group in groups]
+    steps, origin, slices = _seg_steps(ds, groups[0], np.array(places, np.float64))
+    volume = np.zeros((int(slices.max()) + 1, int(ds.Rows), int(ds.Columns)), np.uint8)
+    stored = ds.pixel_array.reshape(len(groups), int(ds.Rows), int(ds.Columns))
+    for group, k, pixels in zip(groups, slices, stored, strict=True):
+        if str(ds.get("SegmentationType")) == "LABELMAP":  # one frame holds all segments by number (PS3.3 C.8.20.2)
+            for number, label in values.items():
+                volume[k][pixels == number] = label
+            continue
+        number = int(_macro(ds, group, "SegmentIdentificationSequence", "ReferencedSegmentNumber"))
+        if number in values:
+            volume[k][_inside(pixels, ds)] = values[number]
+    return volume, steps, origin
 
 
 def _label(segment: Dataset, kind: Kind) -> int:
@@ -115,10 +123,12 @@ def _seg_steps(
     row, column = cosines[:3], cosines[3:]
     normal = np.cross(row, column)
     along = places @ normal
-    unique = np.unique(np.round(along, 3))
-    step = float(np.diff(unique).min()) if len(unique) > 1 else _slice_step(ds, group)
-    whole = np.rint((along - along.min()) / step)
-    step = float(np.polyfit(whole, along, 1)[0]) if len(unique) > 1 else step
+    gaps = np.diff(np.sort(along))
+    gaps = gaps[gaps > SAME_PLACE_MM]
+    step = float(gaps[gaps < 1.5 * gaps.min()].mean()) if len(gaps) else _slice_step(ds, group)
+    for _ in range(2):  # the fit over all planes mends what rounded positions did to the first guess
+        whole = np.rint((along - along.min()) / step)
+        step = float(np.polyfit(whole, along, 1)[0]) if len(gaps) else step
     off = np.abs((along - along.min()) / step - whole).max()
     if off > OFF_GRID:
         text = f"SEG: instance {ds.SOPInstanceUID}: frames lie {off * step:.2f} mm beside planes {step:.2f} mm apart"
@@ -141,16 +151,6 @@ def _macro(ds: Dataset, group: Dataset, sequence: str, keyword: str) -> Any:
             if item.get(keyword) is not None:
                 return item.get(keyword)
     raise StudyError("unreadable", f"SEG: instance {ds.SOPInstanceUID} has a frame without {keyword}")
-
-
-def _seg_frames(ds: Dataset, path: Path) -> Iterable[NDArray[Any]]:
-    try:
-        pixels = ds.pixel_array
-    except Exception as error:  # decoders raise anything on broken data
-        raise StudyError(
-            "unreadable", f"SEG: {path.name}: pixel data cannot be decoded ({type(error).__name__})"
-        ) from error
-    return pixels[None] if pixels.ndim == 2 else pixels
 
 
 def _inside(pixels: NDArray[Any], ds: Dataset) -> NDArray[np.bool_]:

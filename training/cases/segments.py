@@ -29,6 +29,7 @@ DISTRICT_WORDS: Mapping[str, District] = {
 }
 # Categories (CID 7150) under which organs and tissues are segmented: no lesion, unless the words say so
 HEALTHY = (codes.SCT.AnatomicalStructure, codes.SCT.BodyStructure, codes.SCT.Tissue)
+BACKGROUND = Code("125040", "DCM", "Background")  # label maps describe it as their segment 0
 _LESION = re.compile(r"lesion|tumou?r|neoplas|cancer|carcinoma|metasta|lympho?ma|melanoma|malignan|nodule", re.I)
 
 
@@ -40,6 +41,8 @@ def kind_of(segment: Dataset) -> tuple[Kind, District | None]:
     """
     label = str(segment.get("SegmentLabel") or "")
     kind, category = (_code(segment, f"SegmentedProperty{part}CodeSequence") for part in ("Type", "Category"))
+    if (kind is not None and kind == BACKGROUND) or label.strip().lower() == "background":
+        return "other", None
     words = f"{label} {segment.get('SegmentDescription') or ''} {kind.meaning if kind else ''}"
     if _LESION.search(words):
         return "lesions", None
