@@ -11,6 +11,20 @@ from training.aggregate import Value, of_region, per_patient
 from training.measure import Measure
 
 LIMIT_SD = 1.96
+SHOWN_ORGANS = (  # where readers look first; what a cohort labels beyond these is in organs.csv
+    "grey_matter",
+    "cerebellum",
+    "myocardium",
+    "blood",
+    "lung",
+    "liver",
+    "spleen",
+    "kidney",
+    "bowel",
+    "bladder",
+    "red_marrow",
+    "muscle",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +68,12 @@ def organ_agreement(measures: Sequence[Measure], organ: str) -> Agreement | None
 def organs_of(measures: Sequence[Measure]) -> list[str]:
     """Every organ that any study has, in the order of the labels."""
     return list(dict.fromkeys(organ for row in measures for organ in row.organs))
+
+
+def shown_organs(measures: Sequence[Measure]) -> list[str]:
+    """The organs for figures and the report: SHOWN_ORGANS, or the cohort's first ones where its names are others."""
+    found = organs_of(measures)
+    return [organ for organ in SHOWN_ORGANS if organ in found] or found[: len(SHOWN_ORGANS)]
 
 
 def _of_organ(organ: str, name: str) -> Value:

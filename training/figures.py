@@ -30,7 +30,8 @@ from training.tables import Table, group_title, method_title
 SHOWN_SUV = 8.0  # upper end of the gray scale: gray matter's usual uptake is just black
 CT_WINDOW_HU = (-160.0, 240.0)  # soft tissue
 ZOOM_MM, ZOOMS = 150.0, 3
-LARGEST_PNG = 300_000
+LARGEST_PNG = 300_000  # bytes
+SHARPEST_DPI, COARSEST_DPI = 110, 30
 COLUMN_TITLES = {
     "real": "true PET",
     DISTRICTS: "synthetic PET\ndistrict networks",
@@ -52,11 +53,14 @@ _Column = tuple[str, Image, str, tuple[float, float]]  # title, slice [z, x], co
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all, as sharp as LARGEST_PNG bytes allow."""
-    for dpi in (110, 90, 70, 55, 40):
-        buffer = io.BytesIO()
+    dpi, buffer = SHARPEST_DPI, io.BytesIO()
+    while True:
         figure.savefig(buffer, format="png", dpi=dpi)
-        if buffer.tell() <= LARGEST_PNG:
+        size = buffer.tell()
+        if size <= LARGEST_PNG or dpi <= COARSEST_DPI:
             break
+        dpi = max(COARSEST_DPI, int(0.95 * dpi * (LARGEST_PNG / size) ** 0.5))
+        buffer = io.BytesIO()
     write_whole(path, buffer.getvalue())
 
 
@@ -147,7 +151,7 @@ def mae_by_district(table: Table, suv_max: float, note: str) -> Figure:
 def bland_altman(agreements: Mapping[str, Sequence[Agreement]], note: str) -> Figure:
     """SUVmean by region: difference against mean, one dot per patient, by method; bias and limits of agreement."""
     places = list(dict.fromkeys(a.place for found in agreements.values() for a in found))
-    columns = min(3, max(1, len(places)))
+    columns = min(4 if len(places) > 6 else 3, max(1, len(places)))
     rows = -(-len(places) // columns) or 1
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 1.0), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -161,7 +165,7 @@ def bland_altman(agreements: Mapping[str, Sequence[Agreement]], note: str) -> Fi
                 axes.axhline(agreement.bias, color=color, linewidth=1.2)
                 for limit in agreement.limits or ():
                     axes.axhline(limit, color=color, linewidth=1, linestyle="--")
-        axes.set_title(group_title(place), fontsize=9)
+        axes.set_title(group_title(place).replace("_", " "), fontsize=9)
         axes.set_xlabel("mean of both SUVmean (g/ml)", fontsize=8)
         axes.set_ylabel("synthetic - true (g/ml)", fontsize=8)
         axes.tick_params(labelsize=8)

@@ -1,7 +1,7 @@
 """What an evaluation leaves: report.md for people, report.json for programs, tables and rows, figures.
 
-REPORT/report.md, report.json, tables.csv, tables.tex, tests.csv, rows.csv, lesions.csv and *.png. It prints what
-was found, also where the district networks lose.
+REPORT/report.md, report.json, tables.csv, tables.tex, tests.csv, rows.csv, organs.csv, lesions.csv and *.png. It
+prints what was found, also where the district networks lose.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.types import WHOLE_BODY
 from training import figures
 from training.aggregate import by_method, of_region, per_patient
-from training.agreement import organ_agreement, organs_of, region_agreement
+from training.agreement import organ_agreement, organs_of, region_agreement, shown_organs
 from training.detection import FALSE_POSITIVES_PER_STUDY, FrocPoint, froc, sensitivity_at
 from training.evaluate import Evaluation
 from training.files import write_whole
@@ -48,6 +48,7 @@ def write_report(folder: Path, evaluation: Evaluation, *, created: datetime | No
     write_whole(folder / "tests.csv", tests_csv(tables).encode())
     write_whole(folder / "tables.tex", latex(tables, suv_max, data_note(evaluation)).encode())
     write_whole(folder / "rows.csv", rows_csv(evaluation.measures).encode())
+    write_whole(folder / "organs.csv", organs_csv(evaluation.measures).encode())
     write_whole(folder / "lesions.csv", lesions_csv(evaluation.measures).encode())
     text = report_markdown(evaluation, tables, froc_by_method(evaluation.measures), names, data_note(evaluation))
     write_whole(folder / "report.md", text.encode())
@@ -145,6 +146,19 @@ def rows_csv(measures: Sequence[Measure]) -> str:
     return text.getvalue()
 
 
+def organs_csv(measures: Sequence[Measure]) -> str:
+    """Bland-Altman of SUVmean in g/ml of every organ and method."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["organ", "method", "patients", "bias", "sd", "low", "high"])
+    for method, rows in by_method(measures).items():
+        for organ in organs_of(rows):
+            found = organ_agreement(rows, organ)
+            if found is not None:
+                writer.writerow([organ, method, found.n, found.bias, found.sd, *(found.limits or (None, None))])
+    return text.getvalue()
+
+
 def lesions_csv(measures: Sequence[Measure]) -> str:
     """One line per lesion, method and seed."""
     names = ("volume_ml", "true_suv_max", "suv_max", "true_contrast", "contrast")
@@ -170,7 +184,7 @@ def _write_figures(folder: Path, evaluation: Evaluation, table: Table) -> dict[s
         own = {m: rows for m, rows in methods.items() if m in (f"{model}/districts", f"{model}/{WHOLE_BODY}")}
         by_region = {m: [a for r in REGIONS if (a := region_agreement(rows, r))] for m, rows in own.items()}
         drawn[f"bland-altman-{model}"] = figures.bland_altman(by_region, note)
-        by_organ = {m: [a for o in organs_of(rows) if (a := organ_agreement(rows, o))] for m, rows in own.items()}
+        by_organ = {m: [a for o in shown_organs(rows) if (a := organ_agreement(rows, o))] for m, rows in own.items()}
         if any(by_organ.values()):
             drawn[f"bland-altman-organs-{model}"] = figures.bland_altman(by_organ, note)
     drawn["froc"] = figures.froc_curves(froc_by_method(evaluation.measures), note)

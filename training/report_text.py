@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.types import WHOLE_BODY
 from training.aggregate import Value, by_method, of_region, per_patient
-from training.agreement import Agreement, organ_agreement, organs_of, region_agreement
+from training.agreement import Agreement, organ_agreement, region_agreement, shown_organs
 from training.detection import COLD_SUV, FALSE_POSITIVES_PER_STUDY, HOT_SUV, FrocPoint, sensitivity_at
 from training.evaluate import Evaluation
 from training.measure import BODY, METRICS, REGIONS, Measure
@@ -125,7 +125,8 @@ def _pictures(figures: Mapping[str, str], kinds: Sequence[str]) -> list[str]:
 def _bias(measures: Sequence[Measure]) -> list[str]:
     lines = [
         "Synthetic minus true, g/ml. SUVmean: Bland-Altman bias and 95 % limits of agreement (bias ± 1.96 SD) over"
-        " patients. SUVmax: mean ± SD (SE). Organs without their lesion voxels.",
+        " patients. SUVmax: mean ± SD (SE). Organs without their lesion voxels;"
+        " all of them are in organs.csv.",
         "",
     ]
     rows = []
@@ -139,7 +140,7 @@ def _bias(measures: Sequence[Measure]) -> list[str]:
     lines += markdown_rows(["region", "method", "n", "SUVmean bias", "limits of agreement", "SUVmax bias"], rows)
     rows = []
     for method, found in by_method(measures).items():
-        for organ in organs_of(found):
+        for organ in shown_organs(found):
             agreement = organ_agreement(found, organ)
             if agreement is not None:
                 rows.append([organ.replace("_", " "), method_title(method), *_agreement_cells(agreement)])

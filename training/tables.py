@@ -119,6 +119,14 @@ def cell(summary: Summary, digits: int, *, interval: bool = True) -> str:
     return text
 
 
+def cell_short(summary: Summary, digits: int) -> str:
+    """Mean ± SD alone, for a terminal."""
+    if summary["mean"] is None:
+        return "-"
+    spread = "" if summary["sd"] is None else f" ± {summary['sd']:.{digits}f}"
+    return f"{summary['mean']:.{digits}f}{spread}"
+
+
 def markdown_rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table; a pipe inside a cell is escaped."""
     lines = [head, ["---"] * len(head), *rows]

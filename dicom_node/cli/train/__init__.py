@@ -18,3 +18,4 @@ from dicom_node.cli.train import export  # noqa: E402, F401
 from dicom_node.cli.train import run  # noqa: E402, F401
 from dicom_node.cli.train import phantom  # noqa: E402, F401
 from dicom_node.cli.train import prepare  # noqa: E402, F401
+from dicom_node.cli.train import evaluate  # noqa: E402, F401
