@@ -187,17 +187,34 @@ def _cell(row: Mapping[str, Any], decimals: int) -> str:
 
 
 def _beyond(report: EvaluationReport, summary: Summary) -> list[str]:
-    """What the report says of lesions by these methods; single numbers only, the rest is in report.md."""
-    found = report.details.get("lesions")
-    if not isinstance(found, Mapping):
+    """Lesions, invented uptake and seams, where the report measured them; the rest is in report.md."""
+    details = report.details
+    lesion_mae = {
+        row["method"]: row
+        for row in details.get("tables", {}).get("II", ())
+        if row.get("metric") == "mae" and row.get("mean") is not None
+    }
+    found: Mapping[str, Mapping[str, Any]] = details.get("sensitivity_at", {})
+    invented: Mapping[str, Mapping[str, Any]] = details.get("false_positive_ml", {})
+    seams: Mapping[str, Mapping[str, Any]] = details.get("seam_index", {})
+    methods = [m for m in summary if any(m in part for part in (lesion_mae, found, invented, seams))]
+    if not methods:
         return []
-    lines: list[str] = []
-    for method in summary:
-        row = found.get(method)
-        if isinstance(row, Mapping):
-            numbers = [f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, int | float)]
-            lines += [f"- {_name(method)}: {', '.join(numbers)}"] if numbers else []
-    return ["### Lesions", *lines] if lines else []
+    lines = [
+        "### Lesions, invented uptake, seams",
+        "|  | MAE in lesion voxels | lesions found at false positives per study | hot by mistake (ml) | seam index |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for method in methods:
+        shares = [f"{share:.0%} at {n}" for n, share in found.get(method, {}).items() if share is not None]
+        cells = (
+            _cell(lesion_mae.get(method, {}), 4),
+            ", ".join(shares) or "not measured",
+            _cell(invented.get(method, {}), 2),
+            _cell(seams.get(method, {}), 3),
+        )
+        lines.append(f"| {_name(method)} | {' | '.join(cells)} |")
+    return lines
 
 
 def _limits(manifest: Manifest, report: EvaluationReport) -> list[str]:

@@ -92,3 +92,17 @@ def test_districts_without_a_network_are_limits(shop: Workshop, manifest: Manife
 
 def test_the_card_s_date_is_the_bundle_s(card: str) -> None:
     assert f"{CREATED:%Y-%m-%d}" in card
+
+
+def test_lesions_are_shown_as_they_were_measured(shop: Workshop, manifest: Manifest) -> None:
+    figures = {"n": 3, "mean": 0.151, "sd": 0.02, "se": 0.01, "low": 0.1, "high": 0.2}
+    details = {
+        "tables": {"II": [{"group": "lesions", "method": "pix2pix/districts", "metric": "mae", **figures}]},
+        "sensitivity_at": {"pix2pix/districts": {"1": 0.25, "2": None}, "cyclegan/districts": {"1": 0.9}},
+        "false_positive_ml": {"pix2pix/districts": {**figures, "mean": None}},
+    }
+    text = model_card(manifest, altered(shop, details=details))
+    line = next(line for line in text.splitlines() if "25% at 1" in line)
+    assert "0.1510 ± 0.0200 [0.1000, 0.2000], n 3" in line
+    assert line.count("not measured") == 2
+    assert "90%" not in text
