@@ -82,9 +82,9 @@ def install(
         bool, typer.Option("--replace", help="Take the place of another bundle of the same name.")
     ] = False,
 ) -> None:
-    """Check every digest and every network, then copy the bundle into the folder `[pipeline] bundles`.
+    """Check every digest and every network, then copy the bundle into the folder that `pipeline.bundles` names.
 
-    `[pipeline] bundle = "NAME"` uses it after the node's next start.
+    `pipeline.bundle = "NAME"` in the configuration uses it after the node's next start.
     """
     from pipeline.installing import install_bundle
 

@@ -67,7 +67,7 @@ def run(
 ) -> None:
     """Make a SYNTHETIC PET series from a folder of CT, without a network and without a ledger.
 
-    Of the configuration only `[pipeline] bundles` is read: where installed bundles are.
+    Of the configuration only `pipeline.bundles` is read: where installed bundles are.
     Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, overview.png and result.json into OUT_FOLDER.
     """
     from pipeline.bundle import bundle_path, load_bundle

@@ -39,7 +39,7 @@ def export(
 ) -> None:
     """Make a model bundle: weights, manifest with lineage and figures, model card. Refuses without a report.
 
-    `dicom-node models install BUNDLE` then puts it where `[pipeline] bundle` finds it by name.
+    `dicom-node models install BUNDLE` then puts it where `pipeline.bundle` finds it by name.
     """
     with refused():
         from training.export import export_bundle
