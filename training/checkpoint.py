@@ -20,12 +20,21 @@ TORN = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.Unpickling
 
 
 def save_checkpoint(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain values; the checkpoint before it stays as `checkpoint.previous.pt`."""
+    """Write tensors and plain values; the checkpoint before it stays as `checkpoint.previous.pt`.
+
+    Raises:
+        RunError: checkpoint_unwritten, most often a full disk; what was there before is whole.
+    """
     path, temp = folder / CHECKPOINT, folder / f"{CHECKPOINT}.tmp"
-    with temp.open("wb") as file:
-        torch.save(dict(content), file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temp.open("wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns the first into the second
+        temp.unlink(missing_ok=True)
+        text = f"{path}: could not be written ({error}); make room"
+        raise RunError("checkpoint_unwritten", f"{text}, then the same command goes on") from error
     if path.is_file():
         path.replace(folder / PREVIOUS)
     temp.replace(path)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,14 +23,14 @@ from training.checkpoint import drop_previous, load_checkpoint, save_checkpoint
 from training.distributed import ALONE, Ranks
 from training.errors import DataError, RunError
 from training.files import sha256_of, write_whole
-from training.pace import Means, Pace
+from training.pace import Means, OnProgress, Pace, TrainProgress
 from training.patches import Batch, PatchSampler
 from training.prepared import PreparedSet, PreparedStudy
 from training.recipe import MODELS, ModelName, Recipe
 from training.runs import WEIGHTS, RunRecord, read_record, write_record
 from training.start import check_finite, check_prepared, check_run
 from training.stopping import Interrupted, locked, stop_on_signals
-from training.tensorboard import RunLog
+from training.tensorboard import RunLog, middle_slices
 from training.validation import Validation, validate
 
 CHECKPOINT_S = 60.0
@@ -42,34 +41,6 @@ PICTURES = 12  # over a run
 PICTURE_STEP = 2**40  # the entropy of the patches that are shown: no step has this number
 PICTURE_PATCHES = 4
 VOTE_EVERY = 10  # steps: how often several processes ask each other whether one was told to stop
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainProgress:
-    """Where one network's training is. `losses` are means over the last steps; `notice` is for people, mostly empty."""
-
-    model: ModelName
-    network: str
-    seed: int
-    step: int
-    steps: int
-    losses: Mapping[str, float] = field(default_factory=dict)
-    steps_per_s: float = math.nan
-    seconds_left: float | None = None
-    stage: str = "train"  # or "validate"
-    notice: str = ""
-
-    @property
-    def text(self) -> str:
-        """One line for people."""
-        name = f"{self.model} {self.network} seed {self.seed}"
-        if self.notice:
-            return f"{name}: {self.notice}"
-        losses = ", ".join(f"{name} {value:.5f}" for name, value in self.losses.items())
-        return f"{name}: step {self.step} of {self.steps}, {self.steps_per_s:.2f} steps/s, {losses}"
-
-
-OnProgress = Callable[[TrainProgress], None]
 
 
 class Model(Protocol):
@@ -320,13 +291,8 @@ class _Training:
         if not self._ranks.first:
             return
         batch = self._sampler.draw([(*self._entropy, PICTURE_STEP, sample) for sample in range(PICTURE_PATCHES)])
-        averaged = self._model.averaged.eval()
-        with torch.inference_mode():
-            fake = averaged(batch.input).float()
-        inside = batch.weight > 0
-        rows = torch.cat([batch.input[:, :1], batch.pet * inside, fake * inside], dim=1)
-        middle = rows[:, :, rows.shape[2] // 2].cpu().numpy()
-        log.picture("patches: CT, PET, synthetic", middle, self._recipe.normalization.suv_max, self.step)
+        suv_max = self._recipe.normalization.suv_max
+        log.picture("patches: CT, PET, synthetic", middle_slices(self._model.averaged, batch), suv_max, self.step)
 
     def _validate(self, log: RunLog) -> None:
         """Rank 0 measures; the others wait for it at the next gradient."""

@@ -1,17 +1,48 @@
-"""How fast a training goes: means of its losses, its rate, and the time that is left."""
+"""How far a training is and how fast it goes: what it reports, means of its losses, the time that is left."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from training.recipe import ModelName
+
 MARKS = 60  # reports over which the rate is taken: the last minute
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainProgress:
+    """Where one network's training is. `losses` are means over the last steps; `notice` is for people, mostly empty."""
+
+    model: ModelName
+    network: str
+    seed: int
+    step: int
+    steps: int
+    losses: Mapping[str, float] = field(default_factory=dict)
+    steps_per_s: float = math.nan
+    seconds_left: float | None = None
+    stage: str = "train"  # or "validate"
+    notice: str = ""
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        name = f"{self.model} {self.network} seed {self.seed}"
+        if self.notice:
+            return f"{name}: {self.notice}"
+        losses = ", ".join(f"{name} {value:.5f}" for name, value in self.losses.items())
+        return f"{name}: step {self.step} of {self.steps}, {self.steps_per_s:.2f} steps/s, {losses}"
+
+
+OnProgress = Callable[[TrainProgress], None]
 
 
 class Means:

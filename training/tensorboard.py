@@ -9,7 +9,11 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
+
+from training.patches import Batch
 
 FOLDER = "tensorboard"
 PICTURE_SUV_MAX = 7.0  # the usual window of an FDG PET; most tissue is below 3
@@ -32,24 +36,38 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._write("close")
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Write each as `group/name`."""
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+        for name, value in values.items():
+            self._write("add_scalar", f"{group}/{name}", value, step)
 
     def picture(self, name: str, rows: NDArray[np.float32], suv_max: float, step: int) -> None:
         """Rows of CT, true PET and synthetic PET: `rows` is [n, 3, height, width] in [0, 1]; PET dark on light."""
-        if self._writer is None:
-            return
         shown = np.nan_to_num(rows)
         shown[:, 1:] = 1 - np.clip(shown[:, 1:] * suv_max / PICTURE_SUV_MAX, 0, 1)
         lines = [np.concatenate(list(row), axis=1) for row in shown]
         image = (255 * np.clip(np.concatenate(lines, axis=0), 0, 1)).astype(np.uint8)
-        self._writer.add_image(name, image, step, dataformats="HW")
+        self._write("add_image", name, image, step, dataformats="HW")
+
+    def _write(self, method: str, *args: Any, **options: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*args, **options)
+        except OSError:  # a full disk: curves are not worth the run, and the next checkpoint says it
+            self._writer = None
+
+
+def middle_slices(network: nn.Module, batch: Batch) -> NDArray[np.float32]:
+    """CT, true PET and synthetic PET in the middle transverse slice of every sample, [n, 3, y, x] in [0, 1]."""
+    with torch.inference_mode():
+        fake = network.eval()(batch.input).float()
+    inside = batch.weight > 0
+    rows = torch.cat([batch.input[:, :1], batch.pet * inside, fake * inside], dim=1)
+    middle: NDArray[np.float32] = rows[:, :, rows.shape[2] // 2].cpu().numpy()
+    return middle
 
 
 def _writer(folder: Path, step: int) -> Any:

@@ -21,7 +21,8 @@ import torch
 
 from pipeline.device import choose_compute
 from training.errors import RunError, TrainingError
-from training.loop import TrainProgress, fresh_record, train_network
+from training.loop import fresh_record, train_network
+from training.pace import TrainProgress
 from training.prepared import open_prepared
 from training.recipe import MODELS, ModelName, Recipe
 from training.runs import RunRecord, read_record

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from tiny_prepared import tiny_recipe, write_tiny_prepared
 import training.loop
 from training.checkpoint import PREVIOUS
 from training.errors import DataError, RunError
-from training.loop import TrainProgress, learning_rate_factor, train_network
-from training.pace import Means, Pace
+from training.loop import learning_rate_factor, train_network
+from training.pace import Means, Pace, TrainProgress
 from training.prepared import PreparedSet
 from training.recipe import Recipe
 from training.runs import CHECKPOINT, WEIGHTS, RunRecord, check_runs_fit, read_record
 from training.stopping import Interrupted, locked
+from training.tensorboard import RunLog
 from training.validation import Validation, validate
 
 CPU = torch.device("cpu")
@@ -180,6 +183,27 @@ def test_two_torn_checkpoints_are_refused_by_name(
     assert refused.value.code == "checkpoint_torn"
 
 
+def test_a_full_disk_is_told_in_one_line_and_costs_no_checkpoint(
+    prepared: PreparedSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its own thread would fail first, and be heard
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (8000, hard))  # bytes that a file may have from now on
+    with monkeypatch.context() as patch:
+        dying("pix2pix", 4, limit, patch)
+        try:
+            with pytest.raises(RunError, match=r"checkpoint\.pt: could not be written") as refused:
+                train(prepared, tmp_path, checkpoint_s=0.0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refused.value.code == "checkpoint_unwritten"
+    folder = tmp_path / "pix2pix" / "head" / "seed-0"
+    assert torch.load(folder / CHECKPOINT, weights_only=True)["step"] == 3
+    assert not list(folder.glob("*.tmp"))
+    whole = train(prepared, tmp_path / "whole")
+    assert same(weights(tmp_path, train(prepared, tmp_path)), weights(tmp_path / "whole", whole))
+
+
 def test_a_finished_run_fits_and_is_returned_at_once(
     prepared: PreparedSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +330,22 @@ def test_without_tensorboard_training_says_so_once_and_goes_on(
     assert [now.notice for now in told if "tensorboard" in now.notice] == [
         "the package tensorboard is not installed: no curves and pictures"
     ]
+
+
+def test_curves_that_cannot_be_written_do_not_end_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullDisk:
+        calls = 0
+
+        def add_scalar(self, *_: object) -> None:
+            self.calls += 1
+            raise OSError(28, "No space left on device")
+
+    disk = FullDisk()
+    monkeypatch.setattr("training.tensorboard._writer", lambda *_: disk)
+    with RunLog(tmp_path, 0) as log:
+        log.scalars("loss", {"l1": 1.0, "generator": 2.0}, 1)
+        log.picture("patches", np.zeros((1, 3, 4, 4), np.float32), 20.0, 1)
+    assert disk.calls == 1
 
 
 class CtAsPet(torch.nn.Module):

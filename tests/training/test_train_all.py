@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from dicom_node.cli import app
 from training.errors import DataError, RunError
-from training.loop import TrainProgress
+from training.pace import TrainProgress
 from training.prepared import PreparedSet
 from training.recipe import load_recipe
 from training.runs import CHECKPOINT, RECORD, find_runs, read_record

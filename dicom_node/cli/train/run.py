@@ -14,7 +14,7 @@ from dicom_node.cli.train.common import refused
 from dicom_node.cli.train.watch import Watch, print_records
 
 if TYPE_CHECKING:
-    from training.loop import TrainProgress
+    from training.pace import TrainProgress
 
 
 class ModelChoice(StrEnum):
