@@ -27,7 +27,7 @@ from training.metrics import Summary, describe
 from training.prepared import patients
 from training.report_format import REPORT, EvaluationReport
 from training.report_text import report_markdown
-from training.tables import Table, latex, make_tables, tables_csv, tests_csv
+from training.tables import Table, latex, make_tables, tables_csv, comparisons_csv
 
 SUMMARY_METRICS = ("mae", "psnr", "ssim", "bias_suv_mean", "bias_suv_max")
 
@@ -45,7 +45,7 @@ def write_report(folder: Path, evaluation: Evaluation, *, created: datetime | No
     suv_max = evaluation.recipe.normalization.suv_max
     names = _write_figures(folder, evaluation, tables[0])
     write_whole(folder / "tables.csv", tables_csv(tables).encode())
-    write_whole(folder / "tests.csv", tests_csv(tables).encode())
+    write_whole(folder / "tests.csv", comparisons_csv(tables).encode())
     write_whole(folder / "tables.tex", latex(tables, suv_max, data_note(evaluation)).encode())
     write_whole(folder / "rows.csv", rows_csv(evaluation.measures).encode())
     write_whole(folder / "organs.csv", organs_csv(evaluation.measures).encode())

@@ -165,7 +165,7 @@ def tables_csv(tables: Sequence[Table]) -> str:
     return text.getvalue()
 
 
-def tests_csv(tables: Sequence[Table]) -> str:
+def comparisons_csv(tables: Sequence[Table]) -> str:
     """Every comparison of every table as one line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
