@@ -145,6 +145,11 @@ def _figures(manifest: Manifest, report: EvaluationReport) -> list[str]:
         f"{report.studies} {report.split} studies of {report.patients} {kind}, through the node's own inference. Mean",
         "± SD over patients [95 % interval of the mean], n patients; inside district and body.",
     ]
+    if len(seeds := manifest.metrics.get("seeds", ())) > 1:
+        said = (
+            f"Averaged over the runs of seeds {', '.join(map(str, seeds))} within each patient; the bundle holds one:"
+        )
+        lines += [said, "the seed in the table above."]
     for metric, (heading, decimals) in METRICS.items():
         lines += ["", f"### {heading}", *_table(summary, metric, decimals)]
     if more := _beyond(report, summary):

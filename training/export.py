@@ -203,6 +203,7 @@ def metrics_of(report: EvaluationReport, model: ModelName) -> dict[str, Any]:
         "studies": report.studies,
         "patients": report.patients,
         "phantom": report.phantom,
+        "seeds": sorted({int(run.rpartition("-")[2]) for run in report.weights if run.startswith(f"{model}/")}),
         "data_range": "1.0 = suv_max; inside district and body",
         "summary": {method: report.summary[method] for method in methods},
     }

@@ -106,3 +106,9 @@ def test_lesions_are_shown_as_they_were_measured(shop: Workshop, manifest: Manif
     assert "0.1510 ± 0.0200 [0.1000, 0.2000], n 3" in line
     assert line.count("not measured") == 2
     assert "90%" not in text
+
+
+def test_figures_of_several_seeds_are_called_an_average(shop: Workshop, manifest: Manifest, card: str) -> None:
+    assert "seeds" not in card
+    text = model_card(manifest.model_copy(update={"metrics": manifest.metrics | {"seeds": [0, 1]}}), altered(shop))
+    assert "runs of seeds 0, 1" in text

@@ -181,7 +181,9 @@ def test_the_lineage_names_recipe_data_split_runs_and_software(shop: Workshop) -
 
 
 def test_the_metrics_are_this_model_s_and_the_baselines(shop: Workshop) -> None:
-    summary = shop.export().manifest.metrics["summary"]
+    metrics = shop.export().manifest.metrics
+    summary = metrics["summary"]
+    assert metrics["seeds"] == [0]
     assert list(summary) == ["pix2pix/districts", "pix2pix/whole_body", "hu_lookup", "district_mean"]
     assert summary["pix2pix/districts"]["head"]["mae"]["mean"] == 0.02
 
