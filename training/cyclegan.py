@@ -29,6 +29,7 @@ from training.optimization import (
     identity,
     update,
     uses_bf16,
+    warmed_decay,
 )
 from training.patches import Batch
 from training.recipe import ModelRecipe, Recipe
@@ -105,6 +106,7 @@ class CycleGAN:
         train, spec = recipe.train, recipe.model.cyclegan
         check_window(spec.window, recipe.model.discriminator_layers)
         self._train, self._cycle, self._device = train, recipe.cycle, device
+        self._steps = 0  # taken so far
         self._bf16 = uses_bf16(train.precision, device)
         self.generators = CycleGenerators(spec).to(device)
         self.discriminators = CycleDiscriminators(recipe.model).to(device)
@@ -141,7 +143,8 @@ class CycleGAN:
         old_ct = self._pools["ct_pool"].exchange(made.ct, rng)
         losses["discriminator"] = self._update_discriminators((pet, old_pet), (ct, old_ct), rate)
 
-        average_into(self.averaged, self.generator, self._train.ema_decay)
+        average_into(self.averaged, self.generator, warmed_decay(self._train.ema_decay, self._steps))
+        self._steps += 1
         losses["l1"] = weighted_l1(made.pet, batch.pet, batch.weight)
         return {name: loss.detach() for name, loss in losses.items()}
 
@@ -188,6 +191,7 @@ class CycleGAN:
             {name: network.state_dict() for name, network in networks.items()}
             | {"g_optimizer": self._g_optimizer.state_dict(), "d_optimizer": self._d_optimizer.state_dict()}
             | {name: pool.state() for name, pool in self._pools.items()}
+            | {"steps": self._steps}
         )
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -196,6 +200,7 @@ class CycleGAN:
             network.load_state_dict(state[name])
         self._g_optimizer.load_state_dict(state["g_optimizer"])
         self._d_optimizer.load_state_dict(state["d_optimizer"])
+        self._steps = state["steps"]
         for name, pool in self._pools.items():
             pool.restore(state[name], self._device)
 

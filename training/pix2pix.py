@@ -19,6 +19,7 @@ from training.optimization import (
     identity,
     update,
     uses_bf16,
+    warmed_decay,
 )
 from training.patches import Batch
 from training.recipe import Recipe
@@ -35,6 +36,7 @@ class Pix2Pix:
         train, spec, model = recipe.train, recipe.model.pix2pix, recipe.model
         check_window(spec.window, model.discriminator_layers)
         self._train, self._device = train, device
+        self._steps = 0  # taken so far
         self._bf16 = uses_bf16(train.precision, device)
         self.generator = build_network(spec).to(device)
         pair = spec.in_channels + 1
@@ -76,7 +78,8 @@ class Pix2Pix:
         update(self._g_optimizer, [self.generator], loss_g, rate, train.clip_norm)
         self.discriminator.requires_grad_(True)
 
-        average_into(self.averaged, self.generator, train.ema_decay)
+        average_into(self.averaged, self.generator, warmed_decay(train.ema_decay, self._steps))
+        self._steps += 1
         losses = {"l1": l1, "adversarial": adversarial, "generator": loss_g, "discriminator": loss_d}
         return {name: loss.detach() for name, loss in losses.items()}
 
@@ -91,6 +94,7 @@ class Pix2Pix:
             "averaged": self.averaged.state_dict(),
             "g_optimizer": self._g_optimizer.state_dict(),
             "d_optimizer": self._d_optimizer.state_dict(),
+            "steps": self._steps,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -100,3 +104,4 @@ class Pix2Pix:
         self.averaged.load_state_dict(state["averaged"])
         self._g_optimizer.load_state_dict(state["g_optimizer"])
         self._d_optimizer.load_state_dict(state["d_optimizer"])
+        self._steps = state["steps"]

@@ -11,7 +11,7 @@ import torch
 from step_tools import CPU, FREE, Counting, batch_of, double, gradients, mean_l1, norm_of, part_of, recipe_for
 
 from training.losses import adversarial_loss, discriminator_loss, generator_loss
-from training.optimization import uses_bf16
+from training.optimization import uses_bf16, warmed_decay
 from training.patches import Batch
 from training.pix2pix import Pix2Pix
 from training.recipe import RecipeError
@@ -93,16 +93,27 @@ def test_gradients_are_clipped_by_their_norm() -> None:
 
 
 def test_the_averaged_weights_follow_slowly() -> None:
-    model = model_of(ema_decay=0.9)
-    before = [p.clone() for p in model.averaged.parameters()]
+    model = model_of(ema_decay=0.15)
     model.step(batch_of(), 1.0, (0,))
+    before = [p.clone() for p in model.averaged.parameters()]
+    model.step(batch_of(), 1.0, (1,))
     for mean, old, now in zip(model.averaged.parameters(), before, model.generator.parameters(), strict=True):
-        torch.testing.assert_close(mean, 0.9 * old + 0.1 * now)
+        torch.testing.assert_close(mean, 0.15 * old + 0.85 * now)
         assert not mean.requires_grad
     plain = model_of(ema_decay=0.0)
     plain.step(batch_of(), 1.0, (0,))
     for mean, now in zip(plain.averaged.parameters(), plain.generator.parameters(), strict=True):
         assert torch.equal(mean, now)
+
+
+def test_a_short_run_forgets_its_random_start() -> None:
+    assert [warmed_decay(0.995, step) for step in (0, 8, 90)] == pytest.approx([0.1, 0.5, 0.91])
+    assert warmed_decay(0.995, 1790) == 0.995
+    model = model_of(ema_decay=0.995)
+    start = [p.clone() for p in model.averaged.parameters()]
+    model.step(batch_of(), 1.0, (0,))
+    for mean, old, now in zip(model.averaged.parameters(), start, model.generator.parameters(), strict=True):
+        torch.testing.assert_close(mean, 0.1 * old + 0.9 * now)
 
 
 def test_the_rate_scales_both_learning_rates() -> None:
