@@ -41,12 +41,12 @@ def main() -> None:
     rng = np.random.default_rng(0)
     real = rng.random(options.shape, dtype=np.float32)
     fake = np.clip(real + rng.normal(0, 0.1, real.shape).astype(np.float32), 0, 1)
-    pair = [torch.from_numpy(volume)[None, None] for volume in (fake, real)]
+    x, y = (torch.from_numpy(volume)[None, None] for volume in (fake, real))
 
     ours, seconds = timed(lambda: ssim_map(fake, real), options.repeats)
     theirs, seconds_monai = timed(
         lambda: compute_ssim_and_cs(
-            *pair, spatial_dims=3, kernel_size=(WINDOW,) * 3, kernel_sigma=(SIGMA,) * 3, data_range=1.0
+            x, y, spatial_dims=3, kernel_size=(WINDOW,) * 3, kernel_sigma=(SIGMA,) * 3, data_range=1.0
         )[0],
         max(1, options.repeats - 2),
     )

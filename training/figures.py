@@ -29,7 +29,7 @@ from training.tables import Table, group_title, method_title
 
 SHOWN_SUV = 8.0  # upper end of the gray scale: gray matter's usual uptake is just black
 CT_WINDOW_HU = (-160.0, 240.0)  # soft tissue
-ZOOM_MM, ZOOMS = 150.0, 3
+ZOOM_MM, ZOOMS, ZOOMED_LESIONS = 150.0, 3, 2
 LARGEST_PNG = 300_000  # bytes
 SHARPEST_DPI, COARSEST_DPI = 110, 30
 COLUMN_TITLES = {
@@ -224,21 +224,27 @@ def _coronal_row(picture: Picture) -> int:
 
 
 def _zooms(picture: Picture, row: int) -> list[tuple[slice, slice]]:
-    """Boxes (z, x) in a coronal slice: around its largest lesion first, then where the true PET is hottest."""
+    """Boxes (z, x) in a coronal slice, head first: its two largest lesions, then where the true PET is hottest."""
     dz, _, dx = picture.truth.study.record.spacing_mm
     shape = picture.truth.body.shape[0], picture.truth.body.shape[2]
     size = [min(n, max(2, round(ZOOM_MM / s))) for n, s in zip(shape, (dz, dx), strict=True)]
-    heat = uniform_filter(picture.suv["real"][:, row], size=3)
-    inside = picture.truth.lesions[:, row]
-    heat = np.where(inside > 0, heat + 1000 * np.bincount(inside.ravel())[inside], heat) if inside.any() else heat
+    lesions = picture.truth.lesions[:, row]
+    sizes = np.bincount(lesions.ravel())
+    sizes[0] = 0
+    ranked = [np.where(lesions == label, 1.0, 0.0) for label in np.argsort(-sizes)[:ZOOMED_LESIONS] if sizes[label]]
+    heat = picture.suv["real"][:, row]
+    free = np.ones(shape, dtype=bool)
     boxes: list[tuple[slice, slice]] = []
-    while len(boxes) < ZOOMS and heat.max() > 0:
-        center = np.unravel_index(int(heat.argmax()), shape)
+    for wanted in (*ranked, *[heat] * ZOOMS):
+        left = uniform_filter(wanted, size=3) * free
+        if len(boxes) == ZOOMS or left.max() <= 0:
+            continue
+        center = np.unravel_index(int(left.argmax()), shape)
         starts = [min(max(int(c) - n // 2, 0), limit - n) for c, n, limit in zip(center, size, shape, strict=True)]
         z, x = (slice(a, a + n) for a, n in zip(starts, size, strict=True))
         boxes.append((z, x))
-        wide = tuple(slice(max(s.start - n // 2, 0), s.stop + n // 2) for s, n in zip((z, x), size, strict=True))
-        heat[wide] = 0
+        # a box beside this one must not overlap it
+        free[tuple(slice(max(s.start - n // 2, 0), s.stop + n // 2) for s, n in zip((z, x), size, strict=True))] = False
     return sorted(boxes, key=lambda box: -box[0].start)
 
 

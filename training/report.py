@@ -27,7 +27,7 @@ from training.metrics import Summary, describe
 from training.prepared import patients
 from training.report_format import REPORT, EvaluationReport
 from training.report_text import report_markdown
-from training.tables import Table, latex, make_tables, tables_csv, comparisons_csv
+from training.tables import Table, comparisons_csv, latex, make_tables, tables_csv
 
 SUMMARY_METRICS = ("mae", "psnr", "ssim", "bias_suv_mean", "bias_suv_max")
 

@@ -215,7 +215,9 @@ def _training(evaluation: Evaluation) -> list[str]:
         for title, records in _budgets(evaluation, model):
             seeds, networks = len({r.seed for r in records}), len({r.network for r in records})
             steps, spent = sum(r.steps for r in records) / seeds, sum(r.seconds for r in records) / 60 / seeds
-            lines.append(f"- {title}: {networks} networks, {steps:.0f} steps, {spent:.1f} minutes.")
+            lines.append(
+                f"- {title}: {networks} network{'s' * (networks > 1)}, {steps:.0f} steps, {spent:.1f} minutes."
+            )
     lines += [
         "",
         "Where these differ the comparison is of methods with unequal budgets: four district networks together may"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from training.prepared import PreparedSet
 from training.recipe import Recipe
 from training.report import as_report, write_report
 from training.report_format import read_report
-from training.runs import RunRecord, write_record
+from training.runs import write_record
 
 METHODS = ["pix2pix/districts", "pix2pix/whole_body", "cyclegan/districts", "hu_lookup", "district_mean"]
 
@@ -35,11 +36,6 @@ def recipe() -> Recipe:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> PreparedSet:
     return write_tiny_prepared(tmp_path_factory.mktemp("data") / "prepared", recipe=recipe, studies=9, spacing_mm=12.0)
-
-
-@pytest.fixture(scope="module")
-def records(runs: Path) -> list[RunRecord]:
-    return evaluation_module.find_runs(runs)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +105,7 @@ def test_a_district_that_a_study_does_not_show_has_no_figures(tmp_path: Path, re
     found = evaluate(tmp_path / "runs", partial, device="cpu")
     assert all("legs" not in m.regions and "head" not in m.regions for m in found.measures)
     assert all(m.regions["body"]["mae"] > 0 for m in found.measures)
-    content = as_report(found, [], evaluation_module.datetime.now(evaluation_module.UTC))
+    content = as_report(found, [], datetime.now(UTC))
     assert content.summary["pix2pix/districts"]["legs"]["mae"]["mean"] is None
 
 
@@ -211,7 +207,7 @@ def test_the_report_for_people_says_what_the_data_are_and_what_came_out(report: 
         assert heading in text
     assert "HU-to-SUV look-up" in text
     assert "Pix2Pix, districts: 4 networks, 46 steps, 6.0 minutes." in text
-    assert "Pix2Pix, whole body: 1 networks, 14 steps, 1.5 minutes." in text
+    assert "Pix2Pix, whole body: 1 network, 14 steps, 1.5 minutes." in text
     assert "not tested everywhere" in text  # two patients
 
 
