@@ -77,7 +77,8 @@ def _processes(workers: int) -> Iterator[Run]:
 def _start_worker() -> None:
     """One thread each; gone at once with Ctrl-C, and with the process that started it however that ended."""
     _one_thread()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored: started in the background, like its parent
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     if parent is not None:
 

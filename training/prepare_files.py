@@ -30,7 +30,7 @@ from training.recipe import Recipe
 
 LOCK = ".prepare.lock"
 BYTES_PER_VOXEL = 2 + 2 + 1 + 1  # CT, PET, districts, lesions
-BODY_SHARE = 0.4  # of the PET's field that the body's box fills: 0.25 to 0.5 on phantoms
+BODY_SHARE = 0.4  # of the PET's field that the body's box fills: 0.45 to 0.8 of a phantom's 500 mm, less of 700 mm
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -146,7 +146,7 @@ def check_space(out: Path, cohort: Cohort, recipe: Recipe) -> None:
     needed = BODY_SHARE * sum(BYTES_PER_VOXEL * expected_voxels(s, recipe.prepare.spacing_mm) for s in waiting)
     free = shutil.disk_usage(out).free
     if needed > free:
-        text = f"{out}: {len(waiting)} studies need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        text = f"{out}: {len(waiting)} studies need about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
         raise DataError("no_space", f"{text}; free some, or name a folder on another disk")
 
 

@@ -327,7 +327,7 @@ def test_what_will_not_fit_is_refused_before_the_work(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare_files, "expected_voxels", lambda study, spacing: 10**15)
-    with pytest.raises(DataError, match="GB are free") as error:
+    with pytest.raises(DataError, match="MB are free") as error:
         check_space(tmp_path, finished.cohort, recipe())
     assert error.value.code == "no_space"
     check_space(finished.out, finished.cohort, recipe())  # all of it is there already
