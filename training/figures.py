@@ -224,7 +224,7 @@ def _coronal_row(picture: Picture) -> int:
 
 
 def _zooms(picture: Picture, row: int) -> list[tuple[slice, slice]]:
-    """Boxes (z, x) in a coronal slice, head first: its two largest lesions, then where the true PET is hottest."""
+    """Boxes (z, x) in a coronal slice, head first: its two largest lesions, then the hottest normal uptake."""
     dz, _, dx = picture.truth.study.record.spacing_mm
     shape = picture.truth.body.shape[0], picture.truth.body.shape[2]
     size = [min(n, max(2, round(ZOOM_MM / s))) for n, s in zip(shape, (dz, dx), strict=True)]
@@ -232,7 +232,7 @@ def _zooms(picture: Picture, row: int) -> list[tuple[slice, slice]]:
     sizes = np.bincount(lesions.ravel())
     sizes[0] = 0
     ranked = [np.where(lesions == label, 1.0, 0.0) for label in np.argsort(-sizes)[:ZOOMED_LESIONS] if sizes[label]]
-    heat = picture.suv["real"][:, row]
+    heat = np.where(lesions == 0, picture.suv["real"][:, row], np.float32(0))
     free = np.ones(shape, dtype=bool)
     boxes: list[tuple[slice, slice]] = []
     for wanted in (*ranked, *[heat] * ZOOMS):
