@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from itertools import product
 from typing import Literal, get_args
 
 from training.errors import DataError
@@ -53,21 +54,35 @@ def side_counts(sizes: Mapping[str, int], shares: Sequence[float]) -> dict[str, 
     """How many of each stratum go to each side: rows sum to the sizes, columns to the shares of the whole.
 
     A cell is its exact share rounded up or down (controlled rounding, which always exists), save where an empty
-    side had to get somebody.
+    side had to get somebody. Of all such roundings it is the one that rounds up where the remainders are largest.
     """
-    exact_shares = [Fraction(share).limit_denominator(10_000) for share in shares]
+    total = sum(map(Fraction, shares))
+    exact_shares = [(Fraction(share) / total).limit_denominator(10_000) for share in shares]
+    exact_shares = [share / sum(exact_shares) for share in exact_shares]
     whole = _largest_remainder([sum(sizes.values()) * share for share in exact_shares], sum(sizes.values()))
     exact = {name: [size * share for share in exact_shares] for name, size in sizes.items()}
-    counts = {name: [int(cell) for cell in row] for name, row in exact.items()}
-    missing = [total - sum(row[i] for row in counts.values()) for i, total in enumerate(whole)]
-    for name, size in sizes.items():
-        # Gale and Ryser: each row serves the columns that miss most; if any way of rounding exists, this is one.
-        order = sorted(range(len(shares)), key=lambda i: (-missing[i], counts[name][i] - exact[name][i], i))
-        for i in order[: size - sum(counts[name])]:
-            counts[name][i] += 1
-            missing[i] -= 1
+    # few enough to try all: at most 3 roundings of each of 6 diagnoses
+    fitting = [
+        rows
+        for rows in product(*(_roundings(row) for row in exact.values()))
+        if all(sum(row[i] for row in rows) == n for i, n in enumerate(whole))
+    ]
+    best = max(fitting, key=lambda rows: _gain(rows, list(exact.values())))
+    counts = {name: list(row) for name, row in zip(sizes, best, strict=True)}
     _fill_empty_sides(counts, exact_shares)
     return counts
+
+
+def _roundings(row: Sequence[Fraction]) -> list[tuple[int, ...]]:
+    """Every way to round the cells up or down (a whole number stays) that keeps the row's sum."""
+    cells = [(int(cell),) if cell.denominator == 1 else (int(cell), int(cell) + 1) for cell in row]
+    return [rounded for rounded in product(*cells) if sum(rounded) == sum(row)]
+
+
+def _gain(rows: Sequence[Sequence[int]], exact: Sequence[Sequence[Fraction]]) -> Fraction:
+    """The remainders of all cells that were rounded up."""
+    cells = ((n, value) for row, values in zip(rows, exact, strict=True) for n, value in zip(row, values, strict=True))
+    return sum((value - int(value) for n, value in cells if n > value), Fraction(0))
 
 
 def _fill_empty_sides(counts: dict[str, list[int]], shares: Sequence[Fraction]) -> None:
