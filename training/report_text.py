@@ -194,7 +194,8 @@ def _controls(measures: Sequence[Measure]) -> list[str]:
     return [
         f"False-positive volume in ml: synthetic PET at least SUV {HOT_SUV:g} where the true one is under"
         f" {COLD_SUV:g}, in studies without a lesion. Seam index: how much more the synthetic PET jumps at the borders"
-        " of districts than the true one does, in units of the usual difference beside the border; 0 is no seam.",
+        " of districts than the true one does, in units of the usual difference beside the border; 0 is no seam,"
+        " below 0 the borders are smoother than in the true PET; - where a synthetic PET is flat inside districts.",
         "",
         *markdown_rows(["method", "negative controls", "false-positive ml", "seam index"], rows),
     ]
