@@ -16,6 +16,9 @@ class TrainingError(Exception):
         super().__init__(text)
         self.code, self.text = code, text
 
+    def __reduce__(self) -> tuple[type[TrainingError], tuple[str, str]]:  # it travels between processes
+        return type(self), (self.code, self.text)
+
 
 class StudyError(TrainingError):
     """One study cannot be used."""

@@ -54,7 +54,7 @@ def warmed_decay(decay: float, step: int) -> float:
 
 def average_into(averaged: nn.Module, network: nn.Module, decay: float) -> None:
     """averaged = decay * averaged + (1 - decay) * network, in place, all tensors at once (one kernel on a GPU)."""
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    average = get_ema_multi_avg_fn(decay)
     average(list(averaged.parameters()), list(network.parameters()), None)
 
 
@@ -64,7 +64,7 @@ def update(optimizer: Adam, networks: Iterable[nn.Module], loss: Tensor, rate: f
     The gradients stay where they are until the next update.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     for network in networks:
         clip_grad_norm_(network.parameters(), clip_norm)
     for group in optimizer.param_groups:

@@ -31,9 +31,7 @@ def write_nifti(path: Path, volume: NDArray[Any], grid: Grid) -> None:
     """
     if volume.shape != grid.shape:
         raise ValueError(f"{path.name}: volume {volume.shape} does not fit grid {grid.shape}")
-    image = nib.Nifti1Image(  # type: ignore[no-untyped-call]
-        np.asarray(volume.transpose(2, 1, 0)), ras_affine(grid)
-    )
+    image = nib.Nifti1Image(np.asarray(volume.transpose(2, 1, 0)), ras_affine(grid))
     image.header["xyzt_units"] = MILLIMETERS
     for name in ("qform_code", "sform_code"):
         image.header[name] = 1  # scanner coordinates

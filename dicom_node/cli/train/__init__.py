@@ -9,13 +9,15 @@ from __future__ import annotations
 import typer
 
 app = typer.Typer(
-    help="Train and evaluate the networks: phantom, prepare, run, all, evaluate, export.", no_args_is_help=True
+    help="From a folder of FDG-PET/CT studies to a bundle: prepare, train, evaluate, export.", no_args_is_help=True
 )
-# isort: off
-# One line per command, so that each can be added alone.
-from dicom_node.cli.train import all as _all  # noqa: E402, F401
-from dicom_node.cli.train import export  # noqa: E402, F401
-from dicom_node.cli.train import run  # noqa: E402, F401
-from dicom_node.cli.train import phantom  # noqa: E402, F401
+
+# each registers its command on `app`; in the order of the work, as `--help` shows them
+from dicom_node.cli.train import phantom  # noqa: E402, F401, I001
 from dicom_node.cli.train import prepare  # noqa: E402, F401
+from dicom_node.cli.train import run  # noqa: E402, F401
+from dicom_node.cli.train import all as _all  # noqa: E402, F401
 from dicom_node.cli.train import evaluate  # noqa: E402, F401
+from dicom_node.cli.train import ablation  # noqa: E402, F401
+from dicom_node.cli.train import export  # noqa: E402, F401
+from dicom_node.cli.train import recipes  # noqa: E402, F401
