@@ -34,7 +34,7 @@ from training.metrics import Summary, describe, mae, mean_in, psnr, ssim_map
 from training.prepared import PreparedSet, PreparedStudy, Split
 from training.recipe import RECIPES, ModelName, Recipe, RecipeError, parse_recipe
 from training.runs import RunRecord, check_runs_fit, find_runs
-from training.train_all import train_all
+from training.train_all import AllProgress, train_all
 
 ABLATIONS = Path(__file__).parent / "ablations"
 COLUMNS = ("MAE body", *(f"MAE {d.key}" for d in District), "PSNR body", "SSIM body", "seam index", "s per study")
@@ -185,10 +185,8 @@ def run_ablation(
         )
     out.mkdir(parents=True, exist_ok=True)
     where = f"{len(prepared.studies(split)[:limit])} {split} studies"
-    write_whole(
-        out / f"{Path(name).stem}.md",
-        markdown(ablation, rows, model, where, phantom=prepared.manifest.phantom).encode(),
-    )
+    table = markdown(ablation, rows, model, where, phantom=prepared.manifest.phantom)
+    write_whole(out / f"{Path(name).stem}.md", table.encode())
     write_whole(out / f"{Path(name).stem}.csv", as_csv(rows).encode())
     return rows
 
