@@ -23,7 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.bundle import ModelBundle
-from pipeline.device import choose_compute
+from pipeline.device import Compute, choose_compute
 from pipeline.run import synthesize_volume
 from pipeline.types import WHOLE_BODY, District
 from training.detection import seam_index
@@ -34,6 +34,7 @@ from training.metrics import Summary, describe, mae, mean_in, psnr, ssim_map
 from training.prepared import PreparedSet, PreparedStudy, Split
 from training.recipe import RECIPES, ModelName, Recipe, RecipeError, parse_recipe
 from training.runs import RunRecord, check_runs_fit, find_runs
+from training.start import has_own_length
 from training.train_all import AllProgress, train_all
 
 ABLATIONS = Path(__file__).parent / "ablations"
@@ -51,7 +52,7 @@ class Variant(BaseModel):
 
 
 class Ablation(BaseModel):
-    """One table: its title, the base recipe, and what is changed."""
+    """One table: its title, the base recipe (a shipped one's name, or a file), and what is changed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -88,11 +89,16 @@ def load_ablation(name: str) -> Ablation:
 
 
 def variant_recipes(ablation: Ablation, *, model: ModelName, steps: int | None) -> dict[str, Recipe]:
-    """The recipe of every variant. `steps` replaces the length of every network, so that all are trained alike."""
-    path = RECIPES / f"{ablation.base}.toml"
-    base = tomllib.loads(path.read_text(encoding="utf-8"))
-    recipes = {}
+    """The recipe of every variant. `steps` replaces the length of every network, so that all are trained alike.
+
+    Raises:
+        RecipeError: the base cannot be read, a variant's recipe cannot be, or two variants have one name.
+    """
+    base = _read_base(ablation.base)
+    recipes: dict[str, Recipe] = {}
     for variant in ablation.variant:
+        if variant.name in recipes:
+            raise RecipeError(f"ablation {ablation.title!r}: two variants are called {variant.name!r}")
         content = merged(base, variant.changes)
         recipe = parse_recipe(content, f"{ablation.base} ({variant.name})")
         if steps is not None:
@@ -100,6 +106,17 @@ def variant_recipes(ablation: Ablation, *, model: ModelName, steps: int | None) 
             recipe = parse_recipe(content, f"{ablation.base} ({variant.name})")
         recipes[variant.name] = recipe
     return recipes
+
+
+def _read_base(name: str) -> dict[str, Any]:
+    shipped = RECIPES / f"{name}.toml"
+    path = shipped if shipped.is_file() else Path(name)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"base recipe {name!r}: neither a shipped one nor a readable file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"base recipe {name!r}: not TOML: {error}") from error
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,10 +165,11 @@ def run_ablation(
     """
     ablation = load_ablation(name)
     rows = []
+    places = [runs]  # what is trained for one variant serves the next ones that do not change it
     for number, (variant, recipe) in enumerate(variant_recipes(ablation, model=model, steps=steps).items()):
-        there = _matching(runs, recipe, model, seed, prepared)
-        folder = runs
-        if trained := there is None:
+        found = ((place, _matching(place, recipe, model, seed, prepared)) for place in places)
+        folder, there = next((one for one in found if one[1] is not None), (runs, None))
+        if there is None:
             folder = out / "runs" / f"{Path(name).stem}-{number}"
             on_progress(f"{variant}: training {', '.join(recipe.networks)}")
             train_all(
@@ -167,6 +185,7 @@ def run_ablation(
                 on_progress=partial(_tell, on_progress, variant),
             )
             there = _matching(folder, recipe, model, seed, prepared)
+            places.append(folder)
         assert there is not None  # `train_all` raises otherwise
         check_runs_fit(folder, there)
         records = {r.network: r.model_copy(update={"recipe": recipe}) for r in there}
@@ -181,7 +200,7 @@ def run_ablation(
             )
             figures = _measure(bundle, prepared, split, limit, device)
         rows.append(
-            AblationRow(name=variant, steps=sum(r.steps for r in there), trained=trained, figures=figures),
+            AblationRow(name=variant, steps=sum(r.steps for r in there), trained=folder != runs, figures=figures),
         )
     out.mkdir(parents=True, exist_ok=True)
     where = f"{len(prepared.studies(split)[:limit])} {split} studies"
@@ -203,6 +222,8 @@ def _matching(runs: Path, recipe: Recipe, model: ModelName, seed: int, prepared:
         if (r.model, r.seed, r.state) == (model, seed, "done")
         and r.network in recipe.networks
         and r.training_digest == recipe.training_digest(model, r.network)
+        and has_own_length(r, recipe)
+        and r.recipe.seed == recipe.seed
         and r.prepared_digest == prepared.manifest.digest
     }
     return list(found.values()) if set(found) == set(recipe.networks) else None
@@ -211,25 +232,30 @@ def _matching(runs: Path, recipe: Recipe, model: ModelName, seed: int, prepared:
 def _measure(
     bundle: ModelBundle, prepared: PreparedSet, split: Split, limit: int | None, device: str
 ) -> dict[str, Summary]:
+    compute = choose_compute(device)
+    for key in bundle.keys:  # read now: the first study's seconds are not to count it
+        bundle.network(key, compute.device)
     values: dict[str, list[float]] = {column: [] for column in COLUMNS}
     for record in prepared.studies(split)[:limit]:
-        for column, value in _figures(bundle, prepared.load(record), device).items():
+        for column, value in _figures(bundle, prepared.load(record), compute).items():
             values[column].append(value)
     return {column: describe(found) for column, found in values.items()}
 
 
-def _figures(bundle: ModelBundle, study: PreparedStudy, device: str) -> dict[str, float]:
-    compute = choose_compute(device)
+def _figures(bundle: ModelBundle, study: PreparedStudy, compute: Compute) -> dict[str, float]:
     truth = read_truth(study)
     districts, body, real = truth.districts, truth.body, truth.pet
-    only_whole = bundle.keys == (WHOLE_BODY,)
-    networks = {d: WHOLE_BODY if only_whole else d.key for d in districts.present}
+    stand_in = {d: WHOLE_BODY for d in districts.present if WHOLE_BODY in bundle.keys}
+    networks = stand_in | {d: d.key for d in districts.present if d.key in bundle.keys}
     began = time.perf_counter()
     fake = synthesize_volume(truth.ct, districts, networks, bundle, compute=compute)
     seconds = time.perf_counter() - began
+    by_district = {f"MAE {d.key}": mae(fake, real, districts.labels == d) for d in networks}
+    if len(networks) < len(districts.present):  # nothing was predicted there: no figure of the whole body
+        return by_district | {"s per study": seconds}
     return {
         "MAE body": mae(fake, real, body),
-        **{f"MAE {d.key}": mae(fake, real, districts.labels == d) for d in District},
+        **by_district,
         "PSNR body": psnr(fake, real, body),
         "SSIM body": mean_in(ssim_map(fake, real), body),
         "seam index": seam_index(fake, real, districts.labels),

@@ -123,20 +123,20 @@ class TrainRecipe(_Frozen):
 
 
 class InferenceRecipe(_Frozen):
-    """Written to the manifest: how the trained networks are to be applied."""
+    """Written to the manifest, whose limits these are: how the trained networks are to be applied."""
 
-    overlap: int = 16
+    overlap: int = Field(default=16, ge=0)
     blending: Literal["mean", "gaussian"] = "gaussian"
     stitching: Literal["hard", "feathered"] = "feathered"
-    feather_mm: float = 8.0
+    feather_mm: float = Field(default=8.0, ge=0, le=100)
     input_mask: InputMask = "body"
 
 
 class Recipe(_Frozen):
     """A whole recipe."""
 
-    name: str
-    version: str
+    name: str = Field(min_length=1, max_length=64)
+    version: str = Field(min_length=1, max_length=64)
     profile: Literal["robust", "paper"]
     seed: int = 0
     licence: str
@@ -167,6 +167,8 @@ class Recipe(_Frozen):
                 raise ValueError(f"model.{model}.window {spec.window} is not pix2pix's {self.model.pix2pix.window}")
         if self.inference.overlap >= self.window:
             raise ValueError(f"inference.overlap {self.inference.overlap} must be below the window {self.window}")
+        if self.inference.input_mask == "district" and self.inference.stitching == "feathered":
+            raise ValueError("inference.input_mask 'district' needs stitching 'hard': it sees air beyond its border")
         return self
 
     @property

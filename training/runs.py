@@ -88,6 +88,13 @@ def find_runs(runs: Path) -> list[RunRecord]:
     return records
 
 
+def _same_method(record: RunRecord, other: RunRecord) -> bool:
+    """Whether the recipe of `other` would train the network of `record` as it was trained, whatever its length."""
+    train = other.recipe.train.model_copy(update={"steps": record.recipe.train.steps})
+    recipe = other.recipe.model_copy(update={"train": train})
+    return record.training_digest == recipe.training_digest(record.model, record.network)
+
+
 def check_runs_fit(runs: Path, records: Iterable[RunRecord]) -> None:
     """Refuse runs that cannot be compared: other data, another recipe, unfinished, or with altered weights.
 
@@ -95,6 +102,7 @@ def check_runs_fit(runs: Path, records: Iterable[RunRecord]) -> None:
         RunError: run_unfinished, run_foreign, weights_altered.
     """
     first: RunRecord | None = None
+    firsts: dict[ModelName, RunRecord] = {}
     for record in records:
         where = f"{runs / record.folder_name}"
         if record.state != "done":
@@ -105,6 +113,9 @@ def check_runs_fit(runs: Path, records: Iterable[RunRecord]) -> None:
         if (record.prepared_digest, record.recipe.name) != (first.prepared_digest, first.recipe.name):
             text = f"{where}: recipe {record.recipe.name}, data {record.prepared_digest[:12]}; the runs beside it are"
             raise RunError("run_foreign", f"{text} of recipe {first.recipe.name}, data {first.prepared_digest[:12]}")
+        if not _same_method(record, firsts.setdefault(record.model, record)):
+            text = f"{where}: trained with other settings than {runs / firsts[record.model].folder_name}"
+            raise RunError("run_foreign", f"{text}, though both recipes are called {record.recipe.name}")
         path = runs / record.folder_name / WEIGHTS
         if not path.is_file() or sha256_of(path) != record.weights_sha256:
             raise RunError("weights_altered", f"{path}: missing, or not the weights that this run ended with")

@@ -51,7 +51,7 @@ def check_run(runs: Path, wanted: RunRecord, *, steps: int | None) -> RunRecord 
     """The record of the run that is already in the run directory; None when there is none.
 
     Args:
-        steps: how many were asked for, None for the recipe's own number.
+        steps: how many were asked for, None for the recipe's own number: a shorter trial is not taken for the run.
 
     Raises:
         RunError: run_foreign, naming what differs from `wanted`; run_invalid.
@@ -65,11 +65,23 @@ def check_run(runs: Path, wanted: RunRecord, *, steps: int | None) -> RunRecord 
         differences.append(f"data {found.prepared_digest[:12]}, now {wanted.prepared_digest[:12]}")
     if steps is not None and found.steps != steps:
         differences.append(f"{found.steps} steps, now {steps}")
+    if steps is None and not has_own_length(found, wanted.recipe):
+        differences.append(f"{found.steps} steps, now the recipe's own number")
     if differences:
         listed = "; ".join(differences[:SHOWN])
         text = f"{folder}: a run of something else lies there ({listed})"
         raise RunError("run_foreign", f"{text}; choose another --runs or remove that folder")
     return found
+
+
+def has_own_length(record: RunRecord, recipe: Recipe) -> bool:
+    """Whether a run's steps are those of the recipe, and not of `--steps`; with epochs, for any number of studies."""
+    train = recipe.train
+    if (own := train.steps.get(record.model, {}).get(record.network)) is not None:
+        return record.steps == own
+    patches = train.epochs * train.patches_per_volume
+    studies = -(-record.steps * train.batch // patches) if patches else 0
+    return not patches or record.steps == patches * studies // train.batch
 
 
 def _recipe_differences(found: RunRecord, wanted: RunRecord) -> Iterator[str]:

@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_prepared import tiny_recipe, write_tiny_prepared
+from tiny_runs import write_tiny_run
 
 import training.loop
+from pipeline.bundle import NETWORK_KEYS
 from training.checkpoint import PREVIOUS
 from training.errors import DataError, RunError
 from training.loop import learning_rate_factor, train_network
@@ -224,6 +226,36 @@ def test_a_run_directory_of_another_recipe_is_refused_with_what_differs(prepared
         train(prepared, tmp_path, tiny_recipe(seed=1))
     with pytest.raises(RunError, match="6 steps, now 7"):
         train(prepared, tmp_path, steps=7)
+
+
+@pytest.mark.parametrize("length", [{"steps": {}, "epochs": 2, "patches_per_volume": 4}, {}])
+def test_a_shorter_trial_is_not_taken_for_the_run_of_the_recipe(
+    prepared: PreparedSet, tmp_path: Path, length: dict[str, Any]
+) -> None:
+    recipe = RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update=length)})
+    assert train(prepared, tmp_path, recipe, steps=3).state == "done"
+    assert train(prepared, tmp_path, recipe, steps=3).steps == 3
+    with pytest.raises(RunError, match="3 steps, now the recipe's own number"):
+        train(prepared, tmp_path, recipe)
+    whole = train(prepared, tmp_path / "whole", recipe)
+    assert train(prepared, tmp_path / "whole", recipe) == whole
+
+
+def test_runs_of_one_model_by_other_settings_do_not_fit_though_the_recipes_have_one_name(
+    prepared: PreparedSet, tmp_path: Path
+) -> None:
+    def record(network: str, **changes: Any) -> RunRecord:
+        return write_tiny_run(tmp_path, prepared, tiny_recipe(**changes), network, **options)
+
+    options: dict[str, Any] = {}
+    longer = {"steps": {"pix2pix": dict.fromkeys(NETWORK_KEYS, 9)}, "compile": True}
+    first, same = record("head"), record("legs", train=longer, inference={"overlap": 8})
+    options["model"] = "cyclegan"
+    check_runs_fit(tmp_path, [first, same, record("head", cycle={"lambda_cycle": 1.0})])
+    options["model"] = "pix2pix"
+    with pytest.raises(RunError, match=r"arms/seed-0: trained with other settings than .*head/seed-0") as refused:
+        check_runs_fit(tmp_path, [first, record("arms", train={"lambda_l1": 1.0})])
+    assert refused.value.code == "run_foreign"
 
 
 def test_what_does_not_decide_the_weights_may_change(prepared: PreparedSet, tmp_path: Path) -> None:
