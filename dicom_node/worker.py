@@ -263,7 +263,7 @@ class Worker:
         name = self._config.pipeline.shadow
         try:
             summary = self._engine.shadow(
-                job.id, self._options, self._spool.result_folder(job.id), should_stop=self._grace_is_over
+                job.id, self._options, self._spool.result_folder(job.id), should_stop=self._is_stopping
             )
             body = next((one for one in summary.regions if one.region == "body"), None)
             text = f"shadow {summary.bundle_name} {summary.bundle_version}"
@@ -283,8 +283,9 @@ class Worker:
         else:
             log.info("job.shadow", bundle=summary.bundle_name, seconds=summary.seconds)
 
-    def _grace_is_over(self) -> bool:
-        return self._stop_at is not None and monotonic() >= self._stop_at
+    def _is_stopping(self) -> bool:
+        """A node that ends waits for its job, but not for a shadow."""
+        return self._stop_at is not None
 
     # ---- ends without a result
 

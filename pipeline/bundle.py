@@ -3,13 +3,14 @@
 Everything that a network needs at inference is in the manifest; `load_bundle` refuses a folder whose files are
 not, byte for byte, the ones that the manifest names. Nothing is downloaded and nothing is unpickled.
 
-BundleError codes: bundle_missing, manifest_invalid, weights_missing, weights_altered, weights_unfit, file_missing,
-file_altered.
+BundleError codes: bundle_missing, manifest_invalid, manifest_altered, weights_missing, weights_altered,
+weights_unfit, file_missing, file_altered.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -108,6 +109,7 @@ class Manifest(_Frozen):
     channels of 0 and 1, one per district in the paper's order: one network conditioned on the district.
 
     `files` names the other files that belong to the bundle (the model card), each with its SHA-256.
+    `content_sha256` is the manifest's own, see `sealed`: a suv_max that changed by one digit would scale every result.
     """
 
     name: str = Field(min_length=1, max_length=64)
@@ -129,6 +131,17 @@ class Manifest(_Frozen):
     training: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
     statistics: dict[str, Any] = {}
+    content_sha256: Sha256 | None = None
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 of everything in the manifest but `content_sha256`, however it is laid out in the file."""
+        content = json.loads(self.model_dump_json(exclude={"content_sha256"}))
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def sealed(self) -> Manifest:
+        """With its `content_sha256`; from then on `load_bundle` refuses a manifest that says anything else."""
+        return self.model_copy(update={"content_sha256": self.content_digest})
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Manifest:
@@ -232,6 +245,8 @@ def load_bundle(folder: Path) -> ModelBundle:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
         raise BundleError("manifest_invalid", f"model bundle {folder}: {MANIFEST}: {problems}") from error
+    if manifest.content_sha256 not in (None, manifest.content_digest):
+        raise BundleError("manifest_altered", f"model bundle {folder}: {MANIFEST} is not as it was written")
     for key, entry in manifest.networks.items():
         _checked_bytes(folder, key, entry)
     for name, digest in manifest.files.items():

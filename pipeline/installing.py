@@ -52,7 +52,8 @@ def install_bundle(bundle: ModelBundle, folder: Path, *, replace: bool = False) 
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        for file in (*(entry.file for entry in bundle.manifest.networks.values()), *bundle.manifest.files, MANIFEST):
+        weights = (entry.file for entry in bundle.manifest.networks.values())
+        for file in dict.fromkeys((*weights, *bundle.manifest.files, MANIFEST)):  # networks may share a file
             _copy(bundle.folder / file, part / file)
         if load_bundle(part).manifest_sha256 != bundle.manifest_sha256:
             raise BundleError("manifest_invalid", f"model bundle {bundle.folder}: {MANIFEST} changed while it was read")

@@ -143,7 +143,8 @@ def _figures(manifest: Manifest, report: EvaluationReport) -> list[str]:
     lines = [
         "## Figures",
         f"{report.studies} {report.split} studies of {report.patients} {kind}, through the node's own inference. Mean",
-        "± SD over patients [95 % interval of the mean], n patients; inside district and body.",
+        "± SD over patients [95 % interval of the mean], n patients; inside district and body. The districts are the",
+        "prepared data's: what a segmenter adds to the error on a new CT is not in these figures.",
     ]
     if len(seeds := manifest.metrics.get("seeds", ())) > 1:
         said = (
@@ -225,9 +226,10 @@ def _beyond(report: EvaluationReport, summary: Summary) -> list[str]:
 def _limits(manifest: Manifest, report: EvaluationReport) -> list[str]:
     lines = [
         "## Limits",
-        "- Lesions: a CT does not show how active a lesion is, and some lesions it does not show at all. Uptake in a",
-        "  lesion is mostly missed or too low; a synthetic PET without a lesion says nothing about the patient.",
-        "- Physiologic uptake that varies from day to day (heart, bowel, bladder, brown fat) is predicted as its mean.",
+        "- Lesions: a CT does not show how active a lesion is, and some lesions it does not show at all. Expect uptake",
+        "  in a lesion to be missed or wrong; a synthetic PET without a lesion says nothing about the patient.",
+        "- Uptake that varies from day to day (heart, bowel, bladder, brown fat) cannot be known from a CT: at best",
+        "  its usual value is predicted.",
         "- Districts that the segmenter does not find with confidence are left to the whole-body network, or empty and",
         "  reported as not evaluated.",
     ]
@@ -237,7 +239,7 @@ def _limits(manifest: Manifest, report: EvaluationReport) -> list[str]:
         lines.append(f"- No network for: {', '.join(absent)}; {stands_in}.")
     unseen = _unmeasured(manifest)
     if unseen:
-        lines.append(f"- Not measured, as no {report.split} study shows them: {', '.join(unseen)}.")
+        lines.append(f"- Not measured on the {report.split} studies: {', '.join(unseen)}.")
     if report.phantom:
         lines += [
             "- Computer phantoms have stylised anatomy and textbook uptake: the figures say nothing about patients.",

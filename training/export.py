@@ -81,7 +81,7 @@ def assemble_bundle(
         text = card(manifest).encode()
         write_whole(folder / CARD, text)
         manifest = manifest.model_copy(update={"files": {CARD: hashlib.sha256(text).hexdigest()}})
-    write_whole(folder / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
+    write_whole(folder / MANIFEST, (manifest.sealed().model_dump_json(indent=2) + "\n").encode())
     return load_bundle(folder)
 
 

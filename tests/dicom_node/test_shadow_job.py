@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from dicom_node.config import (
     PipelineConfig,
     StorageConfig,
 )
+from dicom_node.engine import EngineStopped
 from dicom_node.engine.local import LocalEngine
 from dicom_node.worker import Worker
 from pipeline.result import read_summary
@@ -165,6 +166,28 @@ def test_an_engine_that_dies_under_the_shadow_leaves_the_job_done(site: Any) -> 
         assert "engine_crashed" in text or "volumes_gone" in text
     finally:
         engine.close()
+
+
+def test_a_node_that_ends_does_not_wait_for_a_shadow(site: Any, engine: LocalEngine) -> None:
+    asked: list[bool] = []
+    workers: list[Worker] = []
+
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(engine, name)
+
+        def shadow(self, *_: Any, should_stop: Callable[[], bool]) -> Any:
+            asked.append(should_stop())
+            workers[0].stop(grace_s=600)
+            asked.append(should_stop())
+            raise EngineStopped("engine_stopped", "told to stop")
+
+    made = site(shadow="next")
+    workers.append(Worker(made.config, made.ledger, made.spool, Slow(), owner="w"))
+    assert workers[0].work_one()
+    assert asked == [False, True]
+    assert made.ledger.get(made.job_id).state is JobState.DONE
+    assert made.event("shadow_failed")
 
 
 def test_an_error_nobody_expected_leaves_the_worker_at_work(site: Any, engine: LocalEngine) -> None:

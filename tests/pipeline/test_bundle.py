@@ -101,6 +101,21 @@ def test_one_changed_byte_of_weights_is_refused(folder: Path) -> None:
     assert refused(folder) == "weights_altered"
 
 
+@pytest.mark.parametrize(("old", "new"), [('"suv_max":20.0', '"suv_max":30.0'), ("random weights", "random_weights")])
+def test_one_changed_byte_of_a_sealed_manifest_is_refused(folder: Path, old: str, new: str) -> None:
+    manifest = load_bundle(folder).manifest.model_copy(
+        update={"metrics": {"mae": 0.1, "seeds": (0, 1)}, "training": {"seconds": float("nan"), "by": {3: "x"}}}
+    )
+    text = manifest.sealed().model_dump_json()
+    (folder / MANIFEST).write_text(text)
+    load_bundle(folder)
+    (folder / MANIFEST).write_text(json.dumps(json.loads(text), indent=4))  # the same, laid out otherwise
+    load_bundle(folder)
+    assert old in text
+    (folder / MANIFEST).write_text(text.replace(old, new))
+    assert refused(folder) == "manifest_altered"
+
+
 def test_weights_changed_after_the_check_are_refused_too(folder: Path) -> None:
     bundle = load_bundle(folder)
     (folder / "head.safetensors").write_bytes(b"other")
@@ -192,6 +207,13 @@ def test_only_what_the_manifest_names_is_installed(folder: Path, tmp_path: Path)
     assert sorted(path.name for path in target.iterdir()) == ["head.safetensors", MANIFEST, "whole_body.safetensors"]
     assert load_bundle(target).manifest_sha256 == load_bundle(folder).manifest_sha256
     assert [path.name for path in target.parent.iterdir()] == ["b"]
+
+
+def test_a_bundle_whose_networks_share_a_file_is_installed(folder: Path, tmp_path: Path) -> None:
+    networks = json.loads((folder / MANIFEST).read_text())["networks"]
+    change_manifest(folder, networks=networks | {"legs": networks["head"]})
+    target = install_bundle(load_bundle(folder), tmp_path / "bundles")
+    assert load_bundle(target).keys == ("head", "legs", "whole_body")
 
 
 def test_installing_the_same_bundle_again_changes_nothing(folder: Path, tmp_path: Path) -> None:

@@ -295,6 +295,15 @@ def test_a_changed_or_missing_card_is_refused_at_load_and_an_extra_file_is_not(s
         load_bundle(folder)
 
 
+def test_one_changed_byte_of_an_exported_manifest_is_refused(shop: Workshop) -> None:
+    path = shop.export().folder / MANIFEST
+    text = path.read_text()
+    path.write_text(text.replace('"suv_max": 20.0', '"suv_max": 30.0', 1))
+    assert path.read_text() != text
+    with pytest.raises(BundleError, match="manifest_altered"):
+        load_bundle(path.parent)
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", ".."])
 def test_a_manifest_cannot_name_a_file_outside_its_folder(shop: Workshop, name: str) -> None:
     folder = shop.export().folder
