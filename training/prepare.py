@@ -14,6 +14,7 @@ from typing import Literal
 
 from pipeline.districts import SEGMENTERS
 from pipeline.errors import PipelineError
+from training.cases.metadata import TABLE
 from training.cases.types import Cohort, Study, StudyVolumes
 from training.errors import DataError, StudyError
 from training.prepare_engines import Engine, Run, check_engine, started
@@ -181,7 +182,7 @@ def _do(task: Task) -> Outcome:
     found = read_finished(folder, prepare_digest=task.recipe.prepare_digest, inputs=inputs)
     if found is not None:
         _check_spacing(found.record, task)
-        current = found.model_copy(update={"record": found.record.model_copy(update=_of_patient(study))})
+        current = found.model_copy(update={"record": found.record.model_copy(update=_of_patient(study, found.record))})
         if current != found:
             write_bytes(folder / STUDY, current.model_dump_json(indent=1).encode())
         if not picture.is_file():
@@ -209,9 +210,10 @@ def _check_spacing(record: StudyRecord, task: Task) -> None:
         raise StudyError("spacing_differs", f"{text}; set prepare.spacing_mm in the recipe to resample both")
 
 
-def _of_patient(study: Study) -> dict[str, object]:
-    """What the metadata table says; it may be mended without preparing again."""
-    return {"patient": study.patient, "diagnosis": study.diagnosis, "age": study.age, "sex": study.sex}
+def _of_patient(study: Study, record: StudyRecord) -> dict[str, object]:
+    """What the metadata table says; it may be mended without preparing again, and its complaints go with it."""
+    notes = tuple(dict.fromkeys((*study.notes, *(note for note in record.notes if TABLE not in note))))
+    return {"patient": study.patient, "diagnosis": study.diagnosis, "age": study.age, "sex": study.sex, "notes": notes}
 
 
 def _record(study: Study, volumes: StudyVolumes, prepared: Prepared, files: Mapping[str, str]) -> StudyRecord:

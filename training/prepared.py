@@ -174,11 +174,13 @@ def open_prepared(folder: Path, *, verify: bool = True) -> PreparedSet:
 def _check_study(folder: Path, record: StudyRecord, *, verify: bool) -> None:
     if missing := {"ct", "pet", "districts", "lesions"} - set(record.files):
         raise DataError("prepared_invalid", f"study {record.id}: no {sorted(missing)} among its files")
+    if unknown := sorted(set(record.files) - set(DTYPES)):
+        raise DataError("prepared_invalid", f"study {record.id}: {unknown} among its files, {sorted(DTYPES)} are known")
     for name, digest in record.files.items():
         path = folder / f"{name}.npy"
         try:
             array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise DataError("prepared_altered", f"study {record.id}: {path.name} cannot be read: {error}") from error
         if array.shape != record.shape or array.dtype != DTYPES[name]:
             text = f"study {record.id}: {path.name} is {array.dtype} {array.shape}"

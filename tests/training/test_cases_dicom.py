@@ -443,3 +443,39 @@ KINDS = [
 @pytest.mark.parametrize(("item", "kind", "district"), KINDS)
 def test_segments_are_told_apart_by_code_and_label(item: Dataset, kind: str, district: District | None) -> None:
     assert kind_of(item) == (kind, district)
+
+
+@pytest.mark.parametrize("subject", ["00123456", "A1234567", "pat-1234567", "DECADE"])
+def test_a_hospitals_own_number_is_no_pseudonym(folder: Path, subject: str) -> None:
+    for part in "abcd":
+        edit(folder / part, lambda ds: setattr(ds, "PatientID", subject))
+    (study,) = find_studies(folder).studies
+    assert subject not in study.id
+
+
+@pytest.mark.parametrize("declared", ["SpacingBetweenSlices", "nothing"])
+def test_single_slices_far_apart_do_not_thicken(phantom: Phantom, folder: Path, declared: str) -> None:
+    shutil.rmtree(folder / "d")
+    mask = np.zeros(phantom.grid.shape, np.uint8)
+    mask[3, 10, 20] = mask[8, 11, 21] = 1  # all that the file holds: two frames, 5 slices apart
+    binary = hd.seg.SegmentationTypeValues.BINARY
+    write_lesions(folder / "d", [mask], binary, pet=folder / "b", uid="1.2.3.9")
+
+    def forget(ds: Dataset) -> None:
+        del ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices
+
+    if declared == "nothing":
+        edit(folder / "d", forget)
+    read = read_study(find_studies(folder).studies[0])
+    lesions = read.labels["lesions"]
+    on_pet = resample(lesions.labels, lesions.grid, read.pet_grid, fill=0, nearest=True)
+    np.testing.assert_array_equal(on_pet, mask)
+
+
+def test_a_seg_that_cannot_be_read_is_not_named_by_its_file(folder: Path) -> None:
+    path = (folder / "d" / "seg.dcm").rename(folder / "d" / "MUSTERMANN_ERIKA.dcm")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(StudyError) as caught:
+        read_study(find_studies(folder).studies[0])
+    assert caught.value.code == "unreadable"
+    assert "MUSTERMANN" not in caught.value.text

@@ -296,3 +296,25 @@ def test_an_nnunet_case_name_holds_the_patient(tmp_path: Path) -> None:
     studies = find_studies(tmp_path).studies
     assert len({study.patient for study in studies}) == 2
     assert sorted(study.diagnosis for study in studies) == ["lymphoma", "negative", "unknown"]
+
+
+def test_studies_that_would_have_one_id_are_refused_by_name(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        write_nifti_study(tmp_path / case / "baseline" / "nifti")  # one folder too deep
+    write_nifti_study(tmp_path / CASE / STUDY)
+    cohort = find_studies(tmp_path)
+    assert len(cohort.studies) == 1
+    (refused,) = cohort.refused
+    assert refused.code == "same_name"
+    assert "2 studies" in refused.text
+
+
+def test_a_table_by_case_does_not_tear_a_patient_apart(tmp_path: Path) -> None:
+    names(tmp_path, "CT", "SUV")
+    cases = ("fdg_0a1b2c3d4e_03-23-2003-a", "fdg_0a1b2c3d4e_05-01-2004-b", "2023_001", "2023_002")
+    for case in cases:
+        write_nnunet(tmp_path, case)
+    (tmp_path / "meta.csv").write_text("case,diagnosis\n" + "".join(f"{case},MELANOMA\n" for case in cases))
+    studies = find_studies(tmp_path).studies
+    assert {study.diagnosis for study in studies} == {"melanoma"}
+    assert len({study.patient for study in studies}) == 3  # and numbers that only look alike stay two patients

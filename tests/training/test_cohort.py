@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
 from collections import Counter
@@ -321,3 +322,16 @@ def test_a_volume_off_its_grid_is_not_written(tmp_path: Path) -> None:
     grid = Grid(shape=(2, 3, 4), spacing_mm=(1, 1, 1), origin_mm=(0, 0, 0), frame_of_reference_uid="1.2")
     with pytest.raises(ValueError, match="does not fit grid"):
         write_nifti(tmp_path / "a.nii.gz", np.zeros((2, 3, 5), np.float32), grid)
+
+
+def test_a_full_disk_is_one_line_and_a_later_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cohort_module, "paint_study", full)
+        with pytest.raises(DataError, match="No space left") as found:
+            write(tmp_path / "data", "nifti", cases=1)
+    assert found.value.code == "no_space"
+    write(tmp_path / "data", "nifti", cases=1)
+    assert read_summary(tmp_path / "data").studies == 1

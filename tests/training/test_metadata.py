@@ -110,3 +110,18 @@ def test_dates_are_read_in_the_forms_that_the_releases_use() -> None:
 
 def test_sex_is_a_letter_or_nothing() -> None:
     assert [sex_of(t) for t in ("M", "female", "O", "?")] == ["M", "F", "O", ""]
+
+
+def test_a_table_without_a_header_shows_none_of_its_values(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read_metadata([table(tmp_path, "0815,Mustermann Erika,LYMPHOMA,063Y\n0816,Doe Jane,NEGATIVE,050Y\n")])
+    assert caught.value.code == "metadata_columns"
+    assert "Mustermann" not in caught.value.text
+    assert "0815" not in caught.value.text
+
+
+def test_a_table_that_cannot_be_parsed_is_refused(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    with pytest.raises(DataError, match=r"clinical\.csv") as caught:
+        read_metadata([table(tmp_path, f"subject,diagnosis\na,{long}\n")])
+    assert caught.value.code == "metadata_unreadable"

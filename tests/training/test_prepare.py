@@ -368,3 +368,33 @@ def test_the_page_shows_every_study_and_escapes_what_it_shows(finished: Finished
     assert "<script>" not in page
     assert "<img src=x>" not in page
     assert page.index("a &amp; &lt;b&gt;") < page.index("study-0")
+
+
+def test_a_mended_metadata_table_takes_its_complaint_with_it(finished: Finished) -> None:
+    studies = finished.cohort.studies
+    complaint = "not in the metadata table: the diagnosis is unknown"
+    with_note = prepared(
+        replace(finished.cohort, studies=(replace(studies[0], notes=(complaint,)), *studies[1:])), finished.out
+    )
+    assert complaint in with_note.studies[0].notes
+    mended = prepared(finished.cohort, finished.out)
+    assert complaint not in mended.studies[0].notes
+    assert studies_read(finished.data) == []
+
+
+def test_an_emptied_array_is_named(finished: Finished) -> None:
+    path = finished.out / "studies" / finished.cohort.studies[0].id / "pet.npy"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"pet\.npy") as caught:
+        open_prepared(finished.out)
+    assert caught.value.code == "prepared_altered"
+
+
+def test_a_manifest_with_an_array_of_another_kind_is_refused(finished: Finished) -> None:
+    path = finished.out / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["studies"][0]["files"]["dose"] = "00"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="dose") as caught:
+        open_prepared(finished.out)
+    assert caught.value.code == "prepared_invalid"

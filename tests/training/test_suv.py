@@ -241,3 +241,10 @@ def test_the_record_tells_the_rule_and_where_the_times_came_from() -> None:
 def test_dates_that_cannot_be_true_leave_a_note() -> None:
     (note,) = suv_scale(header(RadiopharmaceuticalStartDateTime="20190301080000")).notes
     assert "only its time of day" in note
+
+
+def test_a_half_life_in_minutes_is_refused_where_no_nuclide_is_named() -> None:
+    ds = header(RadionuclideHalfLife="109.8")
+    del ds.RadiopharmaceuticalInformationSequence[0].RadionuclideCodeSequence
+    with pytest.raises(StudyError, match=r"109\.8"):
+        suv_scale(ds)

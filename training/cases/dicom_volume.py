@@ -61,7 +61,7 @@ def read_segments(paths: Sequence[Path], kind: Kind, frame_uid: str, fallback: G
 
     Raises StudyError: unreadable, geometry_oblique, geometry_seg.
     """
-    maps = [_read_seg(path, kind, frame_uid) for path in paths]
+    maps = [_read_seg(path, kind, frame_uid, fallback) for path in paths]
     if len(maps) == 1:
         return maps[0], ()
     grid = maps[0].grid if all(m.grid == maps[0].grid for m in maps) else fallback
@@ -72,27 +72,29 @@ def read_segments(paths: Sequence[Path], kind: Kind, frame_uid: str, fallback: G
     return Labels(labels=united, grid=grid), (f"{kind}: {len(maps)} SEG objects united",)
 
 
-def _read_seg(path: Path, kind: Kind, frame_uid: str) -> Labels:
+def _read_seg(path: Path, kind: Kind, frame_uid: str, pet: Grid) -> Labels:
     with quiet_pydicom():
         try:
-            volume, steps, origin = _seg_volume(pydicom.dcmread(path), kind)
+            volume, steps, origin = _seg_volume(pydicom.dcmread(path), kind, pet)
         except StudyError:
             raise
         except Exception as error:  # hostile bytes: parsers and decoders raise anything, elements may be missing
-            text = f"SEG: {path.name} cannot be read ({type(error).__name__})"
+            text = f"SEG: the file with the {kind} cannot be read ({type(error).__name__})"
             raise StudyError("unreadable", text) from error
     labels, grid = to_lps(volume, steps, origin, frame_uid, "SEG")
     return Labels(labels=labels, grid=grid)
 
 
-def _seg_volume(ds: Dataset, kind: Kind) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]:
+def _seg_volume(
+    ds: Dataset, kind: Kind, pet: Grid
+) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]:
     """Labels [slice, row, column] of the segments of one kind, their LPS steps and the first voxel's position."""
     values = {int(s.SegmentNumber): label for s in ds.SegmentSequence if (label := _label(s, kind))}
     groups = list(ds.get("PerFrameFunctionalGroupsSequence") or ())
     if not groups or len(groups) != int(ds.get("NumberOfFrames") or 0):
         raise StudyError("unreadable", f"SEG: instance {ds.SOPInstanceUID} does not place each of its frames")
     places = [_macro(ds, group, "PlanePositionSequence", "ImagePositionPatient") for group in groups]
-    steps, origin, slices = _seg_steps(ds, groups[0], np.array(places, np.float64))
+    steps, origin, slices = _seg_steps(ds, groups[0], np.array(places, np.float64), pet)
     volume = np.zeros((int(slices.max()) + 1, int(ds.Rows), int(ds.Columns)), np.uint8)
     stored = ds.pixel_array.reshape(len(groups), int(ds.Rows), int(ds.Columns))
     for group, k, pixels in zip(groups, slices, stored, strict=True):
@@ -112,11 +114,12 @@ def _label(segment: Dataset, kind: Kind) -> int:
 
 
 def _seg_steps(
-    ds: Dataset, group: Dataset, places: NDArray[np.float64]
+    ds: Dataset, group: Dataset, places: NDArray[np.float64], pet: Grid
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.intp]]:
     """LPS steps by array axis [slice, row, column], the first plane's position, and the slice of each frame.
 
-    Frames without a voxel are often left out, so that the step is the smallest distance and not the mean.
+    Frames without a voxel are often left out, so that the step is the smallest distance and not the mean; and less
+    where no two neighbors are left: what the object says of its slices, if the frames lie on that.
     """
     cosines = np.array(_macro(ds, group, "PlaneOrientationSequence", "ImageOrientationPatient"), np.float64)
     between_rows, between_columns = (float(v) for v in _macro(ds, group, "PixelMeasuresSequence", "PixelSpacing"))
@@ -126,6 +129,12 @@ def _seg_steps(
     gaps = np.diff(np.sort(along))
     gaps = gaps[gaps > SAME_PLACE_MM]
     step = float(gaps[gaps < 1.5 * gaps.min()].mean()) if len(gaps) else _slice_step(ds, group)
+    own = _value(ds, group, "SpacingBetweenSlices")
+    if not own:  # a thickness may be more or less than the step, but not where it is the PET's step too
+        thickness, pet_step = _value(ds, group, "SliceThickness"), pet.spacing_mm[2 - int(np.argmax(np.abs(normal)))]
+        own = pet_step if abs(thickness / pet_step - 1) < OFF_GRID / 2 else 0.0
+    if len(gaps) and own and _lies_on(gaps, own):
+        step = own
     for _ in range(2):  # the fit over all planes mends what rounded positions did to the first guess
         whole = np.rint((along - along.min()) / step)
         step = float(np.polyfit(whole, along, 1)[0]) if len(gaps) else step
@@ -137,11 +146,23 @@ def _seg_steps(
     return steps, places[int(np.argmin(along))], whole.astype(np.intp)
 
 
+def _lies_on(gaps: NDArray[np.float64], step: float) -> bool:
+    """Whether every gap is several whole steps: none of them is the step itself."""
+    whole = np.rint(gaps / step)
+    return bool(whole.min() >= 2 and np.abs(gaps - whole * step).max() < OFF_GRID / 2 * step)
+
+
 def _slice_step(ds: Dataset, group: Dataset) -> float:
+    spacing = _value(ds, group, "SpacingBetweenSlices")
+    return spacing or float(_macro(ds, group, "PixelMeasuresSequence", "SliceThickness"))
+
+
+def _value(ds: Dataset, group: Dataset, keyword: str) -> float:
+    """A length of the Pixel Measures in mm; 0 where it is not said."""
     try:
-        return float(_macro(ds, group, "PixelMeasuresSequence", "SpacingBetweenSlices"))
+        return abs(float(_macro(ds, group, "PixelMeasuresSequence", keyword)))
     except StudyError:
-        return float(_macro(ds, group, "PixelMeasuresSequence", "SliceThickness"))
+        return 0.0
 
 
 def _macro(ds: Dataset, group: Dataset, sequence: str, keyword: str) -> Any:

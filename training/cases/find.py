@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from training.cases.metadata import Metadata, read_metadata
 from training.cases.nifti import STUDY_NAMES, find_nifti, stem
 from training.cases.nnunet import channel_of, find_nnunet
 from training.cases.tcia import find_dicom
-from training.cases.types import Cohort, Layout
+from training.cases.types import Cohort, Layout, Study
 from training.errors import DataError
+from training.prepared import RefusedStudy
 
 OnProgress = Callable[[int, int], None]
 TABLE_DEPTH = 2  # folders below the root in which a clinical table may lie; deeper ones belong to single studies
@@ -37,7 +39,8 @@ def find_studies(folder: Path, on_progress: OnProgress | None = None) -> Cohort:
 
     Raises:
         DataError: data_missing (no folder, or nothing in it), data_unknown (none of the layouts, or two at once),
-            metadata_columns (a clinical table without the columns that are wanted), organs_invalid.
+            metadata_columns (a clinical table without the columns that are wanted), metadata_unreadable,
+            organs_invalid.
     """
     if not folder.is_dir():
         raise DataError("data_missing", f"{folder} is not a folder")
@@ -65,13 +68,26 @@ def find_studies(folder: Path, on_progress: OnProgress | None = None) -> Cohort:
         studies, refused = find_nifti(folder, images, metadata, on_file)
     if not studies and not refused:
         raise DataError("data_unknown", f"{folder} holds no study; one of these is expected: {LAYOUTS}")
+    studies, alike = _told_apart(studies)
     return Cohort(
         layout=layout,
         studies=tuple(sorted(studies, key=lambda study: study.id)),
-        refused=tuple(sorted(refused, key=lambda study: study.study)),
+        refused=tuple(sorted([*refused, *alike], key=lambda study: study.study)),
         organ_names=_organ_names(folder),
         phantom=phantom or _says_phantom(folder),
     )
+
+
+def _told_apart(studies: list[Study]) -> tuple[list[Study], list[RefusedStudy]]:
+    """The studies with an id of their own, and a refusal for each id that several have: copies, or folders too deep."""
+    counts = Counter(study.id for study in studies)
+    text = "{} studies have the same names of case and study: copies, or folders that are not <case>/<study>/"
+    alike = [
+        RefusedStudy(study=name, code="same_name", text=text.format(count))
+        for name, count in counts.items()
+        if count > 1
+    ]
+    return [study for study in studies if counts[study.id] == 1], alike
 
 
 def list_files(folder: Path) -> list[Path]:

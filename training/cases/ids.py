@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 
-# What de-identified collections call a case: hex or a number, with or without one of their prefixes.
-_CASE = re.compile(r"((petct|fdg|psma|phantom|ph|case|sub|pat|patient|study)[-_]?[0-9a-f]{1,32}|[0-9a-f]{6,32})", re.I)
+# What published collections call a case, by their own prefixes, or a short running number. Digits alone, or behind
+# "patient", may as well be a hospital's number of a person.
+_CASE = re.compile(r"(petct|fdg|psma|phantom|ph)[-_]?[0-9a-f]{1,32}|(case|sub)[-_]?[0-9]{1,4}", re.I)
 
 
 def patient_hash(subject: str) -> str:

@@ -26,6 +26,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "date": ("studydate", "date", "scandate"),
     "location": ("filelocation", "study", "studyname", "studyid", "path", "folder", "file"),
 }
+TABLE = "metadata table"  # all notes on it name it so
 REQUIRED = ("subject", "diagnosis")
 LISTING = {"seriesuid", "filelocation"}  # the download manager's own list of series: no clinical table
 DIAGNOSES: Mapping[str, Diagnosis] = {
@@ -69,15 +70,15 @@ class Metadata:
             study: the study folder's name; `date`: the study date in any common form.
         """
         if not self.rows:
-            return Known(notes=("no metadata table: the diagnosis is unknown",))
+            return Known(notes=(f"no {TABLE}: the diagnosis is unknown",))
         rows = self.rows.get(subject_key(subject), ())
         if not rows:
-            return Known(notes=("not in the metadata table: the diagnosis is unknown",))
+            return Known(notes=(f"not in the {TABLE}: the diagnosis is unknown",))
         rows = _of_study(rows, study_uid, study, date)
         found = {diagnosis_of(row["diagnosis"]) for row in rows} - {"unknown"}
         notes: tuple[str, ...] = ()
         if len(found) > 1:
-            notes = (f"the metadata table gives {', '.join(sorted(found))} for one study: taken as unknown",)
+            notes = (f"the {TABLE} gives {', '.join(sorted(found))} for one study: taken as unknown",)
         return Known(
             diagnosis=found.pop() if len(found) == 1 else "unknown",
             age=next((age for row in rows if (age := age_of(row["age"])) is not None), None),
@@ -103,11 +104,17 @@ def read_metadata(paths: Iterable[Path]) -> Metadata:
     """The clinical tables among the CSV files `paths`.
 
     Raises:
-        DataError: metadata_columns when there are tables and one of them lacks the columns that are wanted.
+        DataError: metadata_columns when there are tables and one of them lacks the columns that are wanted,
+            metadata_unreadable when one cannot be read as CSV.
     """
     rows: dict[str, list[Mapping[str, str]]] = {}
     for path in sorted(paths):
-        for row in _read_table(path):
+        try:
+            table = _read_table(path)
+        except (OSError, csv.Error) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError("metadata_unreadable", f"{path.name}: cannot be read as a CSV table ({reason})") from error
+        for row in table:
             rows.setdefault(subject_key(row["subject"]), []).append(row)
     rows.pop("", None)
     return Metadata(rows=rows)
@@ -129,9 +136,17 @@ def _read_table(path: Path) -> list[dict[str, str]]:
     if missing := [key for key in REQUIRED if not columns[key]]:
         wanted = "; ".join(f"{key} (one of {', '.join(COLUMNS[key])})" for key in missing)
         found = ", ".join(names.values()) or "none"
+        if any(map(_is_value, names.values())):  # a patient's row, which is nobody's to read here
+            found = "a first line that looks like values and not like names"
         text = f"{path.name}: no column for {wanted}, in any case and with spaces or underscores; found: {found}"
         raise DataError("metadata_columns", text)
     return [{key: (row.get(name) or "").strip() if name else "" for key, name in columns.items()} for row in reader]
+
+
+def _is_value(cell: str) -> bool:
+    """Whether a cell of the first line is what a row holds: a diagnosis, a number, an age or a date."""
+    diagnosis = DIAGNOSES.get(_plain(cell), "unknown") != "unknown"
+    return diagnosis or age_of(cell) is not None or bool(day_of(cell)) or "^" in cell
 
 
 def _plain(text: str) -> str:

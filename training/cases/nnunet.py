@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from training.cases.ids import patient_hash, study_id
-from training.cases.metadata import Metadata, subject_key
+from training.cases.metadata import Metadata, day_of, subject_key
 from training.cases.nifti import check_headers, read_nifti, stem
 from training.cases.types import Study
 from training.errors import StudyError
@@ -79,7 +79,8 @@ def _study(
             parts[part] = (path,)
     check_headers(parts)
     subject, study = _subject(case, metadata)
-    known = metadata.of(subject, study=study)
+    by_case = subject_key(case) in metadata.subjects()
+    known = metadata.of(case if by_case else subject, study=study)
     notes = [] if "lesions" in parts else ["no label map of lesions"]
     if len(members) > 2:
         notes.append(f"{len(members) - 2} further channels are not used")
@@ -96,13 +97,16 @@ def _study(
 
 
 def _subject(case: str, metadata: Metadata) -> tuple[str, str]:
-    """Whose study `case` is, and the study's name: by the longest subject of the table, else by its looks."""
+    """Whose study `case` is, and the study's name: by the longest subject of the table, else by its looks.
+
+    A table may have a row for each case: `fdg_<hash>_<date>-...` is a study all the same, and <hash> its patient.
+    """
     key = subject_key(case)
     known = [s for s in metadata.subjects() if key == s or key.startswith((f"{s}_", f"{s}-"))]
-    if known:
+    found = _SUBJECT.fullmatch(case)
+    if known and not (key in known and found and day_of(found[2] or "")):
         cut = len(case) - len(key) + len(max(known, key=len))
         return case[:cut], case[cut + 1 :]
-    found = _SUBJECT.fullmatch(case)
     return (found[1], found[2] or "") if found else (case, "")
 
 

@@ -231,7 +231,7 @@ def _half_life(medicine: Dataset) -> float:
     if not half_life or half_life < 0:
         raise StudyError("suv_half_life", "PET: RadionuclideHalfLife is missing, seconds are needed")
     codes = {_text(item, "CodeValue") for item in _values(medicine, "RadionuclideCodeSequence")}
-    if codes & F18_CODES and abs(half_life / F18_HALF_LIFE_S - 1) > F18_TOLERANCE:
+    if (codes & F18_CODES or not codes) and abs(half_life / F18_HALF_LIFE_S - 1) > F18_TOLERANCE:
         text = f"PET: RadionuclideHalfLife is {half_life:g} s for F-18, {F18_HALF_LIFE_S} s are expected"
         raise StudyError("suv_half_life", text)
     return half_life

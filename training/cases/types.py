@@ -21,7 +21,8 @@ class Study:
     """One FDG-PET/CT study on disk. `id` is a safe file name, the same for the same data on every machine.
 
     `parts` names the files of "ct" and "pet", and where there are any of "lesions", "districts", "organs".
-    `patient` is a hash of the patient's ID. `pet_is_suv` tells SUV (NIfTI layouts) from activity (DICOM).
+    `patient` is a hash of the patient's ID. What "pet" holds follows from `layout`: SUV
+    in the NIfTI layouts, activity with its header in DICOM.
     """
 
     id: str

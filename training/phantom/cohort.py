@@ -8,6 +8,7 @@ OUT/dataset.json             "phantom": true; written last of all
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import multiprocessing
@@ -111,7 +112,8 @@ def write_cohort(
         on_progress: called with studies done and all studies, also for those that were there.
 
     Raises:
-        DataError: cohort_arguments (values that cannot be), cohort_other (the folder holds something else).
+        DataError: cohort_arguments (values that cannot be), cohort_other (the folder holds something else),
+            no_space, cannot_write.
     """
     arguments = Arguments(cases=cases, layout=layout, seed=seed, spacing_mm=spacing_mm, ct_pixel_mm=ct_pixel_mm)
     _check(arguments, workers)
@@ -120,10 +122,15 @@ def write_cohort(
     waiting = [plan for plan in plans if not _is_whole(out, plan)]
     done = cases - len(waiting)
     on_progress(done, cases)
-    for _ in _written(out, waiting, arguments, workers):
-        done += 1
-        on_progress(done, cases)
-    _finish(out, plans, arguments)
+    try:
+        for _ in _written(out, waiting, arguments, workers):
+            done += 1
+            on_progress(done, cases)
+        _finish(out, plans, arguments)
+    except OSError as error:
+        code = "no_space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "cannot_write"
+        text = f"{out}: a file cannot be written ({error.strerror}); the same command goes on where this one ended"
+        raise DataError(code, text) from error
 
 
 def read_summary(out: Path) -> CohortSummary:

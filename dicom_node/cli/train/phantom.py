@@ -113,7 +113,7 @@ def _cohort(
                 on_progress=on_progress,
             )
         except DataError as error:
-            raise fail(str(error), code=2) from error
+            raise fail(str(error), code=2 if error.code in ("cohort_arguments", "cohort_other") else 1) from error
     held = read_summary(out)
     diagnoses = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(held.diagnoses.items()))
     console.print(safe(f"{held.studies} studies of {held.patients} patients ({diagnoses})"))
