@@ -16,6 +16,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -110,9 +111,13 @@ class Spool:
         raise AssertionError("places are endless")
 
     def incoming(self) -> list[Path]:
-        """The whole files that wait for the assembler, oldest first."""
-        found = [path for folder in self._incoming.iterdir() if folder.is_dir() for path in _whole(folder)]
-        return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        """The whole files that wait for the assembler, oldest first; one that is adopted meanwhile is left out."""
+        aged = []
+        for folder in self._incoming.iterdir():
+            for path in _whole(folder) if folder.is_dir() else ():
+                with suppress(FileNotFoundError):
+                    aged.append((path.stat().st_mtime_ns, path.name, path))
+        return [path for _, _, path in sorted(aged)]
 
     def association_of(self, path: Path) -> str:
         """The association's token of an incoming file."""

@@ -8,7 +8,11 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # no test asserts a wall-clock time
+hypothesis.settings.load_profile("any machine")
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent

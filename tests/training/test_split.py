@@ -6,7 +6,7 @@ import random
 from collections import Counter, defaultdict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from training.errors import DataError
@@ -49,7 +49,6 @@ def sides_of_patients(records: list[StudyRecord], split: dict[str, str]) -> dict
     return sides
 
 
-@settings(deadline=None)
 @given(cohorts(), st.integers(0, 5))
 def test_no_patient_is_on_two_sides_and_every_study_is_on_one(records: list[StudyRecord], seed: int) -> None:
     split = split_studies(records, SplitRecipe(seed=seed), "robust")
@@ -57,7 +56,6 @@ def test_no_patient_is_on_two_sides_and_every_study_is_on_one(records: list[Stud
     assert all(len(sides) == 1 for sides in sides_of_patients(records, split).values())
 
 
-@settings(deadline=None)
 @given(cohorts())
 def test_shares_are_kept_to_the_patient(records: list[StudyRecord]) -> None:
     sides = sides_of_patients(records, split_studies(records, SplitRecipe(), "robust"))
@@ -67,7 +65,6 @@ def test_shares_are_kept_to_the_patient(records: list[StudyRecord]) -> None:
         assert abs(found[side] - share * len(sides)) <= (1 if len(sides) >= 10 else 2)
 
 
-@settings(deadline=None)
 @given(cohorts())
 def test_three_patients_leave_no_side_empty(records: list[StudyRecord]) -> None:
     split = split_studies(records, SplitRecipe(), "robust")
@@ -75,7 +72,6 @@ def test_three_patients_leave_no_side_empty(records: list[StudyRecord]) -> None:
         assert set(split.values()) == set(SIDES)
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(DIAGNOSES), st.integers(1, 200), min_size=1))
 def test_every_diagnosis_is_spread_by_the_shares(sizes: dict[str, int]) -> None:
     counts = side_counts(sizes, SHARES)
@@ -86,7 +82,6 @@ def test_every_diagnosis_is_spread_by_the_shares(sizes: dict[str, int]) -> None:
             assert all(abs(n - share * sizes[name]) < 1 for n, share in zip(row, SHARES, strict=True))
 
 
-@settings(deadline=None)
 @given(cohorts(), st.randoms(use_true_random=False))
 def test_the_order_of_the_studies_does_not_matter(records: list[StudyRecord], shuffler: random.Random) -> None:
     shuffled = list(records)
