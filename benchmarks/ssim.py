@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from monai.metrics.regression import compute_ssim_and_cs
 
-from training.metrics import REACH, SIGMA, WINDOW, ssim_map
+from training.evaluation.metrics import REACH, SIGMA, WINDOW, ssim_map
 
 
 def timed(call: Callable[[], Any], repeats: int) -> tuple[Any, float]:

@@ -31,10 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.bundle import Normalization
 from pipeline.networks import build_network
-from training.discriminators import PatchDiscriminator
-from training.patches import Batch, PatchSampler
+from training.models.discriminators import PatchDiscriminator
+from training.models.pix2pix import Pix2Pix
+from training.patches.sampler import Batch, PatchSampler
 from training.phantom import PhantomSpec, make_phantom
-from training.pix2pix import Pix2Pix
 from training.prepared import PreparedStudy, StudyRecord
 from training.recipe import AugmentRecipe, Recipe, load_recipe
 

@@ -26,16 +26,16 @@ from pipeline.bundle import ModelBundle
 from pipeline.device import Compute, choose_compute
 from pipeline.run import synthesize_volume
 from pipeline.types import WHOLE_BODY, District
-from training.detection import seam_index
+from training.evaluation.detection import seam_index
+from training.evaluation.measure import read_truth
+from training.evaluation.metrics import Summary, describe, mae, mean_in, psnr, ssim_map
 from training.export import assemble_bundle
 from training.files import write_whole
-from training.measure import read_truth
-from training.metrics import Summary, describe, mae, mean_in, psnr, ssim_map
+from training.loop.start import has_own_length
+from training.loop.train_all import AllProgress, train_all
 from training.prepared import PreparedSet, PreparedStudy, Split
 from training.recipe import RECIPES, ModelName, Recipe, RecipeError, parse_recipe
 from training.runs import RunRecord, check_runs_fit, find_runs
-from training.start import has_own_length
-from training.train_all import AllProgress, train_all
 
 ABLATIONS = Path(__file__).parent / "ablations"
 COLUMNS = ("MAE body", *(f"MAE {d.key}" for d in District), "PSNR body", "SSIM body", "seam index", "s per study")

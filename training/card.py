@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.bundle import Manifest
 from pipeline.types import WHOLE_BODY, District
-from training.report_format import EvaluationReport
+from training.evaluation.report_format import EvaluationReport
 
 Summary = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]  # method, region, metric, statistic
 

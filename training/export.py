@@ -15,10 +15,10 @@ from pipeline.bundle import CARD, MANIFEST, Manifest, ModelBundle, NetworkEntry,
 from pipeline.installing import checked_name, put_in_place
 from training.card import model_card
 from training.errors import RunError
+from training.evaluation.report_format import EvaluationReport, read_report
 from training.files import write_whole
 from training.prepared import PreparedManifest, PreparedSet, Split, open_prepared, patients
 from training.recipe import MODELS, ModelName
-from training.report_format import EvaluationReport, read_report
 from training.runs import WEIGHTS, RunRecord, check_runs_fit, find_runs
 
 PRODUCT = "dicom-node"

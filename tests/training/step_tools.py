@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tiny_prepared import tiny_recipe
 from torch import Tensor, nn
 
-from training.patches import Batch
+from training.patches.sampler import Batch
 from training.recipe import Recipe
 
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ from training.ablation import (
     variant_recipes,
 )
 from training.errors import DataError
-from training.loop import train_network
+from training.loop.train_network import train_network
 from training.prepared import PreparedSet
 from training.recipe import MODELS, Recipe, RecipeError, shipped_recipes
 from training.runs import find_runs, write_record

@@ -9,7 +9,7 @@ from test_export import CREATED, Workshop, write_report
 
 from pipeline.bundle import CARD, Manifest
 from training.card import model_card
-from training.report_format import EvaluationReport, read_report
+from training.evaluation.report_format import EvaluationReport, read_report
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from step_tools import CPU, FREE, Counting, batch_of, double, gradients, mean_l1, norm_of, part_of, recipe_for
 
-from training.cyclegan import CycleGAN, with_ct
-from training.image_pool import ImagePool
-from training.patches import Batch
+from training.models.cyclegan import CycleGAN, with_ct
+from training.models.image_pool import ImagePool
+from training.patches.sampler import Batch
 
 
 def model_of(channels: int = 1, seed: int = 0, cycle: dict[str, Any] | None = None, **train: Any) -> CycleGAN:

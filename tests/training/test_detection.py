@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.types import Grid
-from training.detection import (
+from training.evaluation.detection import (
     THRESHOLDS_SUV,
     false_positive_ml,
     false_positives,

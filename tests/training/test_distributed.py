@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_prepared import tiny_recipe, write_tiny_prepared
 
-from training.distributed import ALONE, Ranks, joined
 from training.errors import RunError
-from training.loop import build_model, train_network
-from training.patches import PatchSampler
+from training.loop.distributed import ALONE, Ranks, joined
+from training.loop.train_network import build_model, train_network
+from training.patches.sampler import PatchSampler
 from training.prepared import PreparedSet
 from training.recipe import MODELS, ModelName
 from training.runs import WEIGHTS
@@ -31,8 +31,8 @@ import os, sys
 from pathlib import Path
 import torch
 from test_distributed import RECIPE, gradients
-from training.distributed import joined
-from training.loop import train_network
+from training.loop.distributed import joined
+from training.loop.train_network import train_network
 from training.prepared import open_prepared
 torch.set_num_threads(1)
 prepared, out = open_prepared(Path(sys.argv[1])), Path(sys.argv[2])

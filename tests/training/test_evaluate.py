@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import training.evaluate as evaluation_module
+import training.evaluation.evaluate as evaluation_module
 from dicom_node.cli.app import app
 from pipeline.bundle import NETWORK_KEYS
 from pipeline.types import District
 from tests.tiny_prepared import tiny_recipe, write_tiny_prepared
 from tests.tiny_runs import write_tiny_run, write_tiny_runs
-from training.aggregate import of_region, per_patient
 from training.errors import RunError
-from training.evaluate import Evaluation, evaluate
-from training.measure import measure, read_truth
+from training.evaluation.aggregate import of_region, per_patient
+from training.evaluation.evaluate import Evaluation, evaluate
+from training.evaluation.measure import measure, read_truth
+from training.evaluation.report import as_report, write_report
+from training.evaluation.report_format import read_report
 from training.prepared import PreparedSet
 from training.recipe import Recipe
-from training.report import as_report, write_report
-from training.report_format import read_report
 from training.runs import write_record
 
 METHODS = ["pix2pix/districts", "pix2pix/whole_body", "cyclegan/districts", "hu_lookup", "district_mean"]

@@ -21,11 +21,11 @@ from pipeline.errors import BundleError
 from pipeline.networks import build_network
 from training import export as export_module
 from training.errors import DataError, RunError, TrainingError
+from training.evaluation.report_format import EvaluationReport
 from training.export import assemble_bundle, export_bundle, runs_of
 from training.files import sha256_of
 from training.prepared import DTYPES, PreparedManifest, PreparedSet, StudyRecord, open_prepared
 from training.recipe import MODELS, Recipe, load_recipe
-from training.report_format import EvaluationReport
 from training.runs import WEIGHTS, RunRecord, write_record
 
 CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

@@ -9,13 +9,21 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.bundle import Normalization
-from training.agreement import Agreement
-from training.detection import FrocPoint
-from training.evaluate import Picture
-from training.figures import LARGEST_PNG, bland_altman, froc_curves, mae_by_district, panels, projections, save
-from training.measure import Measure, Truth, read_truth
+from training.evaluation.agreement import Agreement
+from training.evaluation.detection import FrocPoint
+from training.evaluation.evaluate import Picture
+from training.evaluation.figures import (
+    LARGEST_PNG,
+    bland_altman,
+    froc_curves,
+    mae_by_district,
+    panels,
+    projections,
+    save,
+)
+from training.evaluation.measure import Measure, Truth, read_truth
+from training.evaluation.tables import make_tables
 from training.prepared import PreparedStudy, StudyRecord
-from training.tables import make_tables
 
 SHAPE = (60, 20, 30)
 NOTE = "Computer phantoms, not patients; not for clinical use."

@@ -17,18 +17,18 @@ from safetensors.torch import load_file
 from tiny_prepared import tiny_recipe, write_tiny_prepared
 from tiny_runs import write_tiny_run
 
-import training.loop
+import training.loop.train_network
 from pipeline.bundle import NETWORK_KEYS
-from training.checkpoint import PREVIOUS
 from training.errors import DataError, RunError
-from training.loop import learning_rate_factor, train_network
-from training.pace import Means, Pace, TrainProgress
+from training.loop.checkpoint import PREVIOUS
+from training.loop.pace import Means, Pace, TrainProgress
+from training.loop.stopping import Interrupted, locked
+from training.loop.tensorboard import RunLog
+from training.loop.train_network import learning_rate_factor, train_network
+from training.loop.validation import Validation, validate
 from training.prepared import PreparedSet
 from training.recipe import Recipe
 from training.runs import CHECKPOINT, WEIGHTS, RunRecord, check_runs_fit, read_record
-from training.stopping import Interrupted, locked
-from training.tensorboard import RunLog
-from training.validation import Validation, validate
 
 CPU = torch.device("cpu")
 RECIPE = tiny_recipe()
@@ -55,7 +55,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def dying(model: str, at: int, how: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let `how` happen when a step is taken for the `at`-th time; the list grows with every step."""
-    real, calls = training.loop.build_model, []
+    real, calls = training.loop.train_network.build_model, []
 
     def build(*args: Any) -> Any:
         made = real(*args)
@@ -70,7 +70,7 @@ def dying(model: str, at: int, how: Callable[[], None], monkeypatch: pytest.Monk
         made.step = counted
         return made
 
-    monkeypatch.setattr(training.loop, "build_model", build)
+    monkeypatch.setattr(training.loop.train_network, "build_model", build)
     return calls
 
 
@@ -108,8 +108,8 @@ KILLED = """
 import sys, os, signal
 from pathlib import Path
 import torch
-import training.loop
-from training.pace import Pace
+from training.loop import train_network as loop
+from training.loop.pace import Pace
 from training.prepared import open_prepared
 from tiny_prepared import tiny_recipe
 asked = []
@@ -117,14 +117,14 @@ def due(self, name, every_s):
     asked.append(name)
     return name == "checkpoint" and asked.count(name) == 2  # one checkpoint, after step 2
 Pace.due = due
-real = training.loop.PatchSampler.draw
+real = loop.PatchSampler.draw
 def draw(self, entropy):
     if entropy[0][4] == 4:  # the fifth step
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, entropy)
-training.loop.PatchSampler.draw = draw
-training.loop.train_network(tiny_recipe(), open_prepared(Path(sys.argv[1])), model="pix2pix", network="head", seed=0,
-                            runs=Path(sys.argv[2]), device=torch.device("cpu"))
+loop.PatchSampler.draw = draw
+loop.train_network(tiny_recipe(), open_prepared(Path(sys.argv[1])), model="pix2pix", network="head", seed=0,
+                   runs=Path(sys.argv[2]), device=torch.device("cpu"))
 """
 
 
@@ -213,7 +213,7 @@ def test_a_finished_run_fits_and_is_returned_at_once(
     assert (record.state, record.step, record.steps) == ("done", STEPS, STEPS)
     assert record.losses["l1"] > 0
     check_runs_fit(tmp_path, [record])
-    monkeypatch.setattr(training.loop, "PatchSampler", None)
+    monkeypatch.setattr(training.loop.train_network, "PatchSampler", None)
     assert train(prepared, tmp_path) == record
 
 
@@ -373,7 +373,7 @@ def test_curves_that_cannot_be_written_do_not_end_a_training(tmp_path: Path, mon
             raise OSError(28, "No space left on device")
 
     disk = FullDisk()
-    monkeypatch.setattr("training.tensorboard._writer", lambda *_: disk)
+    monkeypatch.setattr("training.loop.tensorboard._writer", lambda *_: disk)
     with RunLog(tmp_path, 0) as log:
         log.scalars("loss", {"l1": 1.0, "generator": 2.0}, 1)
         log.picture("patches", np.zeros((1, 3, 4, 4), np.float32), 20.0, 1)
@@ -425,7 +425,7 @@ def test_patience_ends_the_training_with_the_best_weights(
         seen.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
         return Validation(mae=next(maes), psnr=20.0, studies=1, picture=None)
 
-    monkeypatch.setattr(training.loop, "validate", scripted)
+    monkeypatch.setattr(training.loop.train_network, "validate", scripted)
     recipe = tiny_recipe(validation={"every_steps": 2, "patience": 2})
     record = train(prepared, tmp_path, recipe, steps=20)
     assert (record.state, record.step) == ("done", 8)  # best at 4; 6 and 8 were no better
@@ -435,7 +435,7 @@ def test_patience_ends_the_training_with_the_best_weights(
 
 def test_the_time_left_counts_the_validations_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("training.pace.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("training.loop.pace.time.monotonic", lambda: now[0])
     pace = Pace(100, 20)
     pace.start(0)
     assert pace.left(0) is None

@@ -9,8 +9,8 @@ import pytest
 import torch
 from step_tools import mean_l1
 
-from training.discriminators import PatchDiscriminator, check_window, map_sides
-from training.losses import (
+from training.models.discriminators import PatchDiscriminator, check_window, map_sides
+from training.models.losses import (
     adversarial_loss,
     discriminator_loss,
     generator_loss,

@@ -9,8 +9,8 @@ import torch
 from monai.metrics.regression import compute_ssim_and_cs
 from skimage.metrics import structural_similarity
 
-from training.baselines import fit_baselines
-from training.metrics import REACH, describe, mae, mean_in, psnr, reaching_box, ssim, ssim_map
+from training.evaluation.baselines import fit_baselines
+from training.evaluation.metrics import REACH, describe, mae, mean_in, psnr, reaching_box, ssim, ssim_map
 from training.prepared import PreparedStudy, StudyRecord
 
 Pair = tuple[np.ndarray, np.ndarray]

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from pipeline.bundle import INPUT_CHANNELS
 from pipeline.synthesis import network_input
 from pipeline.types import District, DistrictMap
-from training.patches import JITTER, MAX_CHOICES, Batch, PatchSampler, cube_sides, turn, voxel_rotation
+from training.patches.sampler import JITTER, MAX_CHOICES, Batch, PatchSampler, cube_sides, turn, voxel_rotation
+from training.patches.volumes import LESION, DeviceVolumes, MappedVolumes, Placement
 from training.prepared import PreparedStudy, StudyRecord
 from training.recipe import AugmentRecipe, TrainRecipe
-from training.volumes import LESION, DeviceVolumes, MappedVolumes, Placement
 
 CPU = torch.device("cpu")
 WINDOW = 16

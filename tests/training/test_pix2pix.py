@@ -10,10 +10,10 @@ import pytest
 import torch
 from step_tools import CPU, FREE, Counting, batch_of, double, gradients, mean_l1, norm_of, part_of, recipe_for
 
-from training.losses import adversarial_loss, discriminator_loss, generator_loss
-from training.optimization import uses_bf16, warmed_decay
-from training.patches import Batch
-from training.pix2pix import Pix2Pix
+from training.models.losses import adversarial_loss, discriminator_loss, generator_loss
+from training.models.optimization import uses_bf16, warmed_decay
+from training.models.pix2pix import Pix2Pix
+from training.patches.sampler import Batch
 from training.recipe import RecipeError
 
 

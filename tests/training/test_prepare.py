@@ -17,14 +17,14 @@ import pytest
 from prepare_tools import read_small, small_cohort, small_phantom, studies_of, studies_read, write_study
 from tiny_prepared import tiny_recipe
 
-from training import prepare_files
 from training.cases.types import Cohort
 from training.errors import DataError
-from training.prepare import PrepareProgress, prepare_cohort
-from training.prepare_files import check_space, expected_voxels, locked
+from training.preparation import outputs
+from training.preparation.outputs import check_space, expected_voxels, locked
+from training.preparation.prepare import PrepareProgress, prepare_cohort
+from training.preparation.review import review_page
 from training.prepared import MANIFEST, STUDY, PreparedManifest, RefusedStudy, open_prepared
 from training.recipe import Recipe
-from training.review import review_page
 
 TESTS = Path(__file__).parent
 
@@ -249,7 +249,7 @@ def test_ray_that_is_not_installed_is_named(
 def test_a_disk_that_fills_up_ends_the_work_and_a_later_call_goes_on(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, out = prepare_files.write_whole, tmp_path / "full"
+    write, out = outputs.write_whole, tmp_path / "full"
 
     def until_full(path: Path, data: bytes) -> None:
         if path.parent.name == "study-2" and path.name == "districts.npy":
@@ -257,7 +257,7 @@ def test_a_disk_that_fills_up_ends_the_work_and_a_later_call_goes_on(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(prepare_files, "write_whole", until_full)
+    monkeypatch.setattr(outputs, "write_whole", until_full)
     with pytest.raises(DataError, match="the same command goes on") as error:
         prepared(finished.cohort, out)
     assert error.value.code == "no_space"
@@ -275,9 +275,9 @@ from pathlib import Path
 sys.path[:0] = [{tests!r}, {training!r}]
 from prepare_tools import read_small, small_cohort
 from test_prepare import recipe
-from training import prepare_files
+from training.preparation import outputs
 from training.errors import DataError
-from training.prepare import prepare_cohort
+from training.preparation.prepare import prepare_cohort
 
 def killed_on_the_way(path, data):
     if (path.parent.name, path.name) == ("study-1", "lesions.npy"):
@@ -292,7 +292,7 @@ except DataError as error:
     print(error.code)
 """
 LIMITED = "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
-KILLED = "write, prepare_files.write_whole = prepare_files.write_whole, killed_on_the_way"
+KILLED = "write, outputs.write_whole = outputs.write_whole, killed_on_the_way"
 
 
 def run_script(folder: Path, spoil: str) -> subprocess.CompletedProcess[str]:
@@ -326,7 +326,7 @@ def test_killed_within_a_study_the_next_call_goes_on_from_there(finished: Finish
 def test_what_will_not_fit_is_refused_before_the_work(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_files, "expected_voxels", lambda study, spacing: 10**15)
+    monkeypatch.setattr(outputs, "expected_voxels", lambda study, spacing: 10**15)
     with pytest.raises(DataError, match="MB are free") as error:
         check_space(tmp_path, finished.cohort, recipe())
     assert error.value.code == "no_space"

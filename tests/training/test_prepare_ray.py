@@ -9,7 +9,7 @@ from tiny_prepared import tiny_recipe
 
 from training.cases import find_studies
 from training.phantom.cohort import write_cohort
-from training.prepare import prepare
+from training.preparation.prepare import prepare
 from training.prepared import open_prepared
 
 pytest.importorskip("ray", reason="Ray is not installed")

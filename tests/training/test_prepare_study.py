@@ -16,9 +16,9 @@ from pipeline.types import Grid
 from training.cases.types import Labels, StudyVolumes
 from training.errors import StudyError
 from training.phantom import Phantom, PhantomSpec, make_phantom
-from training.prepare_study import body_box, prepare_volumes
+from training.preparation.statistics import pooled_statistics, study_statistics
+from training.preparation.study import body_box, prepare_volumes
 from training.recipe import Recipe
-from training.statistics import pooled_statistics, study_statistics
 
 
 @cache

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from pipeline.geometry import resample_image, to_sitk
 from pipeline.types import FloatVolume
 from training.phantom import Phantom, PhantomSpec, make_phantom
-from training.registration import Registration, register
+from training.preparation.registration import Registration, register
 
 SPACING_MM = (6.0, 6.0, 6.0)
 

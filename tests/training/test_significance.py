@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from training.significance import Comparison, compare, corrected, holm
+from training.evaluation.significance import Comparison, compare, corrected, holm
 
 
 def values(numbers: list[float]) -> dict[str, float]:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.errors import DataError
+from training.preparation.split import SIDES, side_counts, split_studies
 from training.prepared import Diagnosis, StudyRecord
 from training.recipe import SplitRecipe
-from training.split import SIDES, side_counts, split_studies
 
 DIAGNOSES: tuple[Diagnosis, ...] = ("negative", "lymphoma", "lung_cancer", "melanoma", "unknown")
 SHARES = (0.7, 0.1, 0.2)

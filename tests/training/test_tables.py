@@ -5,10 +5,20 @@ import io
 
 import pytest
 
-from training.aggregate import by_method, of_region, per_patient
-from training.agreement import region_agreement
-from training.measure import Measure
-from training.tables import Table, cell, comparisons_csv, latex, make_tables, markdown, markdown_rows, tables_csv, tex
+from training.evaluation.aggregate import by_method, of_region, per_patient
+from training.evaluation.agreement import region_agreement
+from training.evaluation.measure import Measure
+from training.evaluation.tables import (
+    Table,
+    cell,
+    comparisons_csv,
+    latex,
+    make_tables,
+    markdown,
+    markdown_rows,
+    tables_csv,
+    tex,
+)
 
 METHODS = ("pix2pix/districts", "pix2pix/whole_body", "cyclegan/districts", "hu_lookup", "district_mean")
 

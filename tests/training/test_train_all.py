@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from dicom_node.cli import app
 from training.errors import DataError, RunError
-from training.pace import TrainProgress
+from training.loop.pace import TrainProgress
+from training.loop.train_all import AllProgress, RunPlan, _Board, _Job, plan_runs, train_all
 from training.prepared import PreparedSet
 from training.recipe import load_recipe
 from training.runs import CHECKPOINT, RECORD, find_runs, read_record
-from training.train_all import AllProgress, RunPlan, _Board, _Job, plan_runs, train_all
 
 RECIPE = tiny_recipe()
 DEADLINE_S = 120

@@ -12,7 +12,7 @@ from dicom_node.cli.train.common import refused
 from dicom_node.cli.train.watch import Watch, print_records
 
 if TYPE_CHECKING:
-    from training.train_all import AllProgress
+    from training.loop.train_all import AllProgress
 
 
 @app.command("all")
@@ -38,8 +38,8 @@ def train_everything(
     fails does not stop the others; it is named with its reason at the end.
     """
     with refused():
+        from training.loop.train_all import train_all
         from training.recipe import MODELS, load_recipe
-        from training.train_all import train_all
 
         chosen = load_recipe(recipe)
         wanted_models = [name for name in MODELS if name in _chosen("--models", models, MODELS)]

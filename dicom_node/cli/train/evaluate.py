@@ -13,7 +13,7 @@ from dicom_node.cli.train import app
 from dicom_node.cli.train.common import refused
 
 if TYPE_CHECKING:
-    from training.tables import Table
+    from training.evaluation.tables import Table
 
 
 class SplitChoice(StrEnum):
@@ -49,10 +49,10 @@ def evaluate(
     chosen = _seeds(seeds)
     folder = out or runs / "report"
     with refused():
-        from training.evaluate import evaluate as measure_all
+        from training.evaluation.evaluate import evaluate as measure_all
+        from training.evaluation.report import write_report
+        from training.evaluation.report_text import verdict_lines
         from training.prepared import open_prepared
-        from training.report import write_report
-        from training.report_text import verdict_lines
         from training.runs import find_runs
 
         prepared = open_prepared(data or Path(find_runs(runs)[0].prepared_folder))
@@ -84,8 +84,8 @@ def evaluate(
 
 def _print_table(found: Table) -> None:
     """Table I as mean ± SD; intervals and SE are in the report."""
-    from training.measure import METRICS
-    from training.tables import DIGITS, cell_short, group_title, method_title
+    from training.evaluation.measure import METRICS
+    from training.evaluation.tables import DIGITS, cell_short, group_title, method_title
 
     shown = table(
         f"Table {found.name}. {found.title}: mean ± SD over patients", "", "method", "n", "MAE", "PSNR", "SSIM"

@@ -15,14 +15,14 @@ from dicom_node.cli.train import app
 from dicom_node.cli.train.common import refused
 
 if TYPE_CHECKING:
-    from training.prepare import PrepareProgress
+    from training.preparation.prepare import PrepareProgress
     from training.prepared import PreparedManifest
 
 SIDES = ("train", "validation", "test")
 
 
 class EngineName(StrEnum):
-    """What `--engine` takes (training.prepare_engines)."""
+    """What `--engine` takes (training.preparation.engines)."""
 
     PROCESSES = "processes"
     RAY = "ray"
@@ -46,7 +46,7 @@ def prepare(
     through OUT/review.html before you train: it shows registration and districts of every study.
     """
     with refused(), progress_bar() as bar:
-        from training.prepare import prepare as prepare_studies
+        from training.preparation.prepare import prepare as prepare_studies
         from training.recipe import load_recipe
 
         tasks: dict[str, TaskID] = {}

@@ -14,7 +14,7 @@ from dicom_node.cli.train.common import refused
 from dicom_node.cli.train.watch import Watch, print_records
 
 if TYPE_CHECKING:
-    from training.pace import TrainProgress
+    from training.loop.pace import TrainProgress
 
 
 class ModelChoice(StrEnum):
@@ -52,8 +52,8 @@ def run(
     """
     with refused():
         from pipeline.device import choose_compute
-        from training.distributed import ALONE, joined
-        from training.loop import train_network
+        from training.loop.distributed import ALONE, joined
+        from training.loop.train_network import train_network
         from training.prepared import open_prepared
         from training.recipe import load_recipe
 

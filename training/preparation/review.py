@@ -21,9 +21,9 @@ from pipeline.outputs.drawing import Box, Page, frame, mark_sides, new_page, sca
 from pipeline.outputs.drawing import box_of as box_around
 from pipeline.outputs.picture import DISTRICT_COLORS, INK, INVERSE_GRAY, NIGHT
 from pipeline.types import District, Grid
-from training.prepare_files import write_bytes
+from training.preparation.outputs import write_bytes
+from training.preparation.split import SIDES
 from training.prepared import PreparedManifest, RefusedStudy, StudyRecord
-from training.split import SIDES
 
 PAGE = "review.html"
 PICTURES = "review"

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from pipeline.types import WHOLE_BODY, District
-from training.aggregate import by_method, of_region, per_patient
-from training.baselines import BASELINES
-from training.measure import BODY, FIELD_OF_VIEW, LESIONS, METRICS, Measure
-from training.metrics import Summary, describe
-from training.significance import Comparison, compare, corrected
+from training.evaluation.aggregate import by_method, of_region, per_patient
+from training.evaluation.baselines import BASELINES
+from training.evaluation.measure import BODY, FIELD_OF_VIEW, LESIONS, METRICS, Measure
+from training.evaluation.metrics import Summary, describe
+from training.evaluation.significance import Comparison, compare, corrected
 
 CONDITIONS = ("lymphoma", "lung_cancer", "melanoma", "negative")
 DIGITS = {"mae": 4, "psnr": 2, "ssim": 3}

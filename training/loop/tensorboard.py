@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from training.patches import Batch
+from training.patches.sampler import Batch
 
 FOLDER = "tensorboard"
 PICTURE_SUV_MAX = 7.0  # the usual window of an FDG PET; most tissue is below 3

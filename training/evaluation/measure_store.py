@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from training.evaluation.measure import Measure
 from training.files import write_whole
-from training.measure import Measure
 from training.prepared import PreparedManifest, StudyRecord
 
 VERSION = 1  # raised when a figure is computed in another way: rows kept before are then not taken

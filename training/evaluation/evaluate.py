@@ -18,12 +18,12 @@ from pipeline.bundle import ModelBundle
 from pipeline.device import Compute, choose_compute
 from pipeline.run import synthesize_volume
 from pipeline.types import WHOLE_BODY, District, FloatVolume
-from training.aggregate import method_rank
-from training.baselines import BASELINES, Baselines, fit_baselines
 from training.errors import DataError, RunError
+from training.evaluation.aggregate import method_rank
+from training.evaluation.baselines import BASELINES, Baselines, fit_baselines
+from training.evaluation.measure import Measure, Truth, district_map, measure, read_truth
+from training.evaluation.measure_store import MeasureStore
 from training.export import assemble_bundle
-from training.measure import Measure, Truth, district_map, measure, read_truth
-from training.measure_store import MeasureStore
 from training.prepared import PreparedManifest, PreparedSet, Split, StudyRecord
 from training.recipe import MODELS, ModelName, Recipe
 from training.runs import RunRecord, check_runs_fit, find_runs

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from pipeline.bundle import INPUT_CHANNELS
 from pipeline.types import WHOLE_BODY, District
+from training.patches.volumes import LESION, Placement, Triple, volumes_on
 from training.prepared import PreparedStudy
 from training.recipe import AugmentRecipe, TrainRecipe
-from training.volumes import LESION, Placement, Triple, volumes_on
 
 JITTER = 0.375  # of the window: how far from the patch's centre the chosen voxel may lie, as windows at inference do
 MAX_CHOICES = 50_000  # voxels per study that patches are aimed at, see `_choices`

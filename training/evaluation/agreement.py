@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.aggregate import Value, of_region, per_patient
-from training.measure import Measure
+from training.evaluation.aggregate import Value, of_region, per_patient
+from training.evaluation.measure import Measure
 
 LIMIT_SD = 1.96
 SHOWN_ORGANS = (  # where readers look first; what a cohort labels beyond these is in organs.csv

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.types import District, DistrictMap, FloatVolume
-from training.detection import (
+from training.evaluation.detection import (
     THRESHOLDS_SUV,
     false_positive_ml,
     false_positives,
@@ -22,7 +22,7 @@ from training.detection import (
     measure_lesions,
     seam_index,
 )
-from training.metrics import mae, mean_in, psnr, ssim_map
+from training.evaluation.metrics import mae, mean_in, psnr, ssim_map
 from training.prepared import Diagnosis, PreparedStudy
 
 BODY, LESIONS, FIELD_OF_VIEW = "body", "lesions", "field_of_view"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from training.measure import Measure
+from training.evaluation.measure import Measure
 
 Value = Callable[[Measure], float | None]
 

@@ -19,19 +19,19 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from pipeline.bundle import NETWORK_KEYS
-from training.checkpoint import drop_previous, load_checkpoint, save_checkpoint
-from training.distributed import ALONE, Ranks
 from training.errors import DataError, RunError
 from training.files import sha256_of, write_whole
-from training.pace import Means, OnProgress, Pace, TrainProgress
-from training.patches import Batch, PatchSampler
+from training.loop.checkpoint import drop_previous, load_checkpoint, save_checkpoint
+from training.loop.distributed import ALONE, Ranks
+from training.loop.pace import Means, OnProgress, Pace, TrainProgress
+from training.loop.start import check_finite, check_prepared, check_run
+from training.loop.stopping import Interrupted, locked, stop_on_signals
+from training.loop.tensorboard import RunLog, middle_slices
+from training.loop.validation import Validation, validate
+from training.patches.sampler import Batch, PatchSampler
 from training.prepared import PreparedSet, PreparedStudy
 from training.recipe import MODELS, ModelName, Recipe
 from training.runs import WEIGHTS, RunRecord, read_record, write_record
-from training.start import check_finite, check_prepared, check_run
-from training.stopping import Interrupted, locked, stop_on_signals
-from training.tensorboard import RunLog, middle_slices
-from training.validation import Validation, validate
 
 CHECKPOINT_S = 60.0
 REPORT_S = 1.0
@@ -166,10 +166,10 @@ def entropy_of(record: RunRecord) -> tuple[int, int, int, int]:
 def build_model(model: ModelName, recipe: Recipe, device: torch.device, ranks: Ranks = ALONE) -> Model:
     """Fresh weights, drawn from torch's generator."""
     if model == "pix2pix":
-        from training.pix2pix import Pix2Pix
+        from training.models.pix2pix import Pix2Pix
 
         return Pix2Pix(recipe, device, wrap=ranks.wrap)
-    from training.cyclegan import CycleGAN
+    from training.models.cyclegan import CycleGAN
 
     return CycleGAN(recipe, device, wrap=ranks.wrap)
 

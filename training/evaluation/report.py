@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.types import WHOLE_BODY
-from training import figures
-from training.aggregate import by_method, of_region, per_patient
-from training.agreement import organ_agreement, organs_of, region_agreement, shown_organs
-from training.detection import FALSE_POSITIVES_PER_STUDY, FrocPoint, froc, sensitivity_at
-from training.evaluate import Evaluation
+from training.evaluation import figures
+from training.evaluation.aggregate import by_method, of_region, per_patient
+from training.evaluation.agreement import organ_agreement, organs_of, region_agreement, shown_organs
+from training.evaluation.detection import FALSE_POSITIVES_PER_STUDY, FrocPoint, froc, sensitivity_at
+from training.evaluation.evaluate import Evaluation
+from training.evaluation.measure import REGIONS, Measure
+from training.evaluation.metrics import Summary, describe
+from training.evaluation.report_format import REPORT, EvaluationReport
+from training.evaluation.report_text import report_markdown
+from training.evaluation.tables import Table, comparisons_csv, latex, make_tables, tables_csv
 from training.files import write_whole
-from training.measure import REGIONS, Measure
-from training.metrics import Summary, describe
 from training.prepared import patients
-from training.report_format import REPORT, EvaluationReport
-from training.report_text import report_markdown
-from training.tables import Table, comparisons_csv, latex, make_tables, tables_csv
 
 SUMMARY_METRICS = ("mae", "psnr", "ssim", "bias_suv_mean", "bias_suv_max")
 

@@ -20,12 +20,12 @@ from scipy.ndimage import uniform_filter
 
 from pipeline.bundle import Normalization
 from pipeline.types import WHOLE_BODY
-from training.agreement import Agreement
-from training.detection import FrocPoint
-from training.evaluate import DISTRICTS, Picture
+from training.evaluation.agreement import Agreement
+from training.evaluation.detection import FrocPoint
+from training.evaluation.evaluate import DISTRICTS, Picture
+from training.evaluation.measure import REGIONS
+from training.evaluation.tables import Table, group_title, method_title
 from training.files import write_whole
-from training.measure import REGIONS
-from training.tables import Table, group_title, method_title
 
 SHOWN_SUV = 8.0  # upper end of the gray scale: gray matter's usual uptake is just black
 CT_WINDOW_HU = (-160.0, 240.0)  # soft tissue

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.networks import NetworkSpec, build_network
-from training.discriminators import PatchDiscriminator, check_window, half_batches
-from training.image_pool import ImagePool
-from training.losses import least_squares_discriminator_loss, least_squares_loss, weighted_l1
-from training.optimization import (
+from training.models.discriminators import PatchDiscriminator, check_window, half_batches
+from training.models.image_pool import ImagePool
+from training.models.losses import least_squares_discriminator_loss, least_squares_loss, weighted_l1
+from training.models.optimization import (
     Wrap,
     adam,
     average_into,
@@ -31,7 +31,7 @@ from training.optimization import (
     uses_bf16,
     warmed_decay,
 )
-from training.patches import Batch
+from training.patches.sampler import Batch
 from training.recipe import ModelRecipe, Recipe
 
 CT_RESTING_LOGIT = 0.0  # sigmoid 0.5: water, in the middle of the fixed CT range

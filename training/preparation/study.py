@@ -17,9 +17,9 @@ from pipeline.geometry import grid_at_spacing, resample, resample_image, to_sitk
 from pipeline.types import CtVolume, District, DistrictMap, Grid, LabelVolume, SourceSeries
 from training.cases.types import Labels, StudyVolumes
 from training.errors import StudyError
+from training.preparation.registration import identity, register
+from training.preparation.statistics import study_statistics
 from training.recipe import PrepareRecipe, Recipe
-from training.registration import identity, register
-from training.statistics import study_statistics
 
 AIR_HU = -1024.0  # what the CT did not scan, as in the pipeline
 GIVEN = "given"

@@ -17,8 +17,8 @@ from pipeline.errors import PipelineError
 from training.cases.metadata import TABLE
 from training.cases.types import Cohort, Study, StudyVolumes
 from training.errors import DataError, StudyError
-from training.prepare_engines import Engine, Run, check_engine, started
-from training.prepare_files import (
+from training.preparation.engines import Engine, Run, check_engine, started
+from training.preparation.outputs import (
     StudyFile,
     WriteFailed,
     check_not_foreign,
@@ -31,12 +31,12 @@ from training.prepare_files import (
     write_arrays,
     write_bytes,
 )
-from training.prepare_study import GIVEN, Prepared, Triple, prepare_volumes, same_spacing
+from training.preparation.review import PAGE, PICTURES, review_page, write_picture
+from training.preparation.split import split_studies
+from training.preparation.statistics import pooled_statistics
+from training.preparation.study import GIVEN, Prepared, Triple, prepare_volumes, same_spacing
 from training.prepared import MANIFEST, STUDY, PreparedManifest, RefusedStudy, StudyRecord
 from training.recipe import Recipe
-from training.review import PAGE, PICTURES, review_page, write_picture
-from training.split import split_studies
-from training.statistics import pooled_statistics
 
 REASONS_SHOWN = 5
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pipeline.networks import build_network
-from training.discriminators import PatchDiscriminator, check_window, half_batches
-from training.losses import adversarial_loss, discriminator_loss, weighted_l1
-from training.optimization import (
+from training.models.discriminators import PatchDiscriminator, check_window, half_batches
+from training.models.losses import adversarial_loss, discriminator_loss, weighted_l1
+from training.models.optimization import (
     Wrap,
     adam,
     average_into,
@@ -21,7 +21,7 @@ from training.optimization import (
     uses_bf16,
     warmed_decay,
 )
-from training.patches import Batch
+from training.patches.sampler import Batch
 from training.recipe import Recipe
 
 

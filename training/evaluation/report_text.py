@@ -6,16 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pipeline.types import WHOLE_BODY
-from training.aggregate import Value, by_method, of_region, per_patient
-from training.agreement import Agreement, organ_agreement, region_agreement, shown_organs
-from training.detection import COLD_SUV, FALSE_POSITIVES_PER_STUDY, HOT_SUV, FrocPoint, sensitivity_at
-from training.evaluate import Evaluation
-from training.measure import BODY, METRICS, REGIONS, Measure
-from training.metrics import describe
-from training.prepared import patients
-from training.runs import RunRecord
-from training.significance import ALPHA, Comparison
-from training.tables import (
+from training.evaluation.aggregate import Value, by_method, of_region, per_patient
+from training.evaluation.agreement import Agreement, organ_agreement, region_agreement, shown_organs
+from training.evaluation.detection import COLD_SUV, FALSE_POSITIVES_PER_STUDY, HOT_SUV, FrocPoint, sensitivity_at
+from training.evaluation.evaluate import Evaluation
+from training.evaluation.measure import BODY, METRICS, REGIONS, Measure
+from training.evaluation.metrics import describe
+from training.evaluation.significance import ALPHA, Comparison
+from training.evaluation.tables import (
     DIGITS,
     HEADS,
     Table,
@@ -25,6 +23,8 @@ from training.tables import (
     markdown_rows,
     method_title,
 )
+from training.prepared import patients
+from training.runs import RunRecord
 
 VERDICTS = ("win", "loss", "undecided", "not tested")
 

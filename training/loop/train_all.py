@@ -21,13 +21,13 @@ import torch
 
 from pipeline.device import choose_compute
 from training.errors import RunError, TrainingError
-from training.loop import fresh_record, train_network
-from training.pace import TrainProgress
+from training.loop.pace import TrainProgress
+from training.loop.start import check_finite, check_prepared, check_run
+from training.loop.stopping import Interrupted, stop_on_signals
+from training.loop.train_network import fresh_record, train_network
 from training.prepared import open_prepared
 from training.recipe import MODELS, ModelName, Recipe
 from training.runs import RunRecord, read_record
-from training.start import check_finite, check_prepared, check_run
-from training.stopping import Interrupted, stop_on_signals
 
 # of a step against Pix2Pix's, until it is measured: two generators and discriminators, each generator twice
 STEP_COST: Mapping[ModelName, float] = {"pix2pix": 1.0, "cyclegan": 6.0}

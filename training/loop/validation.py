@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.device import CPU_BATCH
 from pipeline.synthesis import network_input, synthesize
 from pipeline.types import OUTSIDE, WHOLE_BODY, District, DistrictMap, FloatVolume
-from training.metrics import mae, psnr
+from training.evaluation.metrics import mae, psnr
 from training.prepared import PreparedStudy
 from training.recipe import Recipe
 

@@ -1,0 +1,1 @@
+"""Measuring finished networks: metrics, tests, tables, figures, the report."""

@@ -1,0 +1,1 @@
+"""Training one network, and all of them: steps, checkpoints, validation, several processes."""

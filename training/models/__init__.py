@@ -1,0 +1,1 @@
+"""Pix2Pix and CycleGAN: losses, discriminators, and one explicit step of each."""
