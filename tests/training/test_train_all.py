@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,8 @@ def test_ctrl_c_ends_every_run_with_a_checkpoint_and_the_same_command_goes_on(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # a process group of its own, to be interrupted as a terminal does
+        # tests that a shell put into the background ignore SIGINT, and so would what they start
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
