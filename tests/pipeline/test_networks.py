@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from pipeline.bundle import MANIFEST, BundleError, bundle_path, load_bundle
+from pipeline.bundle import MANIFEST, BundleError, Manifest, bundle_path, load_bundle
 from pipeline.networks import InterleavedUp, NetworkSpec, OneChannelHead, ResNet3d, build_network
 
 
@@ -136,7 +136,8 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     key = next(iter(manifest["networks"]))
     other = {"architecture": "resnet3d", "width": 4, "depth": 2, "blocks": 1}
     manifest["networks"][key]["spec"] |= other
-    (tmp_path / "bundle" / MANIFEST).write_text(json.dumps(manifest))
+    sealed = Manifest.model_validate(manifest).sealed()  # whoever wrote it believed it
+    (tmp_path / "bundle" / MANIFEST).write_text(sealed.model_dump_json())
     bundle = load_bundle(tmp_path / "bundle")
     with pytest.raises(BundleError, match="do not fit") as caught:
         bundle.network(key, torch.device("cpu"))
