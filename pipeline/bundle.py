@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import nn
 
-from pipeline.errors import BundleError
+from pipeline.errors import BundleError, listed
 from pipeline.networks import NetworkSpec, build_network
 from pipeline.types import WHOLE_BODY, District
 
@@ -243,8 +243,8 @@ def load_bundle(folder: Path) -> ModelBundle:
     try:
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        raise BundleError("manifest_invalid", f"model bundle {folder}: {MANIFEST}: {problems}") from error
+        text = f"model bundle {folder}: {MANIFEST}: {listed(error, 5)}"
+        raise BundleError("manifest_invalid", text) from error
     if manifest.content_sha256 not in (None, manifest.content_digest):
         raise BundleError("manifest_altered", f"model bundle {folder}: {MANIFEST} is not as it was written")
     for key, entry in manifest.networks.items():

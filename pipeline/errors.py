@@ -16,6 +16,8 @@ PipelineError                 code, text; `permanent` tells the worker whether a
 
 from __future__ import annotations
 
+from pydantic import ValidationError
+
 
 class PipelineError(Exception):
     """An error with a stable reason code for a machine and a sentence for a person.
@@ -54,3 +56,8 @@ class BundleError(PipelineError):
 
 class OutputError(PipelineError):
     """A DICOM object could not be written."""
+
+
+def listed(error: ValidationError, most: int) -> str:
+    """What pydantic found, in one line: the key and the rule of the first `most` problems."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:most])

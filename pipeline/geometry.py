@@ -44,6 +44,17 @@ def grid_at_spacing(grid: Grid, spacing_mm: tuple[float, float, float]) -> Grid:
     )
 
 
+def bounding_box(mask: NDArray[Any], margin: int = 0) -> tuple[slice, ...] | None:
+    """The smallest box around everything that is not 0, grown by `margin` voxels within the volume; None if empty."""
+    box = []
+    for axis, size in enumerate(mask.shape):
+        hits = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+        if not hits.size:
+            return None
+        box.append(slice(max(int(hits[0]) - margin, 0), min(int(hits[-1]) + 1 + margin, size)))
+    return tuple(box)
+
+
 def to_sitk(volume: NDArray[Any], grid: Grid) -> sitk.Image:
     """A SimpleITK image (a copy) of `volume` [z, y, x] on `grid`. Raises GeometryError if they do not fit."""
     if volume.shape != grid.shape:

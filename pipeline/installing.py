@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.bundle import MANIFEST, ModelBundle, load_bundle, shipped_bundles
+from pipeline.durable import sync_folder
 from pipeline.errors import BundleError
 
 # a name becomes a folder: no separator, no leading dot, nothing that a shell or another file system would turn
@@ -86,9 +87,5 @@ def put_in_place(part: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     part.rename(target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)

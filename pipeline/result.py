@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer, field_validator
 
+from pipeline.durable import sync_folder
 from pipeline.errors import OutputError
 from pipeline.types import District, DistrictStats, EncodedSeries, GateFinding, Provenance, ResultSet
 
@@ -145,7 +146,7 @@ def write_result(result: ResultSet, folder: Path) -> None:
         if folder.exists():
             folder.rename(old)
         part.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)  # a full disk needs the room
@@ -166,10 +167,10 @@ def _write_folder(result: ResultSet, summary: ResultSummary, folder: Path) -> No
         (folder / entry.folder).mkdir()
         for instance in series.instances:
             _write_file(folder / entry.folder / _plain(instance.file_name), instance.data)
-        _sync_folder(folder / entry.folder)
+        sync_folder(folder / entry.folder)
     _write_file(folder / OVERVIEW, result.overview_png)
     _write_file(folder / SUMMARY, (summary.model_dump_json(indent=2) + "\n").encode())
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _plain(name: str) -> str:
@@ -184,14 +185,6 @@ def _write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_summary(folder: Path) -> ResultSummary:
@@ -220,7 +213,7 @@ def add_shadow(folder: Path, shadow: ShadowSummary) -> None:
         part.unlink(missing_ok=True)
         _write_file(part, (summary.model_dump_json(indent=2) + "\n").encode())
         part.rename(folder / SUMMARY)
-        _sync_folder(folder)
+        sync_folder(folder)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OutputError("not_written", f"result folder {folder.name}: {error.strerror or error}") from error

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.geometry import bounding_box
 from pipeline.types import OUTSIDE, WHOLE_BODY, District, DistrictMap, FloatVolume, GeometryError
 
 GAUSSIAN_SIGMA = 0.125  # of the window's side, as in MONAI's and nnU-Net's importance maps
@@ -158,26 +159,15 @@ def place_windows(mask: NDArray[np.bool_], *, window: int, overlap: int, margin:
     if box is None:
         return None
     stride = window - overlap
-    counts = [-(-max(stop - start + 2 * margin - window, 0) // stride) + 1 for start, stop in box]
+    counts = [-(-max(s.stop - s.start + 2 * margin - window, 0) // stride) + 1 for s in box]
     shape = tuple(window + (n - 1) * stride for n in counts)
-    origin = tuple(start - (size - (stop - start)) // 2 for (start, stop), size in zip(box, shape, strict=True))
+    origin = tuple(s.start - (size - (s.stop - s.start)) // 2 for s, size in zip(box, shape, strict=True))
     assert len(shape) == 3 and len(origin) == 3  # for the type checker  # noqa: PT018
     looks = cut_out(mask, origin, shape)
     for axis, count in enumerate(counts):
         slabs = [np.take(looks, range(i * stride, i * stride + window), axis).any(axis) for i in range(count)]
         looks = np.stack(slabs, axis)
     return Lattice(origin=origin, shape=shape, starts=np.argwhere(looks) * stride)
-
-
-def bounding_box(mask: NDArray[np.bool_]) -> list[tuple[int, int]] | None:
-    """(first, last + 1) along each axis; None for an empty mask."""
-    box = []
-    for axis in range(mask.ndim):
-        (hits,) = np.nonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        if not hits.size:
-            return None
-        box.append((int(hits[0]), int(hits[-1]) + 1))
-    return box
 
 
 def overlap_of(

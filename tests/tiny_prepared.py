@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.bundle import NETWORK_KEYS
+from pipeline.geometry import bounding_box
+from training.ablation import merged
 from training.files import sha256_of, write_whole
 from training.phantom import Phantom, PhantomSpec, make_phantom
 from training.prepared import (
@@ -55,7 +57,7 @@ TINY: dict[str, Any] = {
 
 def tiny_recipe(**changes: Any) -> Recipe:
     """Width 2, window 16, 6 steps; `changes` are merged in as in TOML: `tiny_recipe(train={"batch": 4})`."""
-    return parse_recipe(_merged(TINY, changes), "tiny")
+    return parse_recipe(merged(TINY, changes), "tiny")
 
 
 def write_tiny_prepared(
@@ -102,7 +104,8 @@ def _side(number: int, studies: int) -> Split:
 
 
 def _write_study(folder: Path, phantom: Phantom, recipe: Recipe, number: int, split: Split) -> StudyRecord:
-    box = _body_box(phantom.body)
+    box = bounding_box(phantom.body)
+    assert box is not None
     scale = recipe.normalization
     arrays: dict[str, NDArray[Any]] = {
         "ct": scale.ct_to_unit(phantom.hu)[box],
@@ -133,16 +136,3 @@ def _write_study(folder: Path, phantom: Phantom, recipe: Recipe, number: int, sp
     )
     write_whole(place / STUDY, record.model_dump_json(indent=1).encode())
     return record
-
-
-def _body_box(body: NDArray[np.bool_]) -> tuple[slice, ...]:
-    hits = np.argwhere(body)
-    return tuple(slice(int(a), int(b) + 1) for a, b in zip(hits.min(0), hits.max(0), strict=True))
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = _merged(result[key], value) if both else value
-    return result

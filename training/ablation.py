@@ -29,6 +29,7 @@ from pipeline.types import WHOLE_BODY, District
 from training.evaluation.detection import seam_index
 from training.evaluation.measure import read_truth
 from training.evaluation.metrics import Summary, describe, mae, mean_in, psnr, ssim_map
+from training.evaluation.tables import cell_short, markdown_rows
 from training.export import assemble_bundle
 from training.files import write_whole
 from training.loop.start import has_own_length
@@ -274,25 +275,19 @@ def markdown(ablation: Ablation, rows: Sequence[AblationRow], model: str, where:
         "Seam index: 0 is no jump at the borders of districts beyond the true PET's own.",
         "Steps are of all networks together; " + _who_trained(rows) + f" torch {torch.__version__}.",
         "",
-        "| " + " | ".join(head) + " |",
-        "| " + " | ".join(["---"] * len(head)) + " |",
+        *markdown_rows(head, (_cells(row) for row in rows)),
     ]
-    for row in rows:
-        cells = [_cell(row.figures[c], d) for c, d in zip(COLUMNS, DIGITS, strict=True)]
-        lines.append("| " + " | ".join([row.name, *cells, str(row.steps)]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: AblationRow) -> list[str]:
+    figures = (cell_short(row.figures[c], d) for c, d in zip(COLUMNS, DIGITS, strict=True))
+    return [row.name, *figures, str(row.steps)]
 
 
 def _who_trained(rows: Sequence[AblationRow]) -> str:
     trained = [row.name for row in rows if row.trained]
     return f"trained for this table: {', '.join(trained)}." if trained else "no network was trained for this table."
-
-
-def _cell(value: Summary, digits: int) -> str:
-    if value["mean"] is None:
-        return "-"
-    spread = "" if value["sd"] is None else f" ± {value['sd']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{spread}"
 
 
 def as_csv(rows: Sequence[AblationRow]) -> str:

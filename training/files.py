@@ -6,6 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from pipeline.durable import sync_folder
+
 
 def write_whole(path: Path, data: bytes) -> None:
     """Temp file beside the target, fsync, rename, fsync of the folder."""
@@ -15,11 +17,7 @@ def write_whole(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temp.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def sha256_of(path: Path) -> str:

@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.errors import listed
 from pipeline.types import Grid, LabelVolume
 from training.errors import DataError
 from training.files import sha256_of
 
 MANIFEST = "manifest.json"
 STUDY = "study.json"
-FORMAT = 1
 DTYPES: Mapping[str, str] = {
     "ct": "float16",
     "pet": "float16",
@@ -164,8 +164,7 @@ def open_prepared(folder: Path, *, verify: bool = True) -> PreparedSet:
         text = f"{folder}: {MANIFEST} cannot be read ({error.strerror}); run `dicom-node train prepare` to its end"
         raise DataError("prepared_missing", text) from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
-        raise DataError("prepared_invalid", f"{path}: {problems}") from error
+        raise DataError("prepared_invalid", f"{path}: {listed(error, 3)}") from error
     for record in manifest.studies:
         _check_study(folder / "studies" / record.id, record, verify=verify)
     return PreparedSet(folder=folder, manifest=manifest)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.bundle import INPUT_CHANNELS, NETWORK_KEYS, InputMask, Normalization
+from pipeline.errors import listed
 from pipeline.networks import NetworkSpec
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -236,5 +237,4 @@ def parse_recipe(content: dict[str, Any], name: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        lines = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        raise RecipeError(f"recipe {name}: {lines}") from error
+        raise RecipeError(f"recipe {name}: {listed(error, 5)}") from error

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.errors import listed
 from training.errors import RunError
 from training.files import sha256_of, write_whole
 from training.recipe import ModelName, Recipe
@@ -72,8 +73,7 @@ def read_record(folder: Path) -> RunRecord:
     except OSError as error:
         raise RunError("run_missing", f"{folder}: {RECORD} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
-        raise RunError("run_invalid", f"{path}: {problems}") from error
+        raise RunError("run_invalid", f"{path}: {listed(error, 3)}") from error
 
 
 def find_runs(runs: Path) -> list[RunRecord]:

@@ -14,7 +14,7 @@ from pipeline.districts.body import Mask, body_mask
 from pipeline.districts.landmarks import Landmarks, find_landmarks
 from pipeline.districts.profile import central_parts, find_midline, make_profile
 from pipeline.errors import DistrictError
-from pipeline.geometry import grid_at_spacing, resample
+from pipeline.geometry import bounding_box, grid_at_spacing, resample
 from pipeline.types import CtVolume, District, DistrictMap, FloatVolume, Grid, LabelVolume
 
 NAME = "builtin"
@@ -43,9 +43,9 @@ def segment(ct: CtVolume, grid: Grid) -> DistrictMap:
 def segment_coarse(hu: FloatVolume) -> tuple[LabelVolume, dict[District, float], tuple[str, ...]]:
     """Labels, confidence and notes for HU [z, y, x] on cubic voxels of about 4 mm. Raises DistrictError."""
     body = body_mask(hu)
-    if not body.any():
+    box = bounding_box(body, MARGIN)
+    if box is None:
         raise DistrictError("no_body", f"segmenting districts: no patient in a volume of {hu.shape} voxels")
-    box = bounding_box(body)
     labels = np.zeros(hu.shape, dtype=np.uint8)
     labels[box], confidence, notes = segment_body(hu[box], body[box])
     return labels, confidence, notes
@@ -89,15 +89,6 @@ def block_means(hu: FloatVolume, grid: Grid, factors: tuple[int, int, int]) -> t
         origin_mm=(ox + (fx - 1) / 2 * dx, oy + (fy - 1) / 2 * dy, oz + (fz - 1) / 2 * dz),
         frame_of_reference_uid=grid.frame_of_reference_uid,
     )
-
-
-def bounding_box(body: Mask) -> tuple[slice, slice, slice]:
-    """The slices that hold a mask, with `MARGIN` voxels around it."""
-    z, y, x = (
-        slice(max(int(i[0]) - MARGIN, 0), int(i[-1]) + 1 + MARGIN)
-        for i in (np.flatnonzero(body.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1)))
-    )
-    return z, y, x
 
 
 def joined(body: Mask, landmarks: Landmarks, arms: Arms) -> LabelVolume:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from pipeline.bundle import INPUT_CHANNELS
 from pipeline.device import Compute, DeviceError, choose_compute, is_out_of_memory, rungs, with_fallbacks
+from pipeline.geometry import bounding_box
 from pipeline.networks import NetworkSpec, build_network
 from pipeline.synthesis import (
     INPUT_MASKS,
-    bounding_box,
     network_input,
     place_windows,
     synthesize,

@@ -9,8 +9,9 @@ import torch
 from monai.metrics.regression import compute_ssim_and_cs
 from skimage.metrics import structural_similarity
 
+from pipeline.geometry import bounding_box
 from training.evaluation.baselines import fit_baselines
-from training.evaluation.metrics import REACH, describe, mae, mean_in, psnr, reaching_box, ssim, ssim_map
+from training.evaluation.metrics import REACH, describe, mae, mean_in, psnr, ssim, ssim_map
 from training.prepared import PreparedStudy, StudyRecord
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -54,7 +55,7 @@ def test_the_ssim_of_a_region_needs_only_its_box_and_the_window_s_reach(pair: Pa
     fake, real = (np.pad(v, 12) for v in pair)
     region = np.zeros(real.shape, bool)
     region[15:20, 18:22, 20:26] = True
-    assert reaching_box(region) == (slice(10, 25), slice(13, 27), slice(15, 31))
+    assert bounding_box(region, REACH) == (slice(10, 25), slice(13, 27), slice(15, 31))
     assert ssim(fake, real, region) == pytest.approx(mean_in(ssim_map(fake, real), region), abs=1e-6)
     assert math.isnan(ssim(fake, real, np.zeros_like(region)))
 

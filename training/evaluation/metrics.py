@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import correlate1d
 
+from pipeline.geometry import bounding_box
 from pipeline.types import FloatVolume
 
 # Wang et al., Image quality assessment (IEEE TIP 2004), and the usual implementation in 3D
@@ -70,20 +71,8 @@ def mean_in(values: Volume, region: Region) -> float:
 
 def ssim(fake: Volume, real: Volume, region: Region) -> float:
     """Mean SSIM inside the region, computed over its bounding box and the window's reach only; NaN if empty."""
-    box = reaching_box(region)
+    box = bounding_box(region, REACH)
     return math.nan if box is None else mean_in(ssim_map(fake[box], real[box]), region[box])
-
-
-def reaching_box(region: Region, reach: int = REACH) -> Box | None:
-    """The region's bounding box grown by `reach` voxels within the volume; None for an empty region."""
-    box = []
-    for axis, size in enumerate(region.shape):
-        others = tuple(a for a in range(region.ndim) if a != axis)
-        filled = np.flatnonzero(region.any(axis=others))
-        if filled.size == 0:
-            return None
-        box.append(slice(max(int(filled[0]) - reach, 0), min(int(filled[-1]) + 1 + reach, size)))
-    return tuple(box)
 
 
 def describe(values: Iterable[float], *, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED) -> Summary:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.errors import listed
 from training.errors import RunError
 
 REPORT = "report.json"
@@ -50,5 +51,4 @@ def read_report(folder: Path) -> EvaluationReport:
     except OSError as error:
         raise RunError("report_missing", f"{path} cannot be read ({error.strerror}); run `train evaluate`") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
-        raise RunError("report_invalid", f"{path}: {problems}") from error
+        raise RunError("report_invalid", f"{path}: {listed(error, 3)}") from error

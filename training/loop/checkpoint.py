@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.durable import sync_folder
 from training.errors import RunError
 from training.runs import CHECKPOINT
 
@@ -38,11 +39,7 @@ def save_checkpoint(folder: Path, content: Mapping[str, Any]) -> None:
     if path.is_file():
         path.replace(folder / PREVIOUS)
     temp.replace(path)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_folder(folder)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str] | None:

@@ -12,7 +12,8 @@ from torch import nn
 
 from pipeline.device import CPU_BATCH
 from pipeline.synthesis import network_input, synthesize
-from pipeline.types import OUTSIDE, WHOLE_BODY, District, DistrictMap, FloatVolume
+from pipeline.types import OUTSIDE, WHOLE_BODY, District, FloatVolume
+from training.evaluation.measure import district_map
 from training.evaluation.metrics import mae, psnr
 from training.prepared import PreparedStudy
 from training.recipe import Recipe
@@ -69,10 +70,8 @@ def synthesize_study(
     network: nn.Module, recipe: Recipe, key: str, study: PreparedStudy, device: torch.device
 ) -> FloatVolume:
     """The network's output where its district is, [z, y, x] in [0, 1]; before stitching, so not masked."""
-    labels = np.ascontiguousarray(study.districts)
-    districts = DistrictMap(
-        labels=labels, grid=study.record.grid, segmenter=study.record.segmenter, version="", confidence={}
-    )
+    districts = district_map(study)
+    labels = districts.labels
     district = District.TRUNK if key == WHOLE_BODY else District[key.upper()]  # the whole-body network has none
     region = labels != OUTSIDE if key == WHOLE_BODY else labels == district
     inference = recipe.inference

@@ -13,7 +13,7 @@ from pydicom import Dataset
 
 from pipeline.districts import find_districts
 from pipeline.errors import DistrictError, PipelineError
-from pipeline.geometry import grid_at_spacing, resample, resample_image, to_sitk
+from pipeline.geometry import bounding_box, grid_at_spacing, resample, resample_image, to_sitk
 from pipeline.types import CtVolume, District, DistrictMap, Grid, LabelVolume, SourceSeries
 from training.cases.types import Labels, StudyVolumes
 from training.errors import StudyError
@@ -90,19 +90,16 @@ def _prepare(volumes: StudyVolumes, recipe: Recipe, spacing_mm: Triple | None) -
     )
 
 
-def body_box(districts: LabelVolume, margin: int) -> tuple[slice, slice, slice]:
+def body_box(districts: LabelVolume, margin: int) -> tuple[slice, ...]:
     """The smallest box [z, y, x] around everything that is not 0, with a margin inside the volume.
 
     Raises:
         StudyError: districts_empty.
     """
-    spans = []
-    for axis in range(3):
-        used = np.flatnonzero(districts.any(axis=tuple(a for a in range(3) if a != axis)))
-        if used.size == 0:
-            raise StudyError("districts_empty", "no voxel of the PET's field is in any district")
-        spans.append(slice(max(int(used[0]) - margin, 0), min(int(used[-1]) + 1 + margin, districts.shape[axis])))
-    return spans[0], spans[1], spans[2]
+    box = bounding_box(districts, margin)
+    if box is None:
+        raise StudyError("districts_empty", "no voxel of the PET's field is in any district")
+    return box
 
 
 def same_spacing(a: Triple, b: Triple) -> bool:
@@ -224,7 +221,7 @@ def _unsure(found: DistrictMap) -> list[str]:
     return [f"{d.key}: confidence {found.confidence[d]:.2f}" for d in found.present if found.confidence[d] < 0.5]
 
 
-def _cropped(grid: Grid, box: tuple[slice, slice, slice]) -> Grid:
+def _cropped(grid: Grid, box: tuple[slice, ...]) -> Grid:
     z, y, x = ((s.start, s.stop - s.start) for s in box)
     dz, dy, dx = grid.spacing_mm
     ox, oy, oz = grid.origin_mm
