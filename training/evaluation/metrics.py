@@ -20,7 +20,6 @@ BOOTSTRAP_SEED = 20250315
 
 Volume = NDArray[np.floating]
 Region = NDArray[np.bool_]
-Box = tuple[slice, ...]
 Summary = dict[str, float | int | None]
 
 
