@@ -137,6 +137,7 @@ def export_bundle(
     occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if occupied and not (replace and (out / MANIFEST).is_file()):
         raise RunError("out_exists", f"{out}: is there already; name another folder, or replace an earlier bundle")
+    out = out.resolve()  # "." has no name
     part = out.with_name(out.name + ".tmp")
     shutil.rmtree(part, ignore_errors=True)
     try:

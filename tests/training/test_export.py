@@ -275,6 +275,14 @@ def test_an_occupied_folder_is_refused_and_an_earlier_bundle_goes_only_when_aske
     assert (shop.root / "mine" / "thesis.txt").exists()
 
 
+def test_the_working_folder_can_be_the_bundle_s(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shop.root / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    export_bundle(shop.runs, shop.prepared, shop.report, Path(), created=CREATED)
+    assert load_bundle(folder).keys
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "a b"])
 def test_a_name_that_is_no_folder_s_is_refused(shop: Workshop, name: str) -> None:
     with pytest.raises(BundleError, match="bundle_name"):

@@ -295,17 +295,6 @@ def test_a_district_that_no_study_shows_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_study_with_nan_is_refused_by_name_before_training(tmp_path: Path) -> None:
-    data = write_tiny_prepared(tmp_path / "data", studies=3, recipe=RECIPE, coverage=(0.7, 1.02))
-    path = data.folder / "studies" / "phantom-000" / "pet.npy"
-    pet = np.load(path)
-    pet[0, 0, :2] = np.nan
-    np.save(path, pet)
-    with pytest.raises(DataError, match=r"study phantom-000: 2 voxels of pet\.npy are not finite") as refused:
-        train(data, tmp_path / "runs")
-    assert refused.value.code == "not_finite"
-
-
 def test_a_second_training_in_the_same_run_directory_is_refused(prepared: PreparedSet, tmp_path: Path) -> None:
     folder = tmp_path / "pix2pix" / "head" / "seed-0"
     with locked(folder), pytest.raises(RunError, match="another process is training here"):

@@ -200,3 +200,9 @@ def test_the_command_says_in_one_line_what_is_wrong(headless: PreparedSet, recip
     ran = runner.invoke(app, ["train", "run", "--recipe", "no-such-recipe", "--district", "head"])
     assert ran.exit_code == 1
     assert "no-such-recipe" in ran.stderr
+    in_the_way = tmp_path / "a-file"
+    in_the_way.write_text("")
+    options = [*options[:-1], str(in_the_way)]
+    ran = runner.invoke(app, ["train", "run", *options, "--district", "legs", "--device", "cpu"])
+    assert (ran.exit_code, len(ran.stderr.strip().splitlines())) == (1, 1)
+    assert "Not a directory" in ran.stderr

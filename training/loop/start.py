@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from training.errors import DataError, RunError
-from training.prepared import PreparedSet, PreparedStudy
+from training.prepared import PreparedSet
 from training.recipe import ModelName, Recipe
 from training.runs import RECORD, RunRecord, read_record
 
@@ -32,19 +30,6 @@ def check_prepared(recipe: Recipe, prepared: PreparedSet) -> None:
         raise DataError("prepared_foreign", f"{text} from {recipe.name!r}: prepare into another folder")
     if not prepared.studies("train"):
         raise DataError("no_training", f"{prepared.folder}: {len(manifest.studies)} studies, none of them for training")
-
-
-def check_finite(studies: list[PreparedStudy]) -> None:
-    """Refuse NaN and infinite voxels: one would turn every weight into NaN.
-
-    Raises:
-        DataError: not_finite, naming the study.
-    """
-    for study in studies:
-        for name, volume in (("ct", study.ct), ("pet", study.pet)):
-            if bad := int(volume.size - np.count_nonzero(np.isfinite(volume))):
-                text = f"study {study.id}: {bad} voxels of {name}.npy are not finite numbers"
-                raise DataError("not_finite", f"{text}; prepare this study again or take it out")
 
 
 def check_run(runs: Path, wanted: RunRecord, *, steps: int | None) -> RunRecord | None:

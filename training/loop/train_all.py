@@ -22,7 +22,7 @@ import torch
 from pipeline.device import choose_compute
 from training.errors import RunError, TrainingError
 from training.loop.pace import TrainProgress
-from training.loop.start import check_finite, check_prepared, check_run
+from training.loop.start import check_prepared, check_run
 from training.loop.stopping import Interrupted, stop_on_signals
 from training.loop.train_network import fresh_record, train_network
 from training.prepared import open_prepared
@@ -145,7 +145,6 @@ def train_all(
     """
     opened = open_prepared(prepared)
     check_prepared(recipe, opened)
-    check_finite([*opened.load_split("train"), *opened.load_split("validation")])
     devices = _devices(device)
     networks = recipe.networks if networks is None else networks
     plans = plan_runs(recipe, len(opened.studies("train")), models=models, networks=networks, seeds=seeds, steps=steps)

@@ -24,7 +24,7 @@ from training.files import sha256_of, write_whole
 from training.loop.checkpoint import drop_previous, load_checkpoint, save_checkpoint
 from training.loop.distributed import ALONE, Ranks
 from training.loop.pace import Means, OnProgress, Pace, TrainProgress
-from training.loop.start import check_finite, check_prepared, check_run
+from training.loop.start import check_prepared, check_run
 from training.loop.stopping import Interrupted, locked, stop_on_signals
 from training.loop.tensorboard import RunLog, middle_slices
 from training.loop.validation import Validation, validate
@@ -90,7 +90,7 @@ def train_network(
         checkpoint_s: seconds between checkpoints; 0 is after every step.
 
     Raises:
-        DataError: prepared_foreign, no_training, no_district, not_finite.
+        DataError: prepared_foreign, no_training, no_district.
         RunError: run_foreign, run_invalid, run_busy, no_steps, batch_share, checkpoint_torn, diverged.
         Interrupted: a signal came; the same call goes on.
     """
@@ -141,7 +141,6 @@ def _studies(
     """The sampler of the training studies, and the validation studies where they are asked for."""
     training = prepared.load_split("train")
     validation = prepared.load_split("validation") if recipe.validation.every_steps else []
-    check_finite([*training, *validation])
     try:
         sampler = PatchSampler(
             training,

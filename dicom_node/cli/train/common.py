@@ -22,6 +22,8 @@ def refused() -> Iterator[None]:
         yield
     except (TrainingError, RecipeError) as error:
         raise fail(str(error)) from error
+    except OSError as error:  # what no part foresaw: a folder of someone else, a disk that fills between two files
+        raise fail(f"{error.filename or 'a file'}: {error.strerror or error}") from error
     except KeyboardInterrupt as error:
         console_err.print("interrupted: the same command goes on from here")
         raise typer.Exit(130) from error
