@@ -23,7 +23,7 @@ from dicom_node.engine import Engine, EngineError, EngineStopped
 from dicom_node.retry import retry_delay_s
 from pipeline.errors import DistrictError, GateRefusal, PipelineError, UnsupportedSeries
 from pipeline.result import ResultSummary, SeriesSummary, read_summary
-from pipeline.types import OutputOptions, PipelineOptions, Progress, Stage
+from pipeline.types import DistrictOptions, OutputOptions, PipelineOptions, Progress, Stage
 from storage.errors import LedgerError, NoSpace, NotFound, StaleState
 from storage.ledger import Ledger, utc_now
 from storage.records import Job, JobFilter, JobState, NewDelivery
@@ -83,7 +83,7 @@ def pipeline_options(config: Config) -> PipelineOptions:
         batch=pipeline.batch,
         blending=pipeline.blending,
         stitching=pipeline.stitching,
-        districts=pipeline.districts,
+        districts=DistrictOptions(chain=pipeline.districts),
         min_confidence=pipeline.min_confidence,
         low_confidence=pipeline.low_confidence,
         threads=pipeline.threads,

@@ -98,7 +98,7 @@ def synthesize_series(
         hu = _resampled(ct, grid, compute.device)
         ct_unit = bundle.manifest.normalization.ct_to_unit(hu)
     with stages.stage(Stage.DISTRICTS):
-        districts = find_districts(ct, grid, chain=options.districts, on_progress=on_progress)
+        districts = find_districts(ct, grid, options=options.districts, on_progress=on_progress)
         networks, notes = choose_networks(districts, bundle.keys, options)
     unit = synthesize_volume(
         ct_unit,

@@ -315,6 +315,14 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DistrictOptions:
+    """What the segmenters of districts need beside the CT. `segmentations` are SEG objects of the CT's study."""
+
+    chain: tuple[str, ...] = ("builtin",)  # tried in order
+    segmentations: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineOptions:
     """How one job is run. Paths and numbers only: the engine gets it pickled.
 
@@ -329,7 +337,7 @@ class PipelineOptions:
     batch: int = 0  # windows at once; 0: chosen from the device
     blending: str = "bundle"  # "bundle", "mean", "gaussian"
     stitching: str = "bundle"  # "bundle", "hard", "feathered"
-    districts: tuple[str, ...] = ("builtin",)
+    districts: DistrictOptions = field(default_factory=DistrictOptions)
     min_confidence: float = 0.5
     low_confidence: str = "whole_body"  # or "not_evaluated"
     threads: int = 0  # CPU threads for torch and SimpleITK; 0: all cores

@@ -6,16 +6,16 @@ reason; the next one is tried and the reason is kept in the map's notes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from pipeline.districts import builtin
 from pipeline.errors import DistrictError
-from pipeline.types import CtVolume, DistrictMap, Grid, OnProgress, Progress, Stage, ignore_progress
+from pipeline.types import CtVolume, DistrictMap, DistrictOptions, Grid, OnProgress, Progress, Stage, ignore_progress
 
 __all__ = ["SEGMENTERS", "SegmenterUnavailable", "find_districts"]
 
-Segmenter = Callable[[CtVolume, Grid], DistrictMap]
+Segmenter = Callable[[CtVolume, Grid, DistrictOptions], DistrictMap]
 
 
 class SegmenterUnavailable(DistrictError):
@@ -28,26 +28,28 @@ SEGMENTERS: Mapping[str, Segmenter] = {
 
 
 def find_districts(
-    ct: CtVolume, grid: Grid, *, chain: Sequence[str], on_progress: OnProgress = ignore_progress
+    ct: CtVolume, grid: Grid, *, options: DistrictOptions, on_progress: OnProgress = ignore_progress
 ) -> DistrictMap:
-    """Label map of `ct` on `grid` by the first segmenter named in `chain` that can run.
+    """Label map of `ct` on `grid` by the first segmenter named in `options.chain` that can run.
 
     Why earlier ones did not run stands in the result's notes. Raises DistrictError: no_body; unknown_segmenter;
     no_segmenter when none of the chain could run.
     """
-    unknown = [name for name in chain if name not in SEGMENTERS]
+    unknown = [name for name in options.chain if name not in SEGMENTERS]
     if unknown:
         raise DistrictError(
             "unknown_segmenter", f"segmenting districts: no segmenter {unknown[0]!r}, there are {sorted(SEGMENTERS)}"
         )
     skipped: list[str] = []
-    for done, name in enumerate(chain):
-        on_progress(Progress(stage=Stage.DISTRICTS, done=done, total=len(chain), text=name))
+    for done, name in enumerate(options.chain):
+        on_progress(Progress(stage=Stage.DISTRICTS, done=done, total=len(options.chain), text=name))
         try:
-            found = SEGMENTERS[name](ct, grid)
+            found = SEGMENTERS[name](ct, grid, options)
         except SegmenterUnavailable as reason:
             skipped.append(f"{name}: {reason.text}")
             continue
-        on_progress(Progress(stage=Stage.DISTRICTS, done=len(chain), total=len(chain), text=name))
+        on_progress(Progress(stage=Stage.DISTRICTS, done=len(options.chain), total=len(options.chain), text=name))
         return replace(found, notes=(*skipped, *found.notes))
-    raise DistrictError("no_segmenter", f"segmenting districts: none of {list(chain)} could run: {'; '.join(skipped)}")
+    raise DistrictError(
+        "no_segmenter", f"segmenting districts: none of {list(options.chain)} could run: {'; '.join(skipped)}"
+    )

@@ -15,7 +15,7 @@ from pipeline.districts.landmarks import Landmarks, find_landmarks
 from pipeline.districts.profile import central_parts, find_midline, make_profile
 from pipeline.errors import DistrictError
 from pipeline.geometry import bounding_box, grid_at_spacing, resample
-from pipeline.types import CtVolume, District, DistrictMap, FloatVolume, Grid, LabelVolume
+from pipeline.types import CtVolume, District, DistrictMap, DistrictOptions, FloatVolume, Grid, LabelVolume
 
 NAME = "builtin"
 VERSION = "1"
@@ -25,8 +25,8 @@ MIN_SHARE = 0.005  # of the body; a smaller district is a slip of a border, not 
 AIR_HU = -1024.0
 
 
-def segment(ct: CtVolume, grid: Grid) -> DistrictMap:
-    """Districts of `ct` on `grid`. Raises DistrictError (code no_body) where there is no patient."""
+def segment(ct: CtVolume, grid: Grid, _: DistrictOptions) -> DistrictMap:
+    """Districts of `ct` on `grid`; needs nothing else. Raises DistrictError (code no_body) where there is no patient."""
     coarse = working_grid(ct.grid)
     hu = shrink(ct.hu, ct.grid, coarse)
     labels, confidence, notes = segment_coarse(hu)

@@ -12,7 +12,17 @@ from pydicom import Dataset
 from pipeline.districts import SEGMENTERS, SegmenterUnavailable, find_districts
 from pipeline.errors import DistrictError
 from pipeline.geometry import grid_at_spacing
-from pipeline.types import CtVolume, District, DistrictMap, FloatVolume, Grid, Progress, SourceSeries, Stage
+from pipeline.types import (
+    CtVolume,
+    District,
+    DistrictMap,
+    DistrictOptions,
+    FloatVolume,
+    Grid,
+    Progress,
+    SourceSeries,
+    Stage,
+)
 from training.phantom import Phantom, PhantomSpec, make_phantom
 
 HEAD_TO_THIGH, NECK_TO_PELVIS, CHEST, LEGS, HEAD = (0.3, 1.02), (0.45, 0.82), (0.62, 0.8), (0.0, 0.35), (0.88, 1.02)
@@ -34,7 +44,7 @@ def volume(hu: FloatVolume, grid: Grid) -> CtVolume:
 @functools.cache
 def found(pose: str, coverage: tuple[float, float], seed: int = 3) -> DistrictMap:
     body = phantom(pose, coverage, seed)
-    return find_districts(volume(body.hu, body.grid), body.grid, chain=("builtin",))
+    return find_districts(volume(body.hu, body.grid), body.grid, options=DistrictOptions(chain=("builtin",)))
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
@@ -93,14 +103,14 @@ def test_a_header_with_a_wrong_spacing_gives_the_same_districts(factor: float) -
     body = phantom("touching", NECK_TO_PELVIS)
     z, y, x = (s * factor for s in body.grid.spacing_mm)
     grid = dataclasses.replace(body.grid, spacing_mm=(z, y, x))
-    result = find_districts(volume(body.hu, grid), grid, chain=("builtin",))
+    result = find_districts(volume(body.hu, grid), grid, options=DistrictOptions(chain=("builtin",)))
     assert np.mean(result.labels != found("touching", NECK_TO_PELVIS).labels) < 1e-3
 
 
 def test_labels_lie_on_the_grid_that_was_asked_for() -> None:
     body = phantom("raised", HEAD)
     grid = grid_at_spacing(body.grid, (3.0, 4.0, 4.0))
-    result = find_districts(volume(body.hu, body.grid), grid, chain=("builtin",))
+    result = find_districts(volume(body.hu, body.grid), grid, options=DistrictOptions(chain=("builtin",)))
     assert result.labels.shape == grid.shape
     assert result.segmenter == "builtin"
 
@@ -114,7 +124,7 @@ def empty(hu: float, shape: tuple[int, int, int] = (40, 60, 60)) -> CtVolume:
 def test_a_volume_without_a_body_is_refused() -> None:
     ct = empty(-1000.0)
     with pytest.raises(DistrictError) as refused:
-        find_districts(ct, ct.grid, chain=("builtin",))
+        find_districts(ct, ct.grid, options=DistrictOptions(chain=("builtin",)))
     assert refused.value.code == "no_body"
 
 
@@ -122,7 +132,7 @@ def test_an_empty_table_is_no_body() -> None:
     ct = empty(-1000.0)
     ct.hu[:, 40, 10:50] = 100.0  # a shell, one voxel thick
     with pytest.raises(DistrictError) as refused:
-        find_districts(ct, ct.grid, chain=("builtin",))
+        find_districts(ct, ct.grid, options=DistrictOptions(chain=("builtin",)))
     assert refused.value.code == "no_body"
 
 
@@ -130,7 +140,7 @@ def test_an_empty_table_is_no_body() -> None:
 def test_a_block_of_water_in_any_shape_never_crashes(shape: tuple[int, int, int]) -> None:
     ct = empty(0.0, shape)
     try:
-        result = find_districts(ct, ct.grid, chain=("builtin",))
+        result = find_districts(ct, ct.grid, options=DistrictOptions(chain=("builtin",)))
     except DistrictError as refused:
         assert refused.code == "no_body"  # noqa: PT017
     else:
@@ -138,14 +148,17 @@ def test_a_block_of_water_in_any_shape_never_crashes(shape: tuple[int, int, int]
 
 
 def test_the_next_segmenter_runs_where_the_first_cannot_and_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unavailable(ct: CtVolume, grid: Grid) -> DistrictMap:
+    def unavailable(ct: CtVolume, grid: Grid, options: DistrictOptions) -> DistrictMap:
         raise SegmenterUnavailable("no_weights", "no weights in the folder")
 
     monkeypatch.setattr("pipeline.districts.SEGMENTERS", {"outside": unavailable, **SEGMENTERS})
     body = phantom("sides", HEAD)
     seen: list[Progress] = []
     result = find_districts(
-        volume(body.hu, body.grid), body.grid, chain=("outside", "builtin"), on_progress=seen.append
+        volume(body.hu, body.grid),
+        body.grid,
+        options=DistrictOptions(chain=("outside", "builtin")),
+        on_progress=seen.append,
     )
     assert result.notes[0] == "outside: no weights in the folder"
     assert result.segmenter == "builtin"
@@ -156,12 +169,12 @@ def test_the_next_segmenter_runs_where_the_first_cannot_and_the_reason_is_kept(m
 def test_a_chain_that_names_an_unknown_segmenter_is_refused() -> None:
     ct = empty(0.0)
     with pytest.raises(DistrictError) as refused:
-        find_districts(ct, ct.grid, chain=("magic",))
+        find_districts(ct, ct.grid, options=DistrictOptions(chain=("magic",)))
     assert refused.value.code == "unknown_segmenter"
 
 
 def test_an_empty_chain_finds_no_segmenter() -> None:
     ct = empty(0.0)
     with pytest.raises(DistrictError) as refused:
-        find_districts(ct, ct.grid, chain=())
+        find_districts(ct, ct.grid, options=DistrictOptions(chain=()))
     assert refused.value.code == "no_segmenter"

@@ -10,7 +10,7 @@ import SimpleITK as sitk
 
 from pipeline.ct_reader import choose_ct, read_ct
 from pipeline.districts import find_districts
-from pipeline.types import District, DistrictMap
+from pipeline.types import District, DistrictMap, DistrictOptions
 
 pytestmark = pytest.mark.realdata
 
@@ -20,7 +20,7 @@ VERTEBRAE, HUMERI, RIBS = range(26, 51), (69, 70), range(92, 116)
 
 def districts_of(folder: Path) -> DistrictMap:
     ct = read_ct(choose_ct(folder))
-    return find_districts(ct, ct.grid, chain=("builtin",))
+    return find_districts(ct, ct.grid, options=DistrictOptions(chain=("builtin",)))
 
 
 def share(result: DistrictMap, district: District) -> float:

@@ -14,7 +14,7 @@ from pydicom import Dataset
 from pipeline.districts import find_districts
 from pipeline.errors import DistrictError, PipelineError
 from pipeline.geometry import bounding_box, grid_at_spacing, resample, resample_image, to_sitk
-from pipeline.types import CtVolume, District, DistrictMap, Grid, LabelVolume, SourceSeries
+from pipeline.types import CtVolume, District, DistrictMap, DistrictOptions, Grid, LabelVolume, SourceSeries
 from training.cases.types import Labels, StudyVolumes
 from training.errors import StudyError
 from training.preparation.registration import identity, register
@@ -211,9 +211,9 @@ def _segmented(volumes: StudyVolumes, name: str, grid: Grid, transform: sitk.Tra
     source = SourceSeries(study_uid="", series_uid="", header=Dataset(), instances=(), earliest_acquisition=("", ""))
     ct = CtVolume(hu=np.asarray(volumes.hu, np.float32), grid=volumes.ct_grid, source=source)
     if not isinstance(transform, sitk.Euler3DTransform):  # the identity: CT and PET agree
-        return find_districts(ct, grid, chain=(name,))
+        return find_districts(ct, grid, options=DistrictOptions(chain=(name,)))
     own = grid_at_spacing(volumes.ct_grid, grid.spacing_mm)
-    found = find_districts(ct, own, chain=(name,))
+    found = find_districts(ct, own, options=DistrictOptions(chain=(name,)))
     return replace(found, labels=_moved(found.labels, own, grid, transform, fill=0, nearest=True), grid=grid)
 
 
