@@ -26,7 +26,7 @@ AIR_HU = -1024.0
 
 
 def segment(ct: CtVolume, grid: Grid, _: DistrictOptions) -> DistrictMap:
-    """Districts of `ct` on `grid`; needs nothing else. Raises DistrictError (code no_body) where there is no patient."""
+    """Districts of `ct` on `grid`. Raises DistrictError (code no_body) where there is no patient."""
     coarse = working_grid(ct.grid)
     hu = shrink(ct.hu, ct.grid, coarse)
     labels, confidence, notes = segment_coarse(hu)
