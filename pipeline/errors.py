@@ -8,6 +8,7 @@ PipelineError                 code, text; `permanent` tells the worker whether a
 │     undecodable_pixel_data, unsupported_geometry, too_large
 ├── DistrictError             no body, or no district could be found: REJECTED
 │     codes: no_body, unknown_segmenter, no_segmenter
+│   └── SegmenterUnavailable  one segmenter of a chain cannot serve this CT: the next one is tried
 ├── GateRefusal               a gate refused: the job becomes HELD (output gate) or REJECTED (input gate)
 ├── DeviceError               (device.py) the GPU that the options name is not there: FAILED; code: device_missing
 ├── BundleError               the model bundle is missing, altered or does not fit: FAILED, an operator's matter
@@ -44,6 +45,10 @@ class UnsupportedSeries(PipelineError):
 
 class DistrictError(PipelineError):
     """No body or no district was found in the volume."""
+
+
+class SegmenterUnavailable(DistrictError):
+    """This segmenter has not what it needs (weights, a SEG in the study) or failed: the next of the chain may serve."""
 
 
 class GateRefusal(PipelineError):

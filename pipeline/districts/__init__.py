@@ -10,16 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from pipeline.districts import builtin
-from pipeline.errors import DistrictError
+from pipeline.errors import DistrictError, SegmenterUnavailable
 from pipeline.types import CtVolume, DistrictMap, DistrictOptions, Grid, OnProgress, Progress, Stage, ignore_progress
 
 __all__ = ["SEGMENTERS", "SegmenterUnavailable", "find_districts"]
 
 Segmenter = Callable[[CtVolume, Grid, DistrictOptions], DistrictMap]
-
-
-class SegmenterUnavailable(DistrictError):
-    """This segmenter has not what it needs (weights, a SEG in the study): the next of the chain may have."""
 
 
 SEGMENTERS: Mapping[str, Segmenter] = {
