@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline.gate import CHECKS, Severity
 from storage.database import default_url
 
 _AE = re.compile(r"^(?! *$)[ -\[\]-~]{1,16}$")  # PS3.5 table 6.2-1, VR AE: 16 characters, no backslash or control
@@ -138,7 +139,10 @@ class PipelineConfig(_Table):
     batch: int = Field(default=0, ge=0, le=4096)
     blending: Literal["bundle", "mean", "gaussian"] = "bundle"
     stitching: Literal["bundle", "hard", "feathered"] = "bundle"
-    districts: tuple[Literal["builtin"], ...] = ("builtin",)
+    districts: tuple[Literal["nnunet_folder", "totalsegmentator", "builtin"], ...] = ("builtin",)
+    nnunet_folder: str = ""  # an unzipped nnU-Net v2 model folder; relative: to the file's folder
+    totalsegmentator_weights: str = ""  # empty: where TotalSegmentator itself looks
+    segmenter_timeout_s: Seconds = 900.0
     min_confidence: float = Field(default=0.5, ge=0, le=1)
     low_confidence: Literal["whole_body", "not_evaluated"] = "whole_body"
     threads: int = Field(default=0, ge=0, le=1024)
@@ -152,10 +156,42 @@ class PipelineConfig(_Table):
 
 
 class GateConfig(_Table):
-    """[gate]: what is checked before anything is sent."""
+    """[gate]: what is checked before a network runs, and before anything is sent (docs/gates.md)."""
 
     min_coverage_mm: float = Field(default=120.0, ge=0)
     max_slices: int = Field(default=3000, ge=2)
+    max_slice_spacing_mm: float = Field(default=10.0, gt=0)
+    body_mm: tuple[float, float] = (120.0, 650.0)
+    required_districts: tuple[Literal["head", "trunk", "arms", "legs"], ...] = ("trunk",)
+    min_age_years: int = Field(default=18, ge=0, le=120)
+    max_cut_share: float = Field(default=0.05, ge=0, le=1)
+    max_metal_share: float = Field(default=0.005, ge=0, le=1)
+    max_hu_distance: float = Field(default=80.0, ge=0)
+    max_lung_suv: float = Field(default=1.5, gt=0)
+    max_bone_suv: float = Field(default=3.0, gt=0)
+    suv_factor: float = Field(default=2.0, ge=1)
+    max_seam: float = Field(default=3.0, ge=1)
+    max_asymmetry: float = Field(default=0.5, ge=0, le=2)
+    max_not_evaluated: float = Field(default=0.5, ge=0, le=1)
+    severity: dict[str, Severity] = {}
+
+    @field_validator("body_mm")
+    @classmethod
+    def _range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1]:
+            raise ValueError("a lower and a higher size in mm")
+        return value
+
+    @field_validator("severity")
+    @classmethod
+    def _known_checks(cls, value: dict[str, Severity]) -> dict[str, Severity]:
+        for code, severity in value.items():
+            if code not in CHECKS:
+                raise ValueError(f"no check of a gate is called {code!r}; docs/gates.md lists them")
+            allowed = CHECKS[code].allowed
+            if severity not in allowed:
+                raise ValueError(f"{code} can be {' or '.join(allowed)}, not {severity.value}")
+        return value
 
 
 class OutputConfig(_Table):
@@ -294,11 +330,16 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
     def folder_or_name(bundle: str) -> str:
         return str(base / bundle) if bundle and (base / bundle).is_dir() else bundle
 
+    def folder(path: str) -> str:
+        return str((base / path).resolve()) if path else ""
+
     pipeline = config.pipeline.model_copy(
         update={
             "bundle": folder_or_name(config.pipeline.bundle),
             "bundles": (base / config.pipeline.bundles).resolve(),
             "shadow": folder_or_name(config.pipeline.shadow),
+            "nnunet_folder": folder(config.pipeline.nnunet_folder),
+            "totalsegmentator_weights": folder(config.pipeline.totalsegmentator_weights),
         }
     )
     return config.model_copy(update={"storage": storage, "pipeline": pipeline})

@@ -23,7 +23,7 @@ from dicom_node.engine import Engine, EngineError, EngineStopped
 from dicom_node.retry import retry_delay_s
 from pipeline.errors import DistrictError, GateRefusal, PipelineError, UnsupportedSeries
 from pipeline.result import ResultSummary, SeriesSummary, read_summary
-from pipeline.types import DistrictOptions, OutputOptions, PipelineOptions, Progress, Stage
+from pipeline.types import DistrictOptions, GateOptions, OutputOptions, PipelineOptions, Progress, Stage
 from storage.errors import LedgerError, NoSpace, NotFound, StaleState
 from storage.ledger import Ledger, utc_now
 from storage.records import Job, JobFilter, JobState, NewDelivery
@@ -83,12 +83,20 @@ def pipeline_options(config: Config) -> PipelineOptions:
         batch=pipeline.batch,
         blending=pipeline.blending,
         stitching=pipeline.stitching,
-        districts=DistrictOptions(chain=pipeline.districts),
+        districts=DistrictOptions(
+            chain=pipeline.districts,
+            nnunet_folder=Path(pipeline.nnunet_folder) if pipeline.nnunet_folder else None,
+            totalsegmentator_weights=(
+                Path(pipeline.totalsegmentator_weights) if pipeline.totalsegmentator_weights else None
+            ),
+            timeout_s=pipeline.segmenter_timeout_s,
+            device=pipeline.device,
+            threads=pipeline.threads,
+        ),
         min_confidence=pipeline.min_confidence,
         low_confidence=pipeline.low_confidence,
         threads=pipeline.threads,
-        min_coverage_mm=config.gate.min_coverage_mm,
-        max_slices=config.gate.max_slices,
+        gate=GateOptions(**config.gate.model_dump()),
         output=OutputOptions(
             encodings=tuple(encoding for encoding in ("sc", "pet") if encoding in wanted),
             mip=output.mip,

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline import gate
 from pipeline.bundle import Manifest, ModelBundle
 from pipeline.ct_reader import read_ct
 from pipeline.device import Compute, choose_compute, is_out_of_memory, set_threads, with_fallbacks
 from pipeline.districts import find_districts
+from pipeline.gate import settled
+from pipeline.gate.input import check_input, check_scan
+from pipeline.gate.output import check_output
 from pipeline.geometry import grid_at_spacing, resample, resample_on
 from pipeline.outputs.pet_series import encode_pet_series
 from pipeline.outputs.picture import encode_mip, overview_png
@@ -91,14 +93,15 @@ def synthesize_series(
     compute = choose_compute(options.device, options.precision, options.batch, report=fallbacks.append)
 
     with stages.stage(Stage.READ):
-        ct = read_ct(paths, max_slices=options.max_slices, on_progress=on_progress)
-        gate.check_input(ct, min_coverage_mm=options.min_coverage_mm)
+        ct = read_ct(paths, max_slices=options.gate.max_slices, on_progress=on_progress)
+        findings = list(check_input(ct, options.gate))
     with stages.stage(Stage.RESAMPLE):
         grid = grid_at_spacing(ct.grid, bundle.manifest.spacing_mm)
         hu = _resampled(ct, grid, compute.device)
         ct_unit = bundle.manifest.normalization.ct_to_unit(hu)
     with stages.stage(Stage.DISTRICTS):
         districts = find_districts(ct, grid, options=options.districts, on_progress=on_progress)
+        findings += check_scan(hu, districts, bundle.manifest.statistics, options.gate)
         networks, notes = choose_networks(districts, bundle.keys, options)
     unit = synthesize_volume(
         ct_unit,
@@ -118,7 +121,8 @@ def synthesize_series(
         not_evaluated=tuple(d for d in districts.present if d not in networks),
     )
     with stages.stage(Stage.GATE):
-        held = gate.check_output(suv, districts)
+        findings += check_output(suv, districts, hu, bundle.manifest.statistics, options.gate)
+        held, remarks = settled(findings, options.gate)
     with stages.stage(Stage.WRITE):
         provenance = _provenance(bundle, networks, districts, settings, compute, tuple(fallbacks))
         series = _encode(suv, ct, provenance, options, created, on_progress)
@@ -132,7 +136,7 @@ def synthesize_series(
         provenance=provenance,
         overview_png=picture,
         stage_seconds=stages.seconds,
-        notes=(*ct.source.notes, *districts.notes, *notes, *fallbacks),
+        notes=(*ct.source.notes, *districts.notes, *notes, *remarks, *fallbacks),
         held=held,
     )
 

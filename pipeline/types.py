@@ -241,7 +241,10 @@ class EncodedInstance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedSeries:
-    """All instances of one result series, in sending order. `kind`: "pet" or "mip"; `encoding`: "sc" or "pet"."""
+    """All instances of one result series, in sending order.
+
+    `kind`: "pet", "mip" or "seg"; `encoding`: "sc" or "pet", for "seg" its segmentation type, "binary".
+    """
 
     kind: str
     encoding: str
@@ -305,7 +308,9 @@ class OutputOptions:
 
     encodings: tuple[str, ...] = ("sc",)  # each of "sc", "pet"
     mip: bool = True
+    seg: bool = False
     series_number: int = 9001
+    seg_series_number: int = 9020
     mip_series_number: int = 9030
     series_description: str = "SYNTHETIC FDG PET SUVbw - AI, RESEARCH ONLY"
     institution_name: str = ""
@@ -320,6 +325,36 @@ class DistrictOptions:
 
     chain: tuple[str, ...] = ("builtin",)  # tried in order
     segmentations: tuple[Path, ...] = ()
+    nnunet_folder: Path | None = None  # an unzipped nnU-Net v2 model folder
+    totalsegmentator_weights: Path | None = None  # None: where TotalSegmentator itself looks
+    timeout_s: float = 900.0  # for a segmenter with a process of its own; then it is ended
+    device: str = "auto"  # for such a segmenter: "auto", "cpu", "cuda", "cuda:1"
+    threads: int = 0  # its CPU threads; 0: all cores
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateOptions:
+    """The thresholds of the gates, see docs/gates.md.
+
+    `severity` replaces what follows from a check: its code to "reject", "hold" or "note".
+    """
+
+    min_coverage_mm: float = 120.0
+    max_slices: int = 3000
+    max_slice_spacing_mm: float = 10.0
+    body_mm: tuple[float, float] = (120.0, 650.0)
+    required_districts: tuple[str, ...] = (District.TRUNK.key,)
+    min_age_years: int = 18
+    max_cut_share: float = 0.05
+    max_metal_share: float = 0.005
+    max_hu_distance: float = 80.0
+    max_lung_suv: float = 1.5
+    max_bone_suv: float = 3.0
+    suv_factor: float = 2.0
+    max_seam: float = 3.0
+    max_asymmetry: float = 0.5
+    max_not_evaluated: float = 0.5
+    severity: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -341,6 +376,5 @@ class PipelineOptions:
     min_confidence: float = 0.5
     low_confidence: str = "whole_body"  # or "not_evaluated"
     threads: int = 0  # CPU threads for torch and SimpleITK; 0: all cores
-    min_coverage_mm: float = 120.0
-    max_slices: int = 3000
+    gate: GateOptions = field(default_factory=GateOptions)
     output: OutputOptions = field(default_factory=OutputOptions)

@@ -21,7 +21,7 @@ from dicom_node.cli.common import (
     progress_bar,
     safe,
 )
-from pipeline.types import OutputOptions, PipelineOptions, Progress, Stage
+from pipeline.types import GateOptions, OutputOptions, PipelineOptions, Progress, Stage
 
 
 class Encodings(StrEnum):
@@ -83,7 +83,7 @@ def run(
         device=device,
         blending=blending.value,
         stitching=stitching.value,
-        min_coverage_mm=min_coverage_mm,
+        gate=GateOptions(min_coverage_mm=min_coverage_mm),
         output=OutputOptions(encodings=("sc", "pet") if encoding is Encodings.BOTH else (encoding.value,), mip=mip),
     )
     paths = choose_ct(ct_folder)

@@ -22,8 +22,8 @@ from pydicom.uid import (
 
 from pipeline.ct_reader import choose_ct, find_series, read_ct
 from pipeline.errors import UnsupportedSeries
-from pipeline.gate import check_input
-from pipeline.types import Stage
+from pipeline.gate.input import check_input
+from pipeline.types import GateOptions, Stage
 
 SHAPE = (6, 16, 20)
 
@@ -467,4 +467,4 @@ def test_a_real_series_reads_as_simpleitk_reads_it_and_passes_the_gate(real_data
     assert np.allclose(image.GetSpacing()[::-1], ct.grid.spacing_mm, atol=0.001)
     expected = np.maximum(sitk.GetArrayFromImage(image).astype(np.float32), -1024)
     assert np.abs(ct.hu - expected).max() <= 0.5
-    check_input(ct, min_coverage_mm=40)
+    check_input(ct, GateOptions(min_coverage_mm=40))

@@ -34,6 +34,7 @@ from pipeline.types import (
     DistrictMap,
     EncodedInstance,
     GateFinding,
+    GateOptions,
     Grid,
     PipelineOptions,
     Progress,
@@ -342,18 +343,19 @@ def test_a_gpu_that_is_full_before_the_job_begins_is_recorded(
 def test_a_gate_that_finds_the_output_implausible_holds_a_complete_result(
     monkeypatch: pytest.MonkeyPatch, ct_files: list[Path], bundle: ModelBundle, options: PipelineOptions
 ) -> None:
-    finding = GateFinding(code="output_range", text="SUV 99 in the trunk, at most 20 is expected")
-    monkeypatch.setattr(run_module.gate, "check_output", lambda *_: finding)
+    finding = GateFinding(code="out_of_range", text="SUV 99 in the trunk, at most 20 is expected")
+    monkeypatch.setattr(run_module, "check_output", lambda *_: (finding,))
     held = synthesize_series(ct_files, bundle, options, created=CREATED)
     assert held.held == finding
     assert held.series
+    assert held.overview_png.startswith(b"\x89PNG")
 
 
 def test_a_series_that_covers_too_little_is_refused(
     ct_files: list[Path], bundle: ModelBundle, options: PipelineOptions
 ) -> None:
     with pytest.raises(GateRefusal):
-        synthesize_series(ct_files, bundle, replace(options, min_coverage_mm=5000.0), created=CREATED)
+        synthesize_series(ct_files, bundle, replace(options, gate=GateOptions(min_coverage_mm=5000.0)), created=CREATED)
 
 
 def test_what_crosses_to_the_engine_can_be_pickled(result: ResultSet, options: PipelineOptions) -> None:

@@ -1,0 +1,194 @@
+"""The output gate: is this SUV volume one that a reader may see? (Codes: `pipeline.gate.CHECKS`, docs/gates.md.)
+
+First what is wrong with any volume (not finite, out of range, empty); then whether it looks like an FDG-PET: lungs and
+cortical bone take up little, a district as much as in the training studies, borders between districts do not show,
+left and right are alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from pipeline.gate import sifted
+from pipeline.gate.seams import worst_seam
+from pipeline.types import District, DistrictMap, FloatVolume, GateFinding, GateOptions, GeometryError, SuvVolume
+
+Mask = NDArray[np.bool_]
+
+SUV_LIMIT = 20.0  # the networks' range ends here (the paper clips its PET at SUV 20)
+SUV_TOLERANCE = 0.01  # of rounding and interpolation
+MIN_MEAN_SUV = 0.05  # over the evaluated body; by definition of SUV the mean over a body is about 1
+OUTSIDE_SUV = 0.1  # air holds less than this in any PET that is worth its name
+FEATHER_MM = 10.0  # uptake this near to the body is the stitching's soft edge
+LUNG_HU, BONE_HU = -500.0, 700.0  # below: lung and air in it; above: cortical bone
+MIN_REGION_ML = 50.0  # of lung, bone or a district: in less, a neighbor's blur decides the mean
+PEAK_PERCENT = 99.9  # the bundle's statistics have it under `suv_p99_9`
+MIN_BALANCE = 0.5  # the smaller side's volume over the larger's: below, one side is hardly in the field
+
+
+def check_output(
+    suv: SuvVolume, districts: DistrictMap, hu: FloatVolume, statistics: Mapping[str, Any], options: GateOptions
+) -> tuple[GateFinding, ...]:
+    """What is wrong with `suv`; where one of the gross checks finds something, that alone.
+
+    Args:
+        suv: what would be encoded.
+        hu: the CT in HU [z, y, x] on the same grid.
+        statistics: the manifest's, of the training studies; may be empty.
+
+    Raises GeometryError if the volumes do not lie on one grid.
+    """
+    if suv.suv.shape != districts.labels.shape or suv.grid != districts.grid or hu.shape != suv.suv.shape:
+        raise GeometryError("SUV, districts and CT lie on different grids")
+    gross = _check_range(suv.suv) or _check_evaluated(suv, districts)
+    if gross:
+        return (gross,)
+    return sifted(_plausibility_findings(suv, districts, hu, statistics, options), options)
+
+
+def _plausibility_findings(
+    suv: SuvVolume, districts: DistrictMap, hu: FloatVolume, statistics: Mapping[str, Any], options: GateOptions
+) -> Iterator[GateFinding]:
+    evaluated = tuple(d for d in districts.present if d not in suv.not_evaluated)
+    if (outside := _check_outside(suv, districts)) is not None:
+        yield outside
+    yield from _tissue_findings(suv, districts, hu, evaluated, options)
+    for district in evaluated:
+        yield from _district_findings(suv, districts, district, statistics.get(district.key, {}), options.suv_factor)
+    yield from _seam_findings(suv, districts, evaluated, options.max_seam)
+    yield from _asymmetry_findings(suv, districts, evaluated, options.max_asymmetry)
+    left_out = float(np.isin(districts.labels, suv.not_evaluated).sum() / np.count_nonzero(districts.labels))
+    if left_out > options.max_not_evaluated:
+        names = ", ".join(d.key for d in suv.not_evaluated)
+        text = f"{left_out:.0%} of the body was not evaluated ({names}), at most {options.max_not_evaluated:.0%}"
+        yield GateFinding(code="not_evaluated", text=f"{text} is accepted")
+
+
+def _check_range(suv: FloatVolume) -> GateFinding | None:
+    low, high = float(suv.min()), float(suv.max())  # NaN wins both
+    if not (math.isfinite(low) and math.isfinite(high)):
+        count = int(suv.size - np.isfinite(suv).sum())
+        return GateFinding(code="non_finite", text=f"{count} voxels of the SUV volume are not finite")
+    if low < 0:
+        return GateFinding(code="negative", text=f"the lowest SUV is {low:.4g}, none below 0 is expected")
+    if high > SUV_LIMIT + SUV_TOLERANCE:
+        text = f"the highest SUV is {high:.4g}, at most {SUV_LIMIT:g} is expected"
+        return GateFinding(code="out_of_range", text=text)
+    return None
+
+
+def _check_evaluated(suv: SuvVolume, districts: DistrictMap) -> GateFinding | None:
+    evaluated = districts.labels > 0
+    for district in suv.not_evaluated:
+        evaluated &= districts.labels != district
+    if not evaluated.any():
+        return GateFinding(code="nothing_evaluated", text="no district was evaluated: the series would be empty")
+    mean = float(suv.suv[evaluated].mean(dtype=np.float64))
+    if mean < MIN_MEAN_SUV:
+        text = f"the mean SUV of the evaluated body is {mean:.4f}, about 1 is expected"
+        return GateFinding(code="nothing_synthesized", text=text)
+    return None
+
+
+def _check_outside(suv: SuvVolume, districts: DistrictMap) -> GateFinding | None:
+    stray = (districts.labels == 0) & (suv.suv > OUTSIDE_SUV)
+    if not stray.any():
+        return None
+    stray &= ~_grown(districts.labels > 0, suv.grid.spacing_mm, FEATHER_MM)
+    count = int(stray.sum())
+    if not count:
+        return None
+    highest = float(suv.suv[stray].max())
+    text = f"{count} voxels more than {FEATHER_MM:.0f} mm outside the body hold SUV up to {highest:.2f}"
+    return GateFinding(code="uptake_outside_body", text=text)
+
+
+def _grown(mask: Mask, spacing_mm: tuple[float, float, float], by_mm: float) -> Mask:
+    """`mask` and the box of `by_mm` around each of its voxels."""
+    grown = mask
+    for axis, spacing in enumerate(spacing_mm):
+        width = 2 * math.ceil(by_mm / spacing - 1e-6) + 1
+        grown = ndimage.maximum_filter1d(grown.view(np.uint8), width, axis=axis, mode="constant").view(np.bool_)
+    return grown
+
+
+def _tissue_findings(
+    suv: SuvVolume,
+    districts: DistrictMap,
+    hu: FloatVolume,
+    evaluated: tuple[District, ...],
+    options: GateOptions,
+) -> Iterator[GateFinding]:
+    """Lung and cortical bone, which the CT alone tells, take up little.
+
+    The skull is left out: at the resolution of a PET it glows with the brain beneath it.
+    """
+    trunk = districts.mask(District.TRUNK) if District.TRUNK in evaluated else np.zeros(hu.shape, dtype=bool)
+    limbs = np.isin(districts.labels, [d for d in evaluated if d is not District.HEAD])
+    for code, what, mask, limit in (
+        ("lung_uptake", f"lung (below {LUNG_HU:.0f} HU)", trunk & (hu < LUNG_HU), options.max_lung_suv),
+        ("bone_uptake", f"dense bone (above {BONE_HU:.0f} HU)", limbs & (hu > BONE_HU), options.max_bone_suv),
+    ):
+        if np.count_nonzero(mask) * suv.grid.voxel_ml < MIN_REGION_ML:
+            continue
+        mean = float(suv.suv[mask].mean(dtype=np.float64))
+        if mean > limit:
+            yield GateFinding(code=code, text=f"the mean SUV of {what} is {mean:.2f}, at most {limit:g} is expected")
+
+
+def _district_findings(
+    suv: SuvVolume, districts: DistrictMap, district: District, told: Mapping[str, Any], factor: float
+) -> Iterator[GateFinding]:
+    """A district's mean and 99.9 percentile against those of the training studies, widened by `factor`."""
+    inside = suv.suv[districts.mask(district)]
+    if inside.size * suv.grid.voxel_ml < MIN_REGION_ML:
+        return
+    code = "district_uptake"
+    if "suv_mean_range" in told:
+        lowest, highest = told["suv_mean_range"]
+        low, high, mean = lowest / factor, highest * factor, float(inside.mean(dtype=np.float64))
+        if not low <= mean <= high:
+            text = f"the mean SUV of {district.key} is {mean:.2f}, {low:.2f} to {high:.2f} is expected"
+            yield GateFinding(code=code, text=f"{text} from the training studies")
+    if "suv_p99_9" in told:
+        most, peak = told["suv_p99_9"] * factor, float(np.percentile(inside, PEAK_PERCENT))
+        if peak > most:
+            text = f"the {PEAK_PERCENT:g} percentile of the SUV in {district.key} is {peak:.2f}, at most {most:.2f}"
+            yield GateFinding(code=code, text=f"{text} is expected from the training studies")
+
+
+def _seam_findings(
+    suv: SuvVolume, districts: DistrictMap, evaluated: tuple[District, ...], limit: float
+) -> Iterator[GateFinding]:
+    seam = worst_seam(suv.suv, districts.labels, evaluated)
+    if seam is not None and seam.index > limit:
+        text = (
+            f"where {seam.first.key} and {seam.second.key} meet, SUV jumps by {seam.across:.2f}, "
+            f"{seam.index:.1f} times as much as beside it; at most {limit:g} times is expected"
+        )
+        yield GateFinding(code="seam", text=text)
+
+
+def _asymmetry_findings(
+    suv: SuvVolume, districts: DistrictMap, evaluated: tuple[District, ...], limit: float
+) -> Iterator[GateFinding]:
+    """The mean SUV left and right of the body's middle plane, for districts of which both sides are in the field."""
+    columns = np.count_nonzero(districts.labels, axis=(0, 1))
+    middle = round(float((columns * np.arange(len(columns))).sum() / columns.sum()))
+    for district in evaluated:
+        mask = districts.mask(district)
+        halves = [(half, suv.suv[..., half][mask[..., half]]) for half in (slice(None, middle), slice(middle, None))]
+        sizes = [values.size for _, values in halves]
+        if min(sizes) * suv.grid.voxel_ml < MIN_REGION_ML or min(sizes) < MIN_BALANCE * max(sizes):
+            continue
+        right, left = (float(values.mean(dtype=np.float64)) for _, values in halves)
+        difference = abs(right - left) / max((right + left) / 2, 1e-6)
+        if difference > limit:
+            text = f"the mean SUV of {district.key} is {right:.2f} on the right and {left:.2f} on the left"
+            yield GateFinding(code="asymmetry", text=f"{text}: a difference of at most {limit:.0%} is expected")
