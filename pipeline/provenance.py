@@ -23,8 +23,8 @@ from pipeline.types import OutputOptions, Provenance, SourceSeries
 # The name space of this product's UIDs. Never change it: every result already in a PACS would change its name.
 UID_NAMESPACE = UUID("6f1d5a0e-2c7b-4f3e-9b52-8d0c64a1e7f3")
 
-# Which encodings are written, and whether a MIP is, does not change what is in any one of them.
-NOT_IN_KEY = ("encodings", "mip")
+# Which encodings are written, and whether a MIP or a SEG is, does not change what is in any one of them.
+NOT_IN_KEY = ("encodings", "mip", "seg")
 
 
 def software_version() -> str:
@@ -39,7 +39,7 @@ def _canonical(value: Any) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultUids:
-    """The UIDs of one result series in one encoding ("sc" or "pet")."""
+    """The UIDs of one result series in one encoding ("sc", "pet" or, of the districts, "binary")."""
 
     source: SourceSeries
     provenance: Provenance

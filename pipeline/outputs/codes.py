@@ -9,6 +9,8 @@ from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
+from pipeline.types import District
+
 SYNTHESIZING_EQUIPMENT: Code = codes.DCM.SynthesizingEquipment  # PS3.3 C.12.1.1.5 names it for SyntheticData
 PROCESSING_EQUIPMENT: Code = codes.DCM.ProcessingEquipment
 SOURCE_IMAGE: Code = codes.DCM.SourceImageForImageProcessingOperation
@@ -23,6 +25,18 @@ RIGHT_DECUBITUS: Code = codes.cid20.RightLateralDecubitus
 LEFT_DECUBITUS: Code = codes.cid20.LeftLateralDecubitus
 HEADFIRST: Code = codes.cid21.Headfirst
 FEET_FIRST: Code = codes.cid21.FeetFirst
+
+ANATOMICAL_STRUCTURE: Code = codes.cid7150.AnatomicalStructure
+ARTIFICIAL_INTELLIGENCE: Code = codes.cid7162.ArtificialIntelligence
+SEGMENTATION: Code = codes.cid7203.SegmentationImageDerivation
+
+# The body regions as SegmentedPropertyTypeCodeSequence (0062,000F) names them
+DISTRICT_CODES: dict[District, Code] = {
+    District.HEAD: codes.SCT.Head,
+    District.TRUNK: codes.SCT.Trunk,
+    District.ARMS: codes.SCT.UpperLimb,
+    District.LEGS: codes.SCT.LowerLimb,
+}
 
 # PatientPosition (PS3.3 C.7.3.1.1.2) -> (orientation modifier, gantry relationship)
 PATIENT_POSITIONS: dict[str, tuple[Code, Code]] = {

@@ -294,7 +294,7 @@ def _varying_elements(
     x_mm, y_mm, first_z_mm = grid.origin_mm
     in_plane = f"{ds_text(x_mm)}\\{ds_text(y_mm)}"
     pixel_header = element_header(PIXEL_DATA, "OW", codes[0].nbytes)
-    instances = _with_good_uids(source)
+    instances = with_good_uids(source)
     positions_mm = np.array([instance.position_mm for instance in instances]).reshape(-1, 3)
     axial = stacked_along_z(positions_mm)
 
@@ -321,7 +321,7 @@ def _varying_elements(
         }
 
 
-def _with_good_uids(source: SourceSeries) -> tuple[SourceInstance, ...]:
+def with_good_uids(source: SourceSeries) -> tuple[SourceInstance, ...]:
     """The CT instances that can be referenced: a UID is somebody else's input."""
     if not clean("UI", source.series_uid):
         return ()

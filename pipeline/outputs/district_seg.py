@@ -1,0 +1,277 @@
+"""The district map as one DICOM Segmentation object: what a radiologist lays over the CT or the synthetic PET.
+
+BINARY, one segment for each district in the field of view, on the result's grid and in the CT's Frame of Reference
+(PS3.3 A.51). highdicom makes the object; patient, study, dates, UIDs and references are then written by the same
+white list as every other result's, because a CT header is somebody else's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+import highdicom as hd
+import numpy as np
+from highdicom.color import CIELabColor
+from pydicom import Dataset
+from pydicom.uid import CTImageStorage, SegmentationStorage
+
+from pipeline.errors import OutputError
+from pipeline.outputs.attributes import (
+    body_part_examined,
+    copy_lossy_history,
+    copy_patient_and_study,
+    copy_position_reference,
+    free_series_number,
+    institution_name,
+    local_moment,
+    series_moment,
+    set_character_set,
+)
+from pipeline.outputs.codes import (
+    ANATOMICAL_STRUCTURE,
+    ARTIFICIAL_INTELLIGENCE,
+    DISTRICT_CODES,
+    SEGMENTATION,
+    SOURCE_IMAGE,
+    code_item,
+)
+from pipeline.outputs.explicit import EXPLICIT_VR_LITTLE_ENDIAN, part10
+from pipeline.outputs.header import clean
+from pipeline.outputs.modules import HASH_SHOWN, MANUFACTURER, MODEL_NAME, Uids, contributing_equipment
+from pipeline.outputs.pet_series import AXIAL, bracketing, stacked_along_z, with_good_uids
+from pipeline.outputs.picture import DISTRICT_COLORS
+from pipeline.types import (
+    District,
+    DistrictMap,
+    EncodedInstance,
+    EncodedSeries,
+    Grid,
+    OutputOptions,
+    Provenance,
+    SourceInstance,
+    SourceSeries,
+)
+
+KIND, ENCODING = "seg", "binary"
+SERIES_DESCRIPTION = "SYNTHETIC FDG PET DISTRICTS - AI, RESEARCH ONLY"
+CONTENT_LABEL = "DISTRICTS"
+CONTENT_DESCRIPTION = "Body districts found on CT for a synthetic PET"  # LO: at most 64 characters
+CONTENT_CREATOR = "SYNPET^AI"
+_PLANE = ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "SliceThickness", "Rows", "Columns")
+UNKNOWN_VERSION = "unknown"  # AlgorithmVersion is Type 1
+
+
+def encode_district_seg(
+    districts: DistrictMap,
+    *,
+    source: SourceSeries,
+    provenance: Provenance,
+    options: OutputOptions,
+    uids: Uids,
+    created: datetime,
+    not_evaluated: Sequence[District] = (),
+) -> EncodedSeries:
+    """A one-instance Segmentation series (PS3.3 A.51, C.8.20.2) of the districts that are present.
+
+    Args:
+        districts: the labels on the result's grid; a district that is absent gets no segment.
+        source: the CT; its series and instances are referenced.
+        provenance: who made the result; its segmenter is the segments' algorithm.
+        options: `seg_series_number`, and what all results share.
+        uids: of the encoding "binary".
+        created: aware time, stored with the job.
+        not_evaluated: districts that no network was trusted with; their segments say so.
+
+    Raises:
+        OutputError: there is no district to write (no_districts), or as for the PET series.
+    """
+    present = districts.present
+    if not present:
+        raise OutputError("no_districts", "writing the districts: the map has no district in it")
+    like_ct = _source_image(districts.grid, source, options)
+    ds = hd.seg.Segmentation(
+        source_images=[like_ct],
+        pixel_array=_numbered(districts, present),
+        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=[_segment(n, d, provenance, uids) for n, d in enumerate(present, start=1)],
+        series_instance_uid=uids.uid("seg_series"),
+        series_number=free_series_number(options.seg_series_number, source),
+        sop_instance_uid=uids.uid("seg"),
+        instance_number=1,
+        manufacturer=MANUFACTURER,
+        manufacturer_model_name=MODEL_NAME,
+        software_versions=clean("LO", provenance.software_version),
+        device_serial_number=provenance.bundle_sha256[:HASH_SHOWN],
+        content_label=CONTENT_LABEL,
+        content_description=CONTENT_DESCRIPTION,
+        content_creator_name=CONTENT_CREATOR,
+        series_description=SERIES_DESCRIPTION,
+        pixel_measures=_pixel_measures(districts.grid),
+        plane_orientation=hd.PlaneOrientationSequence("PATIENT", AXIAL),
+        plane_positions=_plane_positions(districts.grid),
+        omit_empty_frames=True,
+    )
+    _describe_segments(ds, districts, present, not_evaluated)
+    _write_common_modules(ds, like_ct, source, provenance, options, created)
+    _fix_dimension_uid(ds, uids.uid("dimorg"))
+    _write_references(ds, source)
+    set_character_set(ds, source)
+    instance = EncodedInstance(
+        sop_class_uid=str(SegmentationStorage),
+        sop_instance_uid=str(ds.SOPInstanceUID),
+        transfer_syntax_uid=EXPLICIT_VR_LITTLE_ENDIAN,
+        file_name="0001.dcm",
+        data=part10(ds),
+    )
+    return EncodedSeries(kind=KIND, encoding=ENCODING, series_uid=str(ds.SeriesInstanceUID), instances=(instance,))
+
+
+def _source_image(grid: Grid, source: SourceSeries, options: OutputOptions) -> Dataset:
+    """What highdicom wants to know of the source, cleaned: patient, study and Frame of Reference; no pixels.
+
+    Its plane and spacing agree with none of ours, so that highdicom takes over neither.
+    """
+    ds = Dataset()
+    copy_patient_and_study(ds, source, options)
+    copy_position_reference(ds, source)
+    ds.SOPClassUID = CTImageStorage
+    ds.SOPInstanceUID = ds.SeriesInstanceUID = clean("UI", source.series_uid) or "0.0"
+    ds.Modality = "CT"
+    ds.FrameOfReferenceUID = grid.frame_of_reference_uid
+    ds.ImageOrientationPatient = list(AXIAL)
+    slice_mm, row_mm, column_mm = grid.spacing_mm
+    ds.ImagePositionPatient = [0.0, 0.0, round(grid.origin_mm[2] - 2 * slice_mm, 3)]
+    ds.PixelSpacing = [round(2 * row_mm, 3), round(2 * column_mm, 3)]
+    ds.SliceThickness = round(slice_mm, 3)
+    ds.Rows, ds.Columns = grid.shape[1:]
+    return ds
+
+
+def _numbered(districts: DistrictMap, present: Sequence[District]) -> np.ndarray:
+    """Segment numbers [z, y, x]: 1.. without a gap, as PS3.3 C.8.20.2 wants them, 0 where there is no district."""
+    table = np.zeros(256, dtype=np.uint8)
+    for number, district in enumerate(present, start=1):
+        table[district] = number
+    return table[districts.labels]
+
+
+def _segment(number: int, district: District, provenance: Provenance, uids: Uids) -> hd.seg.SegmentDescription:
+    red, green, blue = (int(DISTRICT_COLORS[district][i : i + 2], 16) for i in (1, 3, 5))
+    return hd.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=district.key,
+        segmented_property_category=ANATOMICAL_STRUCTURE,
+        segmented_property_type=DISTRICT_CODES[district],
+        algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=hd.AlgorithmIdentificationSequence(
+            name=clean("LO", provenance.segmenter),
+            family=ARTIFICIAL_INTELLIGENCE,
+            version=clean("LO", provenance.segmenter_version) or UNKNOWN_VERSION,
+        ),
+        tracking_id=district.key,
+        tracking_uid=uids.uid("track", int(district)),
+        display_color=CIELabColor.from_rgb(red, green, blue),
+    )
+
+
+def _describe_segments(
+    ds: Dataset, districts: DistrictMap, present: Sequence[District], not_evaluated: Sequence[District]
+) -> None:
+    """SegmentDescription (0062,0006): how sure the segmenter was, and whether the PET says anything there."""
+    for item, district in zip(ds.SegmentSequence, present, strict=True):
+        text = f"{district.key}, confidence {districts.confidence.get(district, 0.0):.2f}"
+        item.SegmentDescription = text + (", NOT EVALUATED in the synthetic PET" if district in not_evaluated else "")
+
+
+def _pixel_measures(grid: Grid) -> hd.PixelMeasuresSequence:
+    slice_mm, row_mm, column_mm = (round(s, 9) for s in grid.spacing_mm)
+    return hd.PixelMeasuresSequence(
+        pixel_spacing=(row_mm, column_mm), slice_thickness=slice_mm, spacing_between_slices=slice_mm
+    )
+
+
+def _plane_positions(grid: Grid) -> list[hd.PlanePositionSequence]:
+    x_mm, y_mm, first_z_mm = grid.origin_mm
+    return [
+        hd.PlanePositionSequence(
+            "PATIENT", (round(x_mm, 9), round(y_mm, 9), round(first_z_mm + k * grid.spacing_mm[0], 9))
+        )
+        for k in range(grid.shape[0])
+    ]
+
+
+def _write_common_modules(
+    ds: Dataset,
+    cleaned: Dataset,
+    source: SourceSeries,
+    provenance: Provenance,
+    options: OutputOptions,
+    created: datetime,
+) -> None:
+    """Patient, study, series and equipment as in every other result, in place of what highdicom took over."""
+    for keyword in ("SOPInstanceUID", "SOPClassUID", "SeriesInstanceUID", "Modality", *_PLANE):
+        del cleaned[keyword]
+    for elem in cleaned:
+        ds[elem.tag] = elem
+    now, begun = local_moment(source, created), series_moment(source, created)
+    ds.SyntheticData = "YES"
+    ds.InstanceCreationDate, ds.InstanceCreationTime = now.date, now.time
+    ds.ContentDate, ds.ContentTime = now.date, now.time
+    ds.SeriesDate, ds.SeriesTime = begun.date, begun.time
+    ds.BodyPartExamined = body_part_examined(source)
+    if institution := institution_name(source, options):
+        ds.InstitutionName = institution
+    ds.ContributingEquipmentSequence = contributing_equipment(provenance, now.date_time)[-1:]  # the segmenter alone
+    copy_lossy_history(ds, source)
+
+
+def _fix_dimension_uid(ds: Dataset, uid: str) -> None:
+    """highdicom makes one up at each call; the same result has the same bytes."""
+    for item in (*ds.DimensionOrganizationSequence, *ds.DimensionIndexSequence):
+        item.DimensionOrganizationUID = uid
+
+
+def _write_references(ds: Dataset, source: SourceSeries) -> None:
+    """The CT: all of it for the object (PS3.3 C.12.2), and for each frame the one or two slices around it."""
+    found = list({i.sop_instance_uid: i for i in with_good_uids(source)}.values())
+    ds.pop("SourceImageSequence", None)
+    ds.pop("ReferencedSeriesSequence", None)
+    if not found:
+        return
+    series = Dataset()
+    series.SeriesInstanceUID = clean("UI", source.series_uid)
+    series.ReferencedInstanceSequence = [_reference(instance) for instance in found]
+    ds.ReferencedSeriesSequence = [series]
+    items = [_source_item(instance) for instance in found]
+    places_mm = np.array([instance.position_mm for instance in found])
+    if not stacked_along_z(places_mm):  # every frame is made of all of them
+        ds.SharedFunctionalGroupsSequence[0].DerivationImageSequence = [_derivation(items)]
+        for frame in ds.PerFrameFunctionalGroupsSequence:
+            frame.pop("DerivationImageSequence", None)
+        return
+    for frame in ds.PerFrameFunctionalGroupsSequence:
+        z_mm = float(frame.PlanePositionSequence[0].ImagePositionPatient[2])
+        frame.DerivationImageSequence = [_derivation(items[bracketing(places_mm[:, 2], z_mm)])]
+
+
+def _reference(instance: SourceInstance) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID = clean("UI", instance.sop_class_uid)
+    item.ReferencedSOPInstanceUID = clean("UI", instance.sop_instance_uid)
+    return item
+
+
+def _derivation(items: list[Dataset]) -> Dataset:
+    """The Derivation Image macro (PS3.3 C.7.6.16.2.6)."""
+    derivation = Dataset()
+    derivation.DerivationCodeSequence = [code_item(SEGMENTATION)]
+    derivation.SourceImageSequence = items
+    return derivation
+
+
+def _source_item(instance: SourceInstance) -> Dataset:
+    item = _reference(instance)
+    item.PurposeOfReferenceCodeSequence = [code_item(SOURCE_IMAGE)]
+    item.SpatialLocationsPreserved = "NO"  # another grid than the CT's
+    return item
