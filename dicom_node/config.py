@@ -139,7 +139,7 @@ class PipelineConfig(_Table):
     batch: int = Field(default=0, ge=0, le=4096)
     blending: Literal["bundle", "mean", "gaussian"] = "bundle"
     stitching: Literal["bundle", "hard", "feathered"] = "bundle"
-    districts: tuple[Literal["nnunet_folder", "totalsegmentator", "builtin"], ...] = ("builtin",)
+    districts: tuple[Literal["dicom_seg", "nnunet_folder", "totalsegmentator", "builtin"], ...] = ("builtin",)
     nnunet_folder: str = ""  # an unzipped nnU-Net v2 model folder; relative: to the file's folder
     totalsegmentator_weights: str = ""  # empty: where TotalSegmentator itself looks
     segmenter_timeout_s: Seconds = 900.0
@@ -198,7 +198,9 @@ class OutputConfig(_Table):
     """[output]: the result series."""
 
     mip: bool = True
+    seg: bool = False
     series_number: int = Field(default=9001, ge=1, le=2_000_000_000)
+    seg_series_number: int = Field(default=9020, ge=1, le=2_000_000_000)
     mip_series_number: int = Field(default=9030, ge=1, le=2_000_000_000)
     series_description: str = Field(default="SYNTHETIC FDG PET SUVbw - AI, RESEARCH ONLY", max_length=64)
     institution_name: str = Field(default="", max_length=64)
@@ -223,6 +225,7 @@ class DestinationConfig(_Table):
     peer: Name
     encoding: Literal["sc", "pet"] = "sc"
     send_mip: bool = True
+    send_seg: bool = True
     max_attempts: int = Field(default=12, ge=1)
     first_retry_s: Seconds = 30.0
     max_retry_s: Seconds = 3600.0

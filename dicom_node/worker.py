@@ -19,6 +19,7 @@ from typing import Any
 import structlog
 
 from dicom_node.config import Config, DestinationConfig
+from dicom_node.delivery import OPTIONAL_KINDS
 from dicom_node.engine import Engine, EngineError, EngineStopped
 from dicom_node.retry import retry_delay_s
 from pipeline.errors import DistrictError, GateRefusal, PipelineError, UnsupportedSeries
@@ -100,7 +101,9 @@ def pipeline_options(config: Config) -> PipelineOptions:
         output=OutputOptions(
             encodings=tuple(encoding for encoding in ("sc", "pet") if encoding in wanted),
             mip=output.mip,
+            seg=output.seg,
             series_number=output.series_number,
+            seg_series_number=output.seg_series_number,
             mip_series_number=output.mip_series_number,
             series_description=output.series_description,
             institution_name=output.institution_name,
@@ -112,7 +115,7 @@ def pipeline_options(config: Config) -> PipelineOptions:
 
 
 def new_deliveries(series: Sequence[SeriesSummary], destinations: Sequence[DestinationConfig]) -> list[NewDelivery]:
-    """The PET series of each destination's encoding first, then its MIP where it wants one."""
+    """The PET series of each destination's encoding first, then the MIP and the districts where it wants them."""
     return [
         NewDelivery(
             destination=destination.name,
@@ -122,16 +125,20 @@ def new_deliveries(series: Sequence[SeriesSummary], destinations: Sequence[Desti
             instances=one.instances,
         )
         for destination in destinations
-        for kind in ("pet", *(("mip",) if destination.send_mip else ()))
+        for kind in _kinds(destination)
         for one in _of_kind(series, kind, destination.encoding)
     ]
 
 
 def _of_kind(series: Sequence[SeriesSummary], kind: str, encoding: str) -> list[SeriesSummary]:
-    """The series of a kind in an encoding; a MIP is a picture in either, so one of another encoding will do."""
+    """The series of a kind in an encoding; a companion is the same for either, so one of another encoding will do."""
     found = [one for one in series if one.kind == kind]
     exact = [one for one in found if one.encoding == encoding]
-    return exact or (found[:1] if kind == "mip" else [])
+    return exact or (found[:1] if kind in OPTIONAL_KINDS else [])
+
+
+def _kinds(destination: DestinationConfig) -> tuple[str, ...]:
+    return "pet", *(("mip",) if destination.send_mip else ()), *(("seg",) if destination.send_seg else ())
 
 
 class Worker:

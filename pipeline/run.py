@@ -22,6 +22,8 @@ from pipeline.gate import settled
 from pipeline.gate.input import check_input, check_scan
 from pipeline.gate.output import check_output
 from pipeline.geometry import grid_at_spacing, resample, resample_on
+from pipeline.outputs.district_seg import ENCODING as SEG_ENCODING
+from pipeline.outputs.district_seg import encode_district_seg
 from pipeline.outputs.pet_series import encode_pet_series
 from pipeline.outputs.picture import encode_mip, overview_png
 from pipeline.outputs.statistics import district_stats
@@ -125,7 +127,7 @@ def synthesize_series(
         held, remarks = settled(findings, options.gate)
     with stages.stage(Stage.WRITE):
         provenance = _provenance(bundle, networks, districts, settings, compute, tuple(fallbacks))
-        series = _encode(suv, ct, provenance, options, created, on_progress)
+        series = _encode(suv, districts, ct, provenance, options, created, on_progress)
         stats = district_stats(suv, districts)
         picture = overview_png(ct, districts, suv)
     if keep is not None:
@@ -406,13 +408,14 @@ def _digest(value: object) -> str:
 
 def _encode(
     suv: SuvVolume,
+    districts: DistrictMap,
     ct: CtVolume,
     provenance: Provenance,
     options: PipelineOptions,
     created: datetime,
     on_progress: OnProgress,
 ) -> tuple[EncodedSeries, ...]:
-    """The PET series in every encoding that is asked for, then the picture."""
+    """The PET series in every encoding that is asked for, then the picture, then the districts."""
     output = options.output
     created = created.astimezone()  # DICOM dates and times are local where no offset is given (PS3.3 C.12.1.1)
 
@@ -443,4 +446,15 @@ def _encode(
             created=created,
         )
         series.append(picture)
+    if output.seg:
+        segmentation = encode_district_seg(
+            districts,
+            source=ct.source,
+            provenance=provenance,
+            options=output,
+            uids=uids(SEG_ENCODING),
+            created=created,
+            not_evaluated=suv.not_evaluated,
+        )
+        series.append(segmentation)
     return tuple(series)
