@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from pipeline.districts import builtin
+from pipeline.districts import builtin, nnunet_folder
 from pipeline.errors import DistrictError, SegmenterUnavailable
 from pipeline.types import CtVolume, DistrictMap, DistrictOptions, Grid, OnProgress, Progress, Stage, ignore_progress
 
@@ -19,6 +19,7 @@ Segmenter = Callable[[CtVolume, Grid, DistrictOptions], DistrictMap]
 
 
 SEGMENTERS: Mapping[str, Segmenter] = {
+    nnunet_folder.NAME: nnunet_folder.segment,
     builtin.NAME: builtin.segment,
 }
 
