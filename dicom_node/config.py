@@ -161,7 +161,7 @@ class GateConfig(_Table):
     min_coverage_mm: float = Field(default=120.0, ge=0)
     max_slices: int = Field(default=3000, ge=2)
     max_slice_spacing_mm: float = Field(default=10.0, gt=0)
-    body_mm: tuple[float, float] = (120.0, 650.0)
+    body_mm: tuple[float, float] = (120.0, 600.0)
     required_districts: tuple[Literal["head", "trunk", "arms", "legs"], ...] = ("trunk",)
     min_age_years: int = Field(default=18, ge=0, le=120)
     max_cut_share: float = Field(default=0.05, ge=0, le=1)
@@ -170,7 +170,7 @@ class GateConfig(_Table):
     max_lung_suv: float = Field(default=1.5, gt=0)
     max_bone_suv: float = Field(default=3.0, gt=0)
     suv_factor: float = Field(default=2.0, ge=1)
-    max_seam: float = Field(default=3.0, ge=1)
+    max_seam: float = Field(default=2.0, ge=1)
     max_asymmetry: float = Field(default=0.5, ge=0, le=2)
     max_not_evaluated: float = Field(default=0.5, ge=0, le=1)
     severity: dict[str, Severity] = {}

@@ -342,7 +342,7 @@ class GateOptions:
     min_coverage_mm: float = 120.0
     max_slices: int = 3000
     max_slice_spacing_mm: float = 10.0
-    body_mm: tuple[float, float] = (120.0, 650.0)
+    body_mm: tuple[float, float] = (120.0, 600.0)
     required_districts: tuple[str, ...] = (District.TRUNK.key,)
     min_age_years: int = 18
     max_cut_share: float = 0.05
@@ -351,7 +351,7 @@ class GateOptions:
     max_lung_suv: float = 1.5
     max_bone_suv: float = 3.0
     suv_factor: float = 2.0
-    max_seam: float = 3.0
+    max_seam: float = 2.0
     max_asymmetry: float = 0.5
     max_not_evaluated: float = 0.5
     severity: Mapping[str, str] = field(default_factory=dict)

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.gate import sifted
 from pipeline.gate.age import age_years
-from pipeline.gate.view import TISSUE_HU, BlockView, in_patches, interior
+from pipeline.gate.view import TISSUE_HU, BlockView, in_patches, interior, smoothed
 from pipeline.types import CtVolume, District, DistrictMap, FloatVolume, GateFinding, GateOptions
 
 AIR_HU = -900.0  # air is -1000, its noisy block means stay below this; lung parenchyma does not
@@ -25,9 +25,9 @@ MAX_DENSE_SHARE = 0.05  # of the field of view: bones are 1 %; without the inter
 MAX_HU = 70_000.0  # beyond what 16 bits at slope 1 hold, extended metal scales included
 SOFT_TISSUE_HU = (-200.0, 200.0)  # fat to contrast-filled organs
 FAT_PEAK_HU, SOFT_PEAK_HU = (-140.0, -40.0), (-30.0, 140.0)  # where the peaks of fat and of muscle or organs lie
-MIN_PEAKS_SHARE = 0.5  # of the tissue that is not dense: at the HU of one of the two peaks
+MIN_PEAKS_SHARE = 0.65  # of the tissue that is not dense, at the HU of one of the two; real bodies have .9
 MODE_BIN_HU = 20.0
-UNIFORM_HU = 30.0  # so far from its most frequent HU a water phantom does not reach
+UNIFORM_HU = 30.0  # so far from its median a water phantom does not reach
 UNIFORM_SHARE = 0.85  # of the inner tissue; inserts are the rest. A body's muscle, fat and bone lie wider apart
 METAL_HU = 2500.0  # denser than enamel and than any contrast agent in the body
 LEVELS = 256
@@ -35,7 +35,7 @@ MIN_LEVELS = 16  # fewer say nothing about the number of bits
 COARSE_STEP_HU = 3.5  # 8 bits over the 1,000 HU from air to tissue step by 4 and more; CT steps by 1, rarely by 2
 SAMPLE_SLICES, SAMPLE_STEP = 24, 3
 PROJECTIONS = frozenset({"MIP", "MINIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "VOLUME RENDERING", "3D"})
-PERCENTS = ("5", "25", "50", "75", "95")  # of those in the bundle's statistics: the tails are noise
+PERCENTS = ("25", "50", "75", "95")  # of those in the bundle's statistics: lower ones tell how much lung is in the scan
 MIN_VOXELS = 200  # of a district, to compare its HU
 
 
@@ -96,7 +96,7 @@ def _value_findings(ct: CtVolume, view: BlockView, name: str) -> Iterator[GateFi
     low, high = float(ct.hu.min()), float(ct.hu.max())  # NaN wins both
     if not (math.isfinite(low) and high <= MAX_HU):
         yield GateFinding(code="implausible_hu", text=f"{name}: Hounsfield units from {low:.4g} to {high:.4g}")
-    if text := _eight_bit(ct.hu):
+    if view.tissue.mean() >= MIN_BODY_SHARE and (text := _eight_bit(ct.hu)):  # air alone has few values, too
         yield GateFinding(code="eight_bit", text=f"{name}: {text}")
     if text := _wrong_rescale(view, low):
         yield GateFinding(code="wrong_rescale", text=f"{name}: {text}")
@@ -133,7 +133,7 @@ def _wrong_rescale(view: BlockView, lowest: float) -> str:
         return ""
     mode = _mode(inner)
     peaks = [inner[(inner >= a) & (inner <= b)].size for a, b in (FAT_PEAK_HU, SOFT_PEAK_HU)]
-    at_peaks = sum(peaks) / max(1, np.count_nonzero(inner <= DENSE_HU / 2))
+    at_peaks = sum(peaks) / max(1, np.count_nonzero(inner <= DENSE_HU))
     if any(a <= mode <= b for a, b in (FAT_PEAK_HU, SOFT_PEAK_HU)) and at_peaks >= MIN_PEAKS_SHARE:
         return ""
     return (
@@ -157,10 +157,6 @@ def _body_findings(ct: CtVolume, view: BlockView, name: str, options: GateOption
     if soft < MIN_BODY_SHARE:
         text = f"{name}: {soft:.2%} of the field of view is soft tissue, {MIN_BODY_SHARE:.0%} is expected"
         yield GateFinding(code="no_body", text=text)
-    inner = view.blocks[interior(view.tissue)]
-    if inner.size and (uniform := float((np.abs(inner - _mode(inner)) <= UNIFORM_HU).mean())) > UNIFORM_SHARE:
-        text = f"{name}: {uniform:.0%} of what was scanned is of one density ({_mode(inner):.0f} HU): a water phantom?"
-        yield GateFinding(code="water_phantom", text=text)
     if view.body_extent_mm < options.min_coverage_mm - 1e-6 <= ct.grid.extent_mm[0]:
         text = f"{name}: the body reaches over {view.body_extent_mm:.0f} mm, at least {options.min_coverage_mm:.0f} mm"
         yield GateFinding(code="low_coverage", text=f"{text} are needed")
@@ -168,6 +164,10 @@ def _body_findings(ct: CtVolume, view: BlockView, name: str, options: GateOption
     if not least <= diameter <= most:
         text = f"{name}: the body is {diameter:.0f} mm thick (as a circle), {least:.0f} to {most:.0f} mm are expected"
         yield GateFinding(code="body_size", text=f"{text}: an animal, one limb, or a wrong pixel spacing?")
+    inner = smoothed(view.blocks)[interior(interior(view.tissue))]
+    if inner.size and (uniform := float((np.abs(inner - np.median(inner)) <= UNIFORM_HU).mean())) > UNIFORM_SHARE:
+        text = f"{name}: {uniform:.0%} of what was scanned is of one density ({np.median(inner):.0f} HU)"
+        yield GateFinding(code="water_phantom", text=f"{text}: a water phantom?")
     if (cut := view.cut_share) > options.max_cut_share:
         text = f"{name}: {cut:.1%} of the border of the field of view is body, at most {options.max_cut_share:.1%}"
         yield GateFinding(code="field_of_view_cut", text=f"{text} is expected: the scan cuts the body's sides off")
