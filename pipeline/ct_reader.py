@@ -57,7 +57,7 @@ def read_ct(paths: Sequence[Path], *, max_slices: int = 3000, on_progress: OnPro
     Progress counts every file twice, once for its header and once for its pixels. Raises UnsupportedSeries with
     a code of `pipeline.errors`; an exception of `on_progress` ends the reading and passes through.
     """
-    with _quiet_pydicom():
+    with quiet_pydicom():
         frames, notes = _read_headers(paths, max_slices, on_progress)
         frames, minted = _with_uids(frames)
         check_same(frames)
@@ -75,7 +75,7 @@ def find_series(folder: Path) -> dict[str, list[Path]]:
     CT images without a series UID (de-identified) count as one series for each folder, under a derived UID.
     """
     series: dict[str, list[Path]] = {}
-    with _quiet_pydicom():
+    with quiet_pydicom():
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             try:
                 ds = _header(path)
@@ -96,7 +96,7 @@ def choose_ct(folder: Path) -> list[Path]:
     series = find_series(folder)
     if not series:
         raise UnsupportedSeries("not_dicom", "there is no DICOM file in the folder")
-    with _quiet_pydicom():
+    with quiet_pydicom():
         ranked = {uid: rank for uid, files in series.items() if (rank := _rank(files)) is not None}
         if ranked:
             return series[max(ranked, key=lambda uid: (*ranked[uid], uid))]
@@ -132,7 +132,7 @@ def _header(path: Path) -> Dataset:
 
 
 @contextmanager
-def _quiet_pydicom() -> Iterator[None]:
+def quiet_pydicom() -> Iterator[None]:
     """The reader checks values itself; pydicom's remarks about them would only repeat hostile text in the log."""
     with warnings.catch_warnings(), pydicom.config.disable_value_validation():
         warnings.simplefilter("ignore")
