@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from pipeline.districts import builtin, nnunet_folder
+from pipeline.districts import builtin, dicom_seg, nnunet_folder, totalsegmentator
 from pipeline.errors import DistrictError, SegmenterUnavailable
 from pipeline.types import CtVolume, DistrictMap, DistrictOptions, Grid, OnProgress, Progress, Stage, ignore_progress
 
@@ -19,7 +19,9 @@ Segmenter = Callable[[CtVolume, Grid, DistrictOptions], DistrictMap]
 
 
 SEGMENTERS: Mapping[str, Segmenter] = {
+    dicom_seg.NAME: dicom_seg.segment,
     nnunet_folder.NAME: nnunet_folder.segment,
+    totalsegmentator.NAME: totalsegmentator.segment,
     builtin.NAME: builtin.segment,
 }
 
