@@ -99,7 +99,7 @@ def run(
     print_outcome(result.stage_seconds, stats, result.notes)
     console.print(safe(f"written: {out_folder} (look at {out_folder / 'overview.png'})"))
     if result.held:
-        raise fail(f"the output gate would hold this result: {result.held.code}: {result.held.text}")
+        raise fail(f"a gate would hold this result: {result.held.code}: {result.held.text}")
 
 
 def _refuse_occupied(folder: Path, force: bool) -> None:

@@ -129,6 +129,8 @@ def _explain(job: Job, deliveries: list[Delivery]) -> None:
         if delivery.next_attempt and delivery.state is DeliveryState.PENDING:
             line += f", next attempt {local_time(delivery.next_attempt)}"
         _say(line)
+    if job.state is JobState.HELD and "provenance" in job.details:  # held by a gate: there is a result to look at
+        _say(f"    picture: outbox/{job.id}/overview.png in the spool")
     if job.state in NEXT:
         _say("    what to do: " + NEXT[job.state].format(id=job.id[:8]))
 
