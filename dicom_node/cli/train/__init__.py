@@ -21,3 +21,4 @@ from dicom_node.cli.train import evaluate  # noqa: E402, F401
 from dicom_node.cli.train import ablation  # noqa: E402, F401
 from dicom_node.cli.train import export  # noqa: E402, F401
 from dicom_node.cli.train import recipes  # noqa: E402, F401
+from dicom_node.cli.train import districts  # noqa: E402, F401
