@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import structlog
+from pydicom.uid import SegmentationStorage
 
 from dicom_node.config import Config
 from dicom_node.headers import BadInstance, InstanceHeader, read_header
@@ -30,6 +31,7 @@ from storage.spool import Adopted, Spool
 
 log = structlog.get_logger(__name__)
 
+MAX_SEGMENTATIONS = 100  # of one study: more is no radiologist's work
 _RETRY_S = 60.0  # after an unexpected error with one study: the others go on meanwhile
 _STATE_OF = {
     "synthesize": JobState.QUEUED,
@@ -110,6 +112,9 @@ class Assembler:
             header = read_header(path)
             if header.sop_instance_uid != _uid_of(path):
                 raise BadInstance("uid_mismatch", f"holds instance {header.sop_instance_uid}, sent as {_uid_of(path)}")
+            if header.sop_class_uid == SegmentationStorage:
+                self._keep_segmentation(path, token, header, faults)
+                return
             series = self._series_of(header)
             if series.study_uid != header.study_uid:
                 text = f"series {series.series_uid} is of study {series.study_uid}, this instance of {header.study_uid}"
@@ -124,6 +129,26 @@ class Assembler:
             return
         self._series[series.series_uid] = series
         self._add(series, path, token, header, faults)
+
+    def _keep_segmentation(self, path: Path, token: str, header: InstanceHeader, faults: _Faults) -> None:
+        """A SEG waits beside its study's CT: the worker looks for it when a job begins. Raises BadInstance."""
+        uid, study_uid = header.sop_instance_uid, header.study_uid
+        known = {_uid_of(other) for other in self._spool.segmentations(study_uid)}
+        if len(known - {uid}) >= MAX_SEGMENTATIONS:
+            raise BadInstance("too_many_segmentations", f"study {study_uid} has {len(known)} SEG objects already")
+        calling_ae, address = sender_of(token)
+        adopted = self._spool.keep_segmentation(path, study_uid)
+        if adopted is Adopted.DIFFERENT:
+            key = (token, "different_content", study_uid, header.accession)
+            faults.setdefault(key, []).append(f"{uid}: came before with other content")
+        if adopted is not Adopted.NEW:
+            return
+        for series in self._series.values():  # the study's quiet period is the one of all that comes of it
+            if series.study_uid == study_uid:
+                series.last_seen = self._clock()
+        log.info("segmentation.kept", study_uid=study_uid, sop_instance_uid=uid)
+        details = {"study_uid": study_uid, "accession": header.accession, "calling_ae": calling_ae, "address": address}
+        self._ledger.note("", "segmentation_kept", f"SEG {uid} waits for the study's jobs", details=details)
 
     def _add(self, series: IncomingSeries, path: Path, token: str, header: InstanceHeader, faults: _Faults) -> None:
         series.last_seen = self._clock()

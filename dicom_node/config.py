@@ -147,6 +147,11 @@ class PipelineConfig(_Table):
     low_confidence: Literal["whole_body", "not_evaluated"] = "whole_body"
     threads: int = Field(default=0, ge=0, le=1024)
 
+    @property
+    def uses_segmentations(self) -> bool:
+        """Whether SEG objects of a study are wanted beside its CT."""
+        return "dicom_seg" in self.districts
+
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:

@@ -200,6 +200,9 @@ class Node:
             timedelta(days=keep.keep_results_days),
             now,
             is_final=self._is_final,
+            is_over=lambda study_uid: all(
+                job.state in FINAL_JOB_STATES for job in self.ledger.jobs_of_study(study_uid)
+            ),
         )
         events = self.ledger.forget_before(now - timedelta(days=keep.keep_events_days))
         if gone or events:

@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from time import monotonic
@@ -249,13 +249,20 @@ class Worker:
         self._engine.run(
             job.id,
             paths,
-            self._options,
+            self._options_for(job),
             folder,
             self._first_created(job),
             on_progress=watch.on_progress,
             should_stop=watch.should_stop,
         )
         watch.end()
+
+    def _options_for(self, job: Job) -> PipelineOptions:
+        """With the SEG objects that came with the job's study, where the configuration uses them."""
+        if not self._config.pipeline.uses_segmentations:
+            return self._options
+        found = tuple(self._spool.segmentations(job.info.study_uid))
+        return replace(self._options, districts=replace(self._options.districts, segmentations=found))
 
     def _first_created(self, job: Job) -> datetime:
         """When these instances first became a job: a repeated run writes the same bytes under the same UIDs."""

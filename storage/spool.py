@@ -2,6 +2,7 @@
 
     inbox/incoming/<association>/<sop_instance_uid>.dcm     acknowledged to the sender, not looked at yet
     inbox/series/<series_uid>/<sop_instance_uid>.dcm        sorted by the assembler
+    inbox/segmentations/<study_uid>/<sop_instance_uid>.dcm  SEG objects, for every job of their study
     work/<job_id>/ct/<sop_instance_uid>.dcm                 the input of a job
     outbox/<job_id>/...                                     the result of a job, complete or absent
     quarantine/<reason_code>/...                            what could not be used, kept for a while
@@ -66,6 +67,7 @@ class Spool:
         try:
             self._incoming = make_folder(root / "inbox" / "incoming")
             self._series = make_folder(root / "inbox" / "series")
+            self._segmentations = make_folder(root / "inbox" / "segmentations")
             self._work = make_folder(root / "work")
             self._outbox = make_folder(root / "outbox")
             self._quarantine = make_folder(root / "quarantine")
@@ -143,6 +145,24 @@ class Spool:
             make_folder(folder)
             move(path, target)
         return Adopted.NEW
+
+    def keep_segmentation(self, path: Path, study_uid: str) -> Adopted:
+        """Move an incoming SEG to its study, where it waits for the study's jobs; otherwise as `adopt`."""
+        folder = self._segmentations / check_uid(study_uid)
+        target = folder / f"{check_uid(path.name.removesuffix('.dcm').partition('~')[0])}.dcm"
+        if target.exists():
+            if same_bytes(path, target):
+                self.drop(path)
+                return Adopted.SAME
+            self.quarantine(path, "different_content")
+            return Adopted.DIFFERENT
+        make_folder(folder)
+        move(path, target)
+        return Adopted.NEW
+
+    def segmentations(self, study_uid: str) -> list[Path]:
+        """The SEG objects of a study, by name."""
+        return sorted(_whole(self._segmentations / check_uid(study_uid)))
 
     def series_uids(self) -> list[str]:
         """The series in the inbox that have at least one file."""
@@ -229,11 +249,18 @@ class Spool:
     def clean_temp(self) -> int:
         """Remove what a kill left half done; only at start-up, before anything writes. Returns how many."""
         removed = 0
-        for top in (self._incoming, self._series, self._quarantine, self._work, self._outbox):
+        for top in (
+            self._incoming,
+            self._series,
+            self._segmentations,
+            self._quarantine,
+            self._work,
+            self._outbox,
+        ):
             for path in [p for p in _walk(top) if is_temp(p)]:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
                 removed += 1
-        for folder in (*self._incoming.iterdir(), *self._series.iterdir()):
+        for folder in (*self._incoming.iterdir(), *self._series.iterdir(), *self._segmentations.iterdir()):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         return removed
@@ -245,11 +272,13 @@ class Spool:
         now: datetime,
         *,
         is_final: Callable[[str], bool],
+        is_over: Callable[[str], bool] = lambda _: False,
     ) -> list[str]:
         """Remove the inputs and results of jobs at their end, and quarantined files, that are older than asked.
 
-        The inbox is never touched: what was acknowledged and is no job yet waits. Returns what was removed, as
-        paths in the spool.
+        `is_over` says of a study (by UID) that no job of it waits: then its SEG objects are inputs like others.
+        Nothing else of the inbox is touched: what was acknowledged and is no job yet waits. Returns what was
+        removed, as paths in the spool.
         """
         removed = []
         for top, keep in ((self._work, keep_inputs), (self._outbox, keep_results)):
@@ -257,7 +286,8 @@ class Spool:
                 if _HEX.fullmatch(folder.name) and _age(folder, now) > keep and is_final(folder.name):
                     remove_tree(folder)
                     removed.append(str(folder.relative_to(self.root)))
-        for path in sorted(p for folder in self._quarantine.iterdir() for p in _whole(folder)):
+        loose = [folder for folder in self._segmentations.iterdir() if is_over(folder.name)]
+        for path in sorted(p for folder in (*self._quarantine.iterdir(), *loose) for p in _whole(folder)):
             if _age(path, now) > keep_inputs:
                 path.unlink(missing_ok=True)
                 removed.append(str(path.relative_to(self.root)))

@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 from pydicom import Dataset
 from pydicom.tag import Tag
-from pydicom.uid import UID
+from pydicom.uid import UID, SegmentationStorage
 from pynetdicom import evt
 from pynetdicom.association import Association as PynetAssociation
 from pynetdicom.events import Event, EventHandlerType
@@ -106,6 +106,7 @@ class Receiver:
         self._ledger = ledger
         self._registry = registry
         self._clock = clock
+        self._kept = CT_CLASSES | ({SegmentationStorage} if config.pipeline.uses_segmentations else frozenset())
         self._ae = build_ae(config.node)
         self._server: Any = None
         self._thread: threading.Thread | None = None
@@ -341,7 +342,7 @@ class Receiver:
     def _store(self, event: Event, token: str, fault: str) -> tuple[Status, str]:
         request: Any = event.request  # pynetdicom types it as any DIMSE primitive
         context = event.context
-        if context.abstract_syntax not in CT_CLASSES:
+        if context.abstract_syntax not in self._kept:
             self._registry.dropped(token, str(context.abstract_syntax))
             return Status.SUCCESS, ""
         if fault:
