@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from skimage.segmentation import watershed
 
 from pipeline.types import District, LabelVolume
 
@@ -59,9 +60,9 @@ def head_border(head: Mask, trunk: Mask) -> int:
 def limb_districts(limbs: Mask, total: LabelVolume, core: Mask, spacing_mm: tuple[float, float, float]) -> LabelVolume:
     """ARMS or LEGS for every voxel of `limbs` [z, y, x], by the bones of each part; 0 elsewhere.
 
-    Parts are what is left of the limbs less `CONTACT_MM`, so that a hand on a thigh is not one part with it. A part
-    with both bones is shared by nearness; one with neither is a leg if it lies below the trunk `core`, or if there is
-    no trunk, and else an arm.
+    Parts are what is left of the limbs less `CONTACT_MM`, so that fingers that touch a thigh are not one part with it.
+    A part with both bones is flooded from them and divided where it is thinnest. One with neither is a leg if it lies
+    below the trunk `core`, or if there is no trunk, and else an arm.
     """
     result = np.zeros(limbs.shape, dtype=np.uint8)
     if not limbs.any():
@@ -76,14 +77,10 @@ def limb_districts(limbs: Mask, total: LabelVolume, core: Mask, spacing_mm: tupl
         part = parts[box] == index
         of_arm, of_leg = bool((part & arm[box]).any()), bool((part & leg[box]).any())
         if of_arm and of_leg:
-            near_arm = _distance(arm[box], spacing_mm) <= _distance(leg[box], spacing_mm)
-            result[box][part] = np.where(near_arm, District.ARMS, District.LEGS)[part]
+            seeds = np.where(arm[box], District.ARMS, np.where(leg[box], District.LEGS, 0))
+            result[box][part] = watershed(-depth[box], seeds, mask=part)[part]
             continue
         below = box[0].start + float(np.nonzero(part)[0].mean()) < lowest
         result[box][part] = District.ARMS if of_arm or not (of_leg or below) else District.LEGS
     near = ndimage.distance_transform_edt(result == 0, spacing_mm, return_distances=False, return_indices=True)
     return np.where(limbs, result[tuple(near)], 0).astype(np.uint8)
-
-
-def _distance(mask: Mask, spacing_mm: tuple[float, float, float]) -> NDArray[np.float64]:
-    return np.asarray(ndimage.distance_transform_edt(~mask, spacing_mm))
