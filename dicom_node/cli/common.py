@@ -92,9 +92,12 @@ def find_job(ledger: Ledger, wanted: str) -> Job:
 
 def bundle_folders(config: Path) -> tuple[Path, ...]:
     """Where bundles are installed: `[pipeline] bundles`, or its default beside a `config.toml` that is not there."""
-    if config == DEFAULT_CONFIG and not config.exists():
-        return (Config().pipeline.bundles.resolve(),)
-    return (load_config(config).pipeline.bundles,)
+    return (node_config(config).pipeline.bundles.resolve(),)
+
+
+def node_config(config: Path) -> Config:
+    """The configuration for a command without a node: the defaults where there is no `config.toml`."""
+    return Config() if config == DEFAULT_CONFIG and not config.exists() else load_config(config)
 
 
 def fail(message: str, code: int = 1) -> typer.Exit:

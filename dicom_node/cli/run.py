@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -17,11 +17,12 @@ from dicom_node.cli.common import (
     bundle_folders,
     console,
     fail,
+    node_config,
     print_outcome,
     progress_bar,
     safe,
 )
-from pipeline.types import GateOptions, OutputOptions, PipelineOptions, Progress, Stage
+from pipeline.types import DistrictOptions, GateOptions, OutputOptions, PipelineOptions, Progress, Stage
 
 
 class Encodings(StrEnum):
@@ -61,14 +62,20 @@ def run(
     min_coverage_mm: Annotated[
         float, typer.Option(min=0.0, help="Refuse a shorter scan; the node's own limit is [gate] min_coverage_mm.")
     ] = 30.0,
+    districts: Annotated[
+        list[str] | None,
+        typer.Option(help="A segmenter of head, trunk, arms and legs; several are tried in order. Default: builtin."),
+    ] = None,
     mip: Annotated[bool, typer.Option("--mip/--no-mip", help="Also write the MIP picture as DICOM.")] = True,
+    seg: Annotated[bool, typer.Option("--seg/--no-seg", help="Also write the districts as a DICOM SEG.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in OUT_FOLDER.")] = False,
     config: ConfigPath = DEFAULT_CONFIG,
 ) -> None:
     """Make a SYNTHETIC PET series from a folder of CT, without a network and without a ledger.
 
-    Of the configuration only `pipeline.bundles` is read: where installed bundles are.
-    Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, overview.png and result.json into OUT_FOLDER.
+    Of the configuration it is read where installed bundles are, and the settings of the segmenters.
+    `--districts dicom_seg` takes the districts from a SEG in CT_FOLDER that refers to the CT.
+    Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, seg-binary/, overview.png and result.json into OUT_FOLDER.
     """
     from pipeline.bundle import bundle_path, load_bundle
     from pipeline.ct_reader import choose_ct
@@ -84,7 +91,10 @@ def run(
         blending=blending.value,
         stitching=stitching.value,
         gate=GateOptions(min_coverage_mm=min_coverage_mm),
-        output=OutputOptions(encodings=("sc", "pet") if encoding is Encodings.BOTH else (encoding.value,), mip=mip),
+        districts=_district_options(config, tuple(districts or ("builtin",)), ct_folder, device),
+        output=OutputOptions(
+            encodings=("sc", "pet") if encoding is Encodings.BOTH else (encoding.value,), mip=mip, seg=seg
+        ),
     )
     paths = choose_ct(ct_folder)
     console.print(safe(f"{len(paths)} CT slices"))
@@ -100,6 +110,23 @@ def run(
     console.print(safe(f"written: {out_folder} (look at {out_folder / 'overview.png'})"))
     if result.held:
         raise fail(f"a gate would hold this result: {result.held.code}: {result.held.text}")
+
+
+def _district_options(config: Path, chain: tuple[str, ...], ct_folder: Path, device: str) -> DistrictOptions:
+    """The node's own settings of the segmenters, for the chain that was asked for."""
+    from dicom_node.worker import pipeline_options
+    from pipeline.districts import SEGMENTERS
+    from pipeline.districts.seg_object import find_segmentations
+
+    unknown = [name for name in chain if name not in SEGMENTERS]
+    if unknown:
+        raise fail(f"--districts {unknown[0]}: there are {', '.join(SEGMENTERS)}", code=2)
+    return replace(
+        pipeline_options(node_config(config)).districts,
+        chain=chain,
+        device=device,
+        segmentations=find_segmentations(ct_folder) if "dicom_seg" in chain else (),
+    )
 
 
 def _refuse_occupied(folder: Path, force: bool) -> None:

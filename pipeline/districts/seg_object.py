@@ -78,6 +78,11 @@ def is_segmentation(path: Path) -> bool:
         return False
 
 
+def find_segmentations(folder: Path) -> tuple[Path, ...]:
+    """Every Segmentation object under a folder, by name; whatever else lies there is skipped."""
+    return tuple(path for path in sorted(folder.rglob("*")) if path.is_file() and is_segmentation(path))
+
+
 def read_seg(path: Path) -> SegObject:
     """The header of a SEG file. Raises SegmenterUnavailable (seg_unreadable)."""
     try:
