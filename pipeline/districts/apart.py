@@ -46,7 +46,7 @@ def main(folder: Path, parent: int) -> None:
 
 def _answer(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """What is told to the parent: names of the maps beside it and facts, or a code and a sentence."""
-    grid = Grid(**{key: tuple(value) if isinstance(value, list) else value for key, value in request["grid"].items()})
+    grid = _grid(request["grid"])
     try:
         maps, facts = _work(request["work"])(np.load(folder / HU_FILE), grid, request["settings"])
     except SegmenterUnavailable as reason:
@@ -58,6 +58,12 @@ def _answer(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     for name, labels in maps.items():
         np.save(folder / f"{name}.npy", labels)
     return {"maps": list(maps), "facts": dict(facts)}
+
+
+def _grid(given: Mapping[str, Any]) -> Grid:
+    """JSON has lists where a grid has tuples."""
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    return Grid(**values)
 
 
 def _work(path: str) -> Work:

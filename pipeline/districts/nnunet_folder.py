@@ -142,7 +142,7 @@ def by_district(certainty: Mapping[str, float], districts: Mapping[int, District
 
 def turned(volume: NDArray[Any], orientation: str) -> NDArray[Any]:
     """LPS [z, y, x] as `orientation`, or back: x is reversed for R, y for A."""
-    axes = [axis for axis, turn in ((2, orientation[0] == "R"), (1, orientation[1] == "A")) if turn]
+    axes = tuple(axis for axis, turn in ((2, orientation[0] == "R"), (1, orientation[1] == "A")) if turn)
     return np.ascontiguousarray(np.flip(volume, axes))
 
 

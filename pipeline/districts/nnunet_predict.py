@@ -32,7 +32,7 @@ def predict(hu: FloatVolume, grid: Grid, settings: Mapping[str, Any]) -> tuple[d
 
     certainty: dict[str, float] = {}
 
-    class Watched(nnUNetPredictor):  # type: ignore[misc]
+    class Watched(nnUNetPredictor):
         """Looks at the logits where there are fewest: on the network's own grid."""
 
         def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
