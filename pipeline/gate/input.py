@@ -133,7 +133,7 @@ def _wrong_rescale(view: BlockView, lowest: float) -> str:
         return ""
     mode = _mode(inner)
     peaks = [inner[(inner >= a) & (inner <= b)].size for a, b in (FAT_PEAK_HU, SOFT_PEAK_HU)]
-    at_peaks = sum(peaks) / max(1, np.count_nonzero(inner <= DENSE_HU))
+    at_peaks = sum(peaks) / max(1, int(np.count_nonzero(inner <= DENSE_HU)))
     if any(a <= mode <= b for a, b in (FAT_PEAK_HU, SOFT_PEAK_HU)) and at_peaks >= MIN_PEAKS_SHARE:
         return ""
     return (
