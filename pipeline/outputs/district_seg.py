@@ -58,7 +58,7 @@ SERIES_DESCRIPTION = "SYNTHETIC FDG PET DISTRICTS - AI, RESEARCH ONLY"
 CONTENT_LABEL = "DISTRICTS"
 CONTENT_DESCRIPTION = "Body districts found on CT for a synthetic PET"  # LO: at most 64 characters
 CONTENT_CREATOR = "SYNPET^AI"
-_PLANE = ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "SliceThickness", "Rows", "Columns")
+_UNTOLD = ("PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")
 UNKNOWN_VERSION = "unknown"  # AlgorithmVersion is Type 1
 
 
@@ -89,9 +89,8 @@ def encode_district_seg(
     present = districts.present
     if not present:
         raise OutputError("no_districts", "writing the districts: the map has no district in it")
-    like_ct = _source_image(districts.grid, source, options)
     ds = hd.seg.Segmentation(
-        source_images=[like_ct],
+        source_images=[_source_image(districts.grid, source)],
         pixel_array=_numbered(districts, present),
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[_segment(n, d, provenance, uids) for n, d in enumerate(present, start=1)],
@@ -113,7 +112,7 @@ def encode_district_seg(
         omit_empty_frames=True,
     )
     _describe_segments(ds, districts, present, not_evaluated)
-    _write_common_modules(ds, like_ct, source, provenance, options, created)
+    _write_common_modules(ds, source, provenance, options, created)
     _fix_dimension_uid(ds, uids.uid("dimorg"))
     _write_references(ds, source)
     set_character_set(ds, source)
@@ -127,14 +126,16 @@ def encode_district_seg(
     return EncodedSeries(kind=KIND, encoding=ENCODING, series_uid=str(ds.SeriesInstanceUID), instances=(instance,))
 
 
-def _source_image(grid: Grid, source: SourceSeries, options: OutputOptions) -> Dataset:
-    """What highdicom wants to know of the source, cleaned: patient, study and Frame of Reference; no pixels.
+def _source_image(grid: Grid, source: SourceSeries) -> Dataset:
+    """What highdicom wants of a source image, without the patient, whose name it would quote in a warning.
 
     Its plane and spacing agree with none of ours, so that highdicom takes over neither.
     """
     ds = Dataset()
-    copy_patient_and_study(ds, source, options)
-    copy_position_reference(ds, source)
+    ds.PatientName = None
+    for keyword in _UNTOLD:
+        setattr(ds, keyword, "")
+    ds.StudyInstanceUID = clean("UI", source.study_uid) or "0.0"
     ds.SOPClassUID = CTImageStorage
     ds.SOPInstanceUID = ds.SeriesInstanceUID = clean("UI", source.series_uid) or "0.0"
     ds.Modality = "CT"
@@ -203,17 +204,14 @@ def _plane_positions(grid: Grid) -> list[hd.PlanePositionSequence]:
 
 def _write_common_modules(
     ds: Dataset,
-    cleaned: Dataset,
     source: SourceSeries,
     provenance: Provenance,
     options: OutputOptions,
     created: datetime,
 ) -> None:
     """Patient, study, series and equipment as in every other result, in place of what highdicom took over."""
-    for keyword in ("SOPInstanceUID", "SOPClassUID", "SeriesInstanceUID", "Modality", *_PLANE):
-        del cleaned[keyword]
-    for elem in cleaned:
-        ds[elem.tag] = elem
+    copy_patient_and_study(ds, source, options)
+    copy_position_reference(ds, source)
     now, begun = local_moment(source, created), series_moment(source, created)
     ds.SyntheticData = "YES"
     ds.InstanceCreationDate, ds.InstanceCreationTime = now.date, now.time

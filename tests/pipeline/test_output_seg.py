@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import warnings
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
@@ -188,6 +189,15 @@ def test_a_coronal_ct_is_the_source_of_every_frame(source: SourceSeries) -> None
     (derivation,) = ds.SharedFunctionalGroupsSequence[0].DerivationImageSequence
     assert len(derivation.SourceImageSequence) == len(turned)
     assert not any("DerivationImageSequence" in frame for frame in ds.PerFrameFunctionalGroupsSequence)
+
+
+def test_no_warning_quotes_a_patients_name(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    warnings.simplefilter("always")
+    source = source_of(write_sample_ct(tmp_path, patient_name="SMITH", patient_id="X" * 70))
+    assert one(encode(district_map(), source)).PatientName == "SMITH"
+    assert [
+        str(w.message) for w in recwarn.list if "district_seg" in str(w.filename) or "SMITH" in str(w.message)
+    ] == []
 
 
 def test_dates_are_the_cts_and_the_jobs(source: SourceSeries) -> None:
