@@ -73,7 +73,7 @@ def run(
 ) -> None:
     """Make a SYNTHETIC PET series from a folder of CT, without a network and without a ledger.
 
-    Of the configuration it is read where installed bundles are, and the settings of the segmenters.
+    Of the configuration it is read where installed bundles are, the settings of the segmenters, and `[gate]`.
     `--districts dicom_seg` takes the districts from a SEG in CT_FOLDER that refers to the CT.
     Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, seg-binary/, overview.png and result.json into OUT_FOLDER.
     """
@@ -90,7 +90,7 @@ def run(
         device=device,
         blending=blending.value,
         stitching=stitching.value,
-        gate=GateOptions(min_coverage_mm=min_coverage_mm),
+        gate=_gate_options(config, min_coverage_mm),
         districts=_district_options(config, tuple(districts or ("builtin",)), ct_folder, device),
         output=OutputOptions(
             encodings=("sc", "pet") if encoding is Encodings.BOTH else (encoding.value,), mip=mip, seg=seg
@@ -110,6 +110,13 @@ def run(
     console.print(safe(f"written: {out_folder} (look at {out_folder / 'overview.png'})"))
     if result.held:
         raise fail(f"a gate would hold this result: {result.held.code}: {result.held.text}")
+
+
+def _gate_options(config: Path, min_coverage_mm: float) -> GateOptions:
+    """The node's own gates, but for the coverage."""
+    from dicom_node.worker import pipeline_options
+
+    return replace(pipeline_options(node_config(config)).gate, min_coverage_mm=min_coverage_mm)
 
 
 def _district_options(config: Path, chain: tuple[str, ...], ct_folder: Path, device: str) -> DistrictOptions:

@@ -445,17 +445,22 @@ def test_a_folder_without_a_ct_says_why(tmp_path, write, code):
 
 # --- the real series -----------------------------------------------------------------------------------------------
 
-REAL = {
-    "ct-chest": ((102, 512, 512), (3.0, 0.8828125, 0.8828125), 0),
-    "ct-abdomen-feet-first": ((160, 512, 512), (3.0, 1.03, 1.03), 0),
-    "ct-arms-jpeg2000": ((20, 512, 512), (2.0, 0.9765625, 0.9765625), 2),  # its UIDs were blanked
+REAL: dict[str, tuple[tuple[int, ...], tuple[float, ...], int, list[str]]] = {
+    "ct-chest": ((102, 512, 512), (3.0, 0.8828125, 0.8828125), 0, []),
+    "ct-abdomen-feet-first": ((160, 512, 512), (3.0, 1.03, 1.03), 0, []),
+    "ct-arms-jpeg2000": (  # its UIDs and its patient's age were blanked; the circle of the field cuts both arms
+        (20, 512, 512),
+        (2.0, 0.9765625, 0.9765625),
+        2,
+        ["age_unknown", "field_of_view_cut"],
+    ),
 }
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("folder", REAL)
 def test_a_real_series_reads_as_simpleitk_reads_it_and_passes_the_gate(real_data: Path, folder):
-    shape, spacing, notes = REAL[folder]
+    shape, spacing, notes, codes = REAL[folder]
     ct = read_ct(choose_ct(real_data / folder))
     assert ct.grid.shape == shape
     assert ct.grid.spacing_mm == pytest.approx(spacing)
@@ -467,4 +472,4 @@ def test_a_real_series_reads_as_simpleitk_reads_it_and_passes_the_gate(real_data
     assert np.allclose(image.GetSpacing()[::-1], ct.grid.spacing_mm, atol=0.001)
     expected = np.maximum(sitk.GetArrayFromImage(image).astype(np.float32), -1024)
     assert np.abs(ct.hu - expected).max() <= 0.5
-    check_input(ct, GateOptions(min_coverage_mm=40))
+    assert [one.code for one in check_input(ct, GateOptions(min_coverage_mm=40))] == codes
