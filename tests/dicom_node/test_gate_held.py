@@ -116,6 +116,17 @@ def test_a_held_result_that_a_person_cancels_is_never_sent(held: Held) -> None:
     assert {one.state for one in held.ledger.deliveries(held.job_id)} == {DeliveryState.CANCELLED}
 
 
+def test_run_without_a_node_has_the_gates_of_the_configuration_and_keeps_what_they_would_hold(tmp_path: Path) -> None:
+    bundle, config, out = write_tiny_bundle(tmp_path / "tiny"), tmp_path / "config.toml", tmp_path / "out"
+    config.write_text(CONFIG.format(bundle=bundle), encoding="utf-8")
+    write_tiny_study(tmp_path / "ct")
+    words = ["run", str(tmp_path / "ct"), str(out), "--bundle", str(bundle), "--device", "cpu", "--config", str(config)]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert result.exit_code == 1
+    assert "a gate would hold this result: lung_uptake: the mean SUV of lung" in result.output
+    assert (out / "overview.png").is_file()
+
+
 # --- [gate] ----------------------------------------------------------------------------------------------------------
 
 
