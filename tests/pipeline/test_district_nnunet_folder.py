@@ -6,10 +6,12 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from pydicom import Dataset
 from scipy import ndimage
 from tiny_nnunet import LABEL_HU, MOOSE_LABELS, write_model
@@ -240,6 +242,51 @@ def test_a_checkpoint_of_another_kind_is_refused_and_runs_no_code(
     with pytest.raises(SegmenterUnavailable, match=f"segmenter_bad_model: .*{said}"):
         predicted(model, ct())
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_written_with_numpy_1_is_read(tmp_path: Path) -> None:
+    path = write_model(tmp_path, spacing_mm=SPACING_MM) / "fold_0" / "checkpoint_final.pth"
+    with ZipFile(path) as old:
+        content = {name: old.read(name) for name in old.namelist()}
+    pickled = next(name for name in content if name.endswith("data.pkl"))
+    assert b"numpy._core.multiarray\n" in content[pickled]
+    content[pickled] = content[pickled].replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n")
+    with ZipFile(path, "w") as new:
+        for name, data in content.items():
+            new.writestr(name, data)
+    labels, _ = predicted(path.parent.parent, ct())
+    assert np.array_equal(labels > 0, truth(ct()) > 0)
+
+
+@pytest.mark.filterwarnings("ignore:Detected old nnU-Net plans format:UserWarning")
+def test_plans_of_the_first_nnunet_v2_are_understood(tmp_path: Path) -> None:
+    """MOOSE's clin_ct_body is of 2023: its plans describe the network in other words."""
+    model = write_model(tmp_path, spacing_mm=SPACING_MM)
+    plans = json.loads((model / "plans.json").read_text(encoding="utf-8"))
+    configuration = plans["configurations"]["3d_fullres"]
+    del configuration["architecture"]
+    configuration |= {
+        "UNet_class_name": "PlainConvUNet",
+        "UNet_base_num_features": 4,
+        "unet_max_num_features": 8,
+        "n_conv_per_stage_encoder": [1, 1],
+        "n_conv_per_stage_decoder": [1],
+        "num_pool_per_axis": [1, 1, 1],
+        "pool_op_kernel_sizes": [[1, 1, 1], [2, 2, 2]],
+        "conv_kernel_sizes": [[3, 3, 3], [3, 3, 3]],
+    }
+    (model / "plans.json").write_text(json.dumps(plans), encoding="utf-8")
+    path = model / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    torch.manual_seed(0)
+    network = PlainConvUNet(
+        1, 2, [4, 8], torch.nn.Conv3d, 3, [1, 2], 1, 5, 1, True, torch.nn.InstanceNorm3d, {"eps": 1e-5, "affine": True}
+    )
+    torch.save({**checkpoint, "network_weights": network.state_dict()}, path)
+    labels, facts = predicted(model, ct())
+    assert labels.shape == GRID.shape
+    assert set(np.unique(labels)) <= {0, *read_model(model).districts}
+    assert len(facts["sha256"]) == 64
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
