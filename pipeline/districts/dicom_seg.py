@@ -2,8 +2,8 @@
 
 Of the SEG objects that refer to the CT the newest is tried first. Its segments are matched to districts by SNOMED
 code, then by label; left and right limbs, and parts of a region, join. It is refused, with a code and a sentence, and
-the next segmenter of the chain is tried: no_seg, seg_unreadable, seg_frame_of_reference, seg_geometry, seg_too_large,
-seg_no_districts, seg_overlap, seg_coverage.
+the next segmenter of the chain is tried: no_seg, seg_own, seg_unreadable, seg_frame_of_reference, seg_geometry,
+seg_too_large, seg_no_districts, seg_overlap, seg_coverage.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ def _referring(paths: tuple[Path, ...], source: SourceSeries) -> tuple[list[SegO
 
 
 def _districts_of(seg: SegObject, ct: CtVolume, grid: Grid) -> DistrictMap:
+    if seg.own:  # an archive may send back what it got: an unsure segmenter's guess must not come back as given
+        raise SegmenterUnavailable("seg_own", f"SEG {seg.sop_instance_uid} is our own, and nobody has changed it")
     if seg.frame_of_reference_uid != ct.grid.frame_of_reference_uid:
         raise SegmenterUnavailable(
             "seg_frame_of_reference", f"SEG {seg.sop_instance_uid} has another Frame of Reference than the CT"

@@ -22,6 +22,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, SegmentationStorage
 
 from pipeline.errors import SegmenterUnavailable
 from pipeline.outputs.header import clean, clean_value
+from pipeline.outputs.modules import MANUFACTURER
 from pipeline.types import Grid
 
 OFF_AXIS = 2e-3  # of a direction cosine: 1 mm over a field of 500 mm
@@ -43,13 +44,18 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegObject:
-    """The header of one SEG. `created` sorts by age; `references` are Series and SOP Instance UIDs it refers to."""
+    """The header of one SEG.
+
+    `created` sorts by age; `references` are Series and SOP Instance UIDs it refers to; `own`: we wrote it ourselves,
+    and nobody has changed it since (another program puts its own equipment in).
+    """
 
     path: Path
     sop_instance_uid: str
     frame_of_reference_uid: str
     created: str
     references: frozenset[str]
+    own: bool
     segments: tuple[Segment, ...]
     header: Dataset
 
@@ -105,6 +111,7 @@ def _read(path: Path) -> SegObject:
         frame_of_reference_uid=clean_value(ds, "FrameOfReferenceUID"),
         created="".join(clean_value(ds, keyword) for keyword in ("ContentDate", "ContentTime")),
         references=frozenset(_references(ds)),
+        own=ds.get("Manufacturer") == MANUFACTURER and ds.get("SyntheticData") == "YES",
         segments=tuple(_segment(item) for item in ds.SegmentSequence),
         header=ds,
     )

@@ -164,7 +164,7 @@ def test_a_seg_of_a_ct_that_was_written_from_head_to_foot_and_mirrored_rows(case
     assert expected(case, found).mean() == 1.0
 
 
-def test_our_own_seg_gives_our_own_districts_again(case: Case, tmp_path: Path) -> None:
+def test_our_own_seg_serves_when_another_program_has_stored_it_and_not_before(case: Case, tmp_path: Path) -> None:
     grid = grid_at_spacing(case.ct.grid, (10.0, 10.0, 10.0))
     first = find_districts(case.ct, grid, options=DistrictOptions(chain=("builtin",)))
     provenance = Provenance(
@@ -188,6 +188,10 @@ def test_our_own_seg_gives_our_own_districts_again(case: Case, tmp_path: Path) -
     )
     path = tmp_path / "s.dcm"
     path.write_bytes(series.instances[0].data)
+    assert case.refusal(path).code == "seg_own"
+    ds = dcmread(path)
+    ds.Manufacturer = "A viewer"
+    ds.save_as(path)
     again = segment(case.ct, grid, DistrictOptions(segmentations=(path,)))
     both = (first.labels > 0) & (again.labels > 0)
     assert np.array_equal(first.labels[both], again.labels[both])
