@@ -2,8 +2,8 @@
 
 The process (`apart`) gets the voxels and nothing else of the patient. It is ended with its whole process group at the
 deadline; whatever goes wrong in it is a `SegmenterUnavailable` here, so the next segmenter of the chain is tried:
-segmenter_not_configured, segmenter_not_installed, segmenter_bad_model, segmenter_timeout, segmenter_crashed,
-segmenter_out_of_memory, segmenter_bad_labels, segmenter_no_districts.
+segmenter_not_configured, segmenter_not_installed, segmenter_bad_model, segmenter_no_space, segmenter_timeout,
+segmenter_crashed, segmenter_out_of_memory, segmenter_bad_labels, segmenter_no_districts.
 """
 
 from __future__ import annotations
@@ -74,15 +74,7 @@ def run_apart(
     """
     with TemporaryDirectory(prefix="districts-") as name:
         folder = Path(name)
-        np.save(folder / HU_FILE, ct.hu)
-        grid = {
-            "shape": ct.grid.shape,
-            "spacing_mm": ct.grid.spacing_mm,
-            "origin_mm": ct.grid.origin_mm,
-            "frame_of_reference_uid": "",
-        }
-        request = {"work": work, "grid": grid, "settings": dict(settings), "threads": options.threads}
-        (folder / REQUEST_FILE).write_text(json.dumps(request), encoding="utf-8")
+        _write_request(folder, work, ct, settings, options)
         code = _exit_code(folder, options, environment or {})
         if not (folder / ANSWER_FILE).is_file():
             raise _crashed(code, (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace"))
@@ -90,6 +82,28 @@ def run_apart(
         if "code" in answer:
             raise SegmenterUnavailable(answer["code"], answer["text"])
         return Answer(maps={m: np.load(folder / f"{m}.npy") for m in answer["maps"]}, facts=answer["facts"])
+
+
+def _write_request(
+    folder: Path, work: str, ct: CtVolume, settings: Mapping[str, Any], options: DistrictOptions
+) -> None:
+    """Voxels and request into `folder`; raises SegmenterUnavailable (segmenter_no_space)."""
+    grid = {
+        "shape": ct.grid.shape,
+        "spacing_mm": ct.grid.spacing_mm,
+        "origin_mm": ct.grid.origin_mm,
+        "frame_of_reference_uid": "",
+    }
+    request = {"work": work, "grid": grid, "settings": dict(settings), "threads": options.threads}
+    try:
+        np.save(folder / HU_FILE, ct.hu)
+        (folder / REQUEST_FILE).write_text(json.dumps(request), encoding="utf-8")
+    except OSError as error:
+        raise SegmenterUnavailable(
+            "segmenter_no_space",
+            f"the CT's {ct.hu.nbytes / 1e6:.0f} MB could not be written to the temporary folder (TMPDIR): "
+            f"{error.strerror or 'too little was written'}",
+        ) from error
 
 
 def _exit_code(folder: Path, options: DistrictOptions, environment: Mapping[str, str]) -> int:

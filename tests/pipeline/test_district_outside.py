@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -124,6 +125,17 @@ def test_a_segmenter_ends_and_removes_the_voxels_when_its_parent_is_killed(tmp_p
     assert wait_until_gone(int(process))
     assert wait_until_gone(int(child))
     assert not folder.exists()
+
+
+def test_a_temporary_folder_without_room_is_a_reason_to_try_the_next() -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(SegmenterUnavailable) as caught:
+            run_apart("outside_works:label_by_hu", volume(), {"above": 0}, options=OPTIONS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.code, "TMPDIR" in caught.value.text) == ("segmenter_no_space", True)
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra() -> None:
