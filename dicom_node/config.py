@@ -171,7 +171,7 @@ class GateConfig(_Table):
     min_age_years: int = Field(default=18, ge=0, le=120)
     max_cut_share: float = Field(default=0.05, ge=0, le=1)
     max_metal_share: float = Field(default=0.005, ge=0, le=1)
-    max_hu_distance: float = Field(default=80.0, ge=0)
+    max_hu_distance: float = Field(default=0.35, ge=0, le=1)
     max_lung_suv: float = Field(default=1.5, gt=0)
     max_bone_suv: float = Field(default=3.0, gt=0)
     suv_factor: float = Field(default=2.0, ge=1)

@@ -347,7 +347,7 @@ class GateOptions:
     min_age_years: int = 18
     max_cut_share: float = 0.05
     max_metal_share: float = 0.005
-    max_hu_distance: float = 80.0
+    max_hu_distance: float = 0.35
     max_lung_suv: float = 1.5
     max_bone_suv: float = 3.0
     suv_factor: float = 2.0
