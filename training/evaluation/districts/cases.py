@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -68,7 +69,7 @@ def district_cases(
     return cases
 
 
-_Kind = tuple[str, str, Pose, Mapping[str, object], tuple[str, ...]]
+_Kind = tuple[str, str, Pose, Mapping[str, Any], tuple[str, ...]]
 
 
 def _kinds() -> list[_Kind]:
@@ -128,11 +129,11 @@ def _headrest(volume: DistrictVolume, _: np.random.Generator) -> DistrictVolume:
     head = volume.labels == District.HEAD
     if not head.any():
         return volume
-    z, y, _ = (round(12 / s) for s in volume.grid.spacing_mm)
-    near = ndimage.binary_dilation(head.any(axis=0), iterations=max(y, 1))
+    dz, dy, _dx = volume.grid.spacing_mm
+    near = ndimage.binary_dilation(head.any(axis=0), iterations=max(round(12 / dy), 1))
     shell = ndimage.binary_dilation(near, iterations=1) & ~near
     shell[: int(np.median(np.nonzero(head)[1]))] = False
-    slices = np.flatnonzero(head.any(axis=(1, 2)))[z:]
+    slices = np.flatnonzero(head.any(axis=(1, 2)))[round(12 / dz) :]
     hu = volume.hu.copy()
     hu[slices[0] :, shell] = np.where(volume.labels[slices[0] :, shell] == 0, 120.0, hu[slices[0] :, shell])
     return replace(volume, hu=hu)
@@ -145,8 +146,8 @@ def _metal(volume: DistrictVolume, rng: np.random.Generator) -> DistrictVolume:
     plane = trunk[trunk[:, 0] == z]
     y, x = int(np.median(plane[:, 1])), int(np.quantile(plane[:, 2], 0.25))
     hu = volume.hu.copy()
-    grid = np.indices(hu.shape[1:])
-    angle = np.arctan2(grid[0] - y, grid[1] - x)
+    rows, columns = np.ogrid[: hu.shape[1], : hu.shape[2]]
+    angle = np.arctan2(rows - y, columns - x)
     reach = max(2, round(24 / volume.grid.spacing_mm[0]))
     for step in range(-reach, reach + 1):
         if 0 <= z + step < len(hu):
@@ -154,8 +155,9 @@ def _metal(volume: DistrictVolume, rng: np.random.Generator) -> DistrictVolume:
             streaks = sum(np.sin((2 * n + 3) * angle + phase) for n, phase in enumerate(phases))
             hu[z + step] += np.where(volume.labels[z + step] > 0, 80.0 * streaks, 25.0 * streaks).astype(np.float32)
     dz, dy, dx = volume.grid.spacing_mm
-    nz, ny, nx = np.indices(hu.shape, sparse=True)
-    ball = ((nz - z) * dz) ** 2 + ((ny - y) * dy) ** 2 + ((nx - x) * dx) ** 2 < 24.0**2
+    nz, ny, nx = (np.arange(n) for n in hu.shape)
+    beside = ((ny[:, None] - y) * dy) ** 2 + ((nx[None, :] - x) * dx) ** 2
+    ball = ((nz - z) * dz)[:, None, None] ** 2 + beside[None] < 24.0**2
     hu[ball] = METAL_HU
     return replace(volume, hu=hu)
 
