@@ -204,7 +204,9 @@ class OutputConfig(_Table):
 
     mip: bool = True
     seg: bool = False
+    uncertainty: bool = False
     series_number: int = Field(default=9001, ge=1, le=2_000_000_000)
+    uncertainty_series_number: int = Field(default=9010, ge=1, le=2_000_000_000)
     seg_series_number: int = Field(default=9020, ge=1, le=2_000_000_000)
     mip_series_number: int = Field(default=9030, ge=1, le=2_000_000_000)
     series_description: str = Field(default="SYNTHETIC FDG PET SUVbw - AI, RESEARCH ONLY", max_length=64)
@@ -231,6 +233,7 @@ class DestinationConfig(_Table):
     encoding: Literal["sc", "pet"] = "sc"
     send_mip: bool = True
     send_seg: bool = True
+    send_uncertainty: bool = True
     max_attempts: int = Field(default=12, ge=1)
     first_retry_s: Seconds = 30.0
     max_retry_s: Seconds = 3600.0

@@ -102,7 +102,9 @@ def pipeline_options(config: Config) -> PipelineOptions:
             encodings=tuple(encoding for encoding in ("sc", "pet") if encoding in wanted),
             mip=output.mip,
             seg=output.seg,
+            uncertainty=output.uncertainty,
             series_number=output.series_number,
+            uncertainty_series_number=output.uncertainty_series_number,
             seg_series_number=output.seg_series_number,
             mip_series_number=output.mip_series_number,
             series_description=output.series_description,
@@ -115,7 +117,7 @@ def pipeline_options(config: Config) -> PipelineOptions:
 
 
 def new_deliveries(series: Sequence[SeriesSummary], destinations: Sequence[DestinationConfig]) -> list[NewDelivery]:
-    """The PET series of each destination's encoding first, then the MIP and the districts where it wants them."""
+    """The PET series of each destination's encoding first, then the companions that it wants."""
     return [
         NewDelivery(
             destination=destination.name,
@@ -138,7 +140,8 @@ def _of_kind(series: Sequence[SeriesSummary], kind: str, encoding: str) -> list[
 
 
 def _kinds(destination: DestinationConfig) -> tuple[str, ...]:
-    return "pet", *(("mip",) if destination.send_mip else ()), *(("seg",) if destination.send_seg else ())
+    wanted = {"mip": destination.send_mip, "seg": destination.send_seg, "uncertainty": destination.send_uncertainty}
+    return "pet", *(kind for kind, sent in wanted.items() if sent)
 
 
 class Worker:

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from pipeline.outputs.district_seg import encode_district_seg
 from pipeline.outputs.pet_series import encode_pet_series
 from pipeline.outputs.picture import encode_mip, overview_png
 from pipeline.outputs.statistics import district_stats
+from pipeline.outputs.uncertainty_series import ENCODING as UNCERTAINTY_ENCODING
+from pipeline.outputs.uncertainty_series import encode_uncertainty_series
 from pipeline.provenance import ResultUids, software_version
 from pipeline.result import ResultSummary, SeriesSummary, read_summary, write_result
 from pipeline.stitching import reach, stitch
@@ -51,6 +53,7 @@ from pipeline.types import (
     SuvVolume,
     ignore_progress,
 )
+from pipeline.uncertainty import flip_deviation
 
 __all__ = [
     "ResultSummary",
@@ -125,10 +128,16 @@ def synthesize_series(
     with stages.stage(Stage.GATE):
         findings += check_output(suv, districts, hu, bundle.manifest.statistics, options.gate)
         held, remarks = settled(findings, options.gate)
+    deviation = None
+    if options.output.uncertainty:
+        with stages.stage(Stage.UNCERTAINTY):
+            deviation = _deviation(
+                suv, ct_unit, districts, networks, bundle, settings, compute, fallbacks, on_progress=on_progress
+            )
     with stages.stage(Stage.WRITE):
         provenance = _provenance(bundle, networks, districts, settings, compute, tuple(fallbacks))
-        series = _encode(suv, districts, ct, provenance, options, created, on_progress)
-        stats = district_stats(suv, districts)
+        series = _encode(suv, districts, deviation, ct, provenance, options, created, on_progress)
+        stats = district_stats(suv, districts, deviation)
         picture = overview_png(ct, districts, suv)
     if keep is not None:
         keep(JobVolumes(ct=ct, hu=hu, districts=districts, suv=suv))
@@ -275,6 +284,41 @@ def synthesize_volume(
         return stitch(volumes, districts, mode=mode, feather_mm=bundle.manifest.feather_mm)
 
 
+def _deviation(
+    suv: SuvVolume,
+    ct_unit: FloatVolume,
+    districts: DistrictMap,
+    networks: Mapping[District, str],
+    bundle: ModelBundle,
+    settings: _Settings,
+    compute: Compute,
+    fallbacks: list[str],
+    *,
+    on_progress: OnProgress,
+) -> SuvVolume:
+    """The standard deviation of the SUV over flips, in the place of the SUV; the result is not changed."""
+
+    def report(text: str) -> None:
+        if text not in fallbacks:  # each flip meets the same lack of memory again
+            fallbacks.append(text)
+
+    def flipped(ct: FloatVolume, labels: DistrictMap, listen: OnProgress) -> FloatVolume:
+        unit = synthesize_volume(
+            ct,
+            labels,
+            networks,
+            bundle,
+            compute=compute,
+            blending=settings.blending,
+            stitching=settings.stitching,
+            report=report,
+            on_progress=listen,
+        )
+        return bundle.manifest.normalization.unit_to_suv(unit)
+
+    return replace(suv, suv=flip_deviation(suv.suv, ct_unit, districts, flipped, on_progress))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pass:
     """One network over the windows of one or more districts that show it the same input."""
@@ -409,13 +453,14 @@ def _digest(value: object) -> str:
 def _encode(
     suv: SuvVolume,
     districts: DistrictMap,
+    deviation: SuvVolume | None,
     ct: CtVolume,
     provenance: Provenance,
     options: PipelineOptions,
     created: datetime,
     on_progress: OnProgress,
 ) -> tuple[EncodedSeries, ...]:
-    """The PET series in every encoding that is asked for, then the picture, then the districts."""
+    """The PET series in every encoding that is asked for, then the picture, the districts, the uncertainty."""
     output = options.output
     created = created.astimezone()  # DICOM dates and times are local where no offset is given (PS3.3 C.12.1.1)
 
@@ -457,4 +502,14 @@ def _encode(
             not_evaluated=suv.not_evaluated,
         )
         series.append(segmentation)
+    if deviation is not None:
+        uncertainty = encode_uncertainty_series(
+            deviation,
+            source=ct.source,
+            provenance=provenance,
+            options=output,
+            uids=uids(UNCERTAINTY_ENCODING),
+            created=created,
+        )
+        series.append(uncertainty)
     return tuple(series)

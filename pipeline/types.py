@@ -60,6 +60,7 @@ class Stage(StrEnum):
     SYNTHESIS = "synthesis"
     STITCH = "stitch"
     GATE = "gate"
+    UNCERTAINTY = "uncertainty"  # only where the output asks for it
     WRITE = "write"
 
 
@@ -243,7 +244,7 @@ class EncodedInstance:
 class EncodedSeries:
     """All instances of one result series, in sending order.
 
-    `kind`: "pet", "mip" or "seg"; `encoding`: "sc" or "pet", for "seg" its segmentation type, "binary".
+    `kind`: "pet", "mip", "seg" or "uncertainty"; `encoding`: "sc" or "pet", for "seg" its segmentation type, "binary".
     """
 
     kind: str
@@ -262,6 +263,7 @@ class DistrictStats:
     suv_max: float
     confidence: float
     evaluated: bool
+    uncertainty: float | None = None  # mean standard deviation of the SUV over flips, where that was asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -309,7 +311,9 @@ class OutputOptions:
     encodings: tuple[str, ...] = ("sc",)  # each of "sc", "pet"
     mip: bool = True
     seg: bool = False
+    uncertainty: bool = False
     series_number: int = 9001
+    uncertainty_series_number: int = 9010
     seg_series_number: int = 9020
     mip_series_number: int = 9030
     series_description: str = "SYNTHETIC FDG PET SUVbw - AI, RESEARCH ONLY"

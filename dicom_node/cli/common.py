@@ -190,10 +190,17 @@ def print_outcome(stage_seconds: Mapping[str, float], stats: Sequence[Mapping[st
         console.print(times)
     if stats:
         suv = table("SYNTHETIC PET, SUV (body weight) per district", "district", "ml", "mean", "max", "confidence")
+        with_uncertainty = any(row.get("uncertainty") is not None for row in stats)
+        if with_uncertainty:
+            suv.add_column("mean SD (flips)")
         for row in stats:
             mean = f"{row['suv_mean']:.2f}" if row["evaluated"] else "not evaluated"
             highest = f"{row['suv_max']:.2f}" if row["evaluated"] else ""
-            suv.add_row(str(row["district"]), f"{row['volume_ml']:.0f}", mean, highest, f"{row['confidence']:.2f}")
+            cells = [str(row["district"]), f"{row['volume_ml']:.0f}", mean, highest, f"{row['confidence']:.2f}"]
+            if with_uncertainty:
+                deviation = row.get("uncertainty")
+                cells.append("" if deviation is None else f"{deviation:.3f}")
+            suv.add_row(*cells)
         console.print(suv)
     for note in notes:
         console.print(safe(f"note: {note}"))

@@ -68,6 +68,9 @@ def run(
     ] = None,
     mip: Annotated[bool, typer.Option("--mip/--no-mip", help="Also write the MIP picture as DICOM.")] = True,
     seg: Annotated[bool, typer.Option("--seg/--no-seg", help="Also write the districts as a DICOM SEG.")] = False,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty/--no-uncertainty", help="Also write how far the SUV changes under flips.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in OUT_FOLDER.")] = False,
     config: ConfigPath = DEFAULT_CONFIG,
 ) -> None:
@@ -75,7 +78,8 @@ def run(
 
     Of the configuration it is read where installed bundles are, the settings of the segmenters, and `[gate]`.
     `--districts dicom_seg` takes the districts from a SEG in CT_FOLDER that refers to the CT.
-    Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, seg-binary/, overview.png and result.json into OUT_FOLDER.
+    Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, seg-binary/, uncertainty-sc/, overview.png and result.json into
+    OUT_FOLDER.
     """
     from pipeline.bundle import bundle_path, load_bundle
     from pipeline.ct_reader import choose_ct
@@ -93,7 +97,10 @@ def run(
         gate=_gate_options(config, min_coverage_mm),
         districts=_district_options(config, tuple(districts or ("builtin",)), ct_folder, device),
         output=OutputOptions(
-            encodings=("sc", "pet") if encoding is Encodings.BOTH else (encoding.value,), mip=mip, seg=seg
+            encodings=("sc", "pet") if encoding is Encodings.BOTH else (encoding.value,),
+            mip=mip,
+            seg=seg,
+            uncertainty=uncertainty,
         ),
     )
     paths = choose_ct(ct_folder)

@@ -104,13 +104,13 @@ def encode_pet_series(
         raise OutputError(
             "unknown_encoding", f"writing the PET series: encoding {encoding!r} is neither 'sc' nor 'pet'"
         )
-    _check_grid(suv.grid)
+    check_grid(suv.grid)
     codes, slope = quantize(suv.suv)
     shared = _shared_dataset(suv, slope, source, provenance, options, encoding, uids, created)
     template = SeriesTemplate(shared, VARYING)
     instances = []
     total = suv.grid.shape[0]
-    for index, elements in enumerate(_varying_elements(suv.grid, codes, source, uids)):
+    for index, elements in enumerate(varying_elements(suv.grid, codes, source, uids)):
         sop_instance_uid = uids.uid("inst", index)
         instances.append(
             EncodedInstance(
@@ -162,7 +162,8 @@ def in_plane_grid_is_the_ct(grid: Grid, header: Dataset) -> bool:
     )
 
 
-def _check_grid(grid: Grid) -> None:
+def check_grid(grid: Grid) -> None:
+    """Raises OutputError where instances on this grid cannot be written (too_large, no_frame_of_reference)."""
     if max(grid.shape) > 0xFFFF:
         raise OutputError("too_large", f"writing the PET series: grid {grid.shape} exceeds 65535 in one direction")
     if not clean("UI", grid.frame_of_reference_uid):
@@ -193,7 +194,7 @@ def _shared_dataset(
     copy_position_reference(ds, source)
     copy_patient_orientation(ds, source, options)
     _pet_modules(ds, suv.grid, source, created)
-    _plane_and_pixels(ds, suv.grid)
+    plane_and_pixels(ds, suv.grid)
     _value_mapping(ds, slope)
     _encoding_differences(ds, encoding, provenance, options)
     set_character_set(ds, source)
@@ -231,7 +232,7 @@ def _no_radiopharmaceutical(start_time: str, start_date_time: str) -> Dataset:
     return item
 
 
-def _plane_and_pixels(ds: Dataset, grid: Grid) -> None:
+def plane_and_pixels(ds: Dataset, grid: Grid) -> None:
     """Image Plane and Image Pixel (PS3.3 C.7.6.2, C.7.6.3), except position and pixel data."""
     slice_mm, row_mm, column_mm = grid.spacing_mm
     ds.PixelSpacing = [ds_text(row_mm), ds_text(column_mm)]
@@ -285,7 +286,7 @@ def _encoding_differences(ds: Dataset, encoding: str, provenance: Provenance, op
         ds.ContentQualification = "RESEARCH"
 
 
-def _varying_elements(
+def varying_elements(
     grid: Grid, codes: CodeVolume, source: SourceSeries, uids: Uids
 ) -> Iterator[dict[int, tuple[bytes | memoryview, ...]]]:
     """The encoded elements that differ, plane by plane from the foot."""
