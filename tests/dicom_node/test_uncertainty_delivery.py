@@ -20,7 +20,7 @@ from dicom_node.cli.common import print_outcome
 from dicom_node.config import Config, DestinationConfig, OutputConfig
 from dicom_node.delivery import OPTIONAL_KINDS
 from dicom_node.net.scu import Timeouts, send_series
-from dicom_node.worker import new_deliveries, pipeline_options
+from dicom_node.worker import new_deliveries, pipeline_options, result_details
 from pipeline.result import SeriesSummary, read_summary
 
 SERIES = tuple(
@@ -76,12 +76,22 @@ def test_run_writes_a_map_that_a_pacs_takes_and_shows_its_means(tmp_path: Path) 
     assert [s.folder for s in summary.series] == ["pet-sc", "uncertainty-sc"]
     rows = json.loads((out / "result.json").read_text())["stats"]
     assert all(row["uncertainty"] > 0 for row in rows)
+    assert result_details(summary)["stats"] == rows  # what the job keeps
     assert all(f"{row['uncertainty']:.3f}" in done.output for row in rows)
     files = sorted((out / "uncertainty-sc").iterdir())
     with FakePacs(classes=[SecondaryCaptureImageStorage]) as pacs:
         sent = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=Timeouts(acse_s=5, dimse_s=5))
     assert sent.ok, sent.text
     assert pacs.received.order == [dcmread(path, stop_before_pixels=True).SOPInstanceUID for path in files]
+
+
+def test_a_result_of_an_older_node_is_still_read(tmp_path: Path) -> None:
+    row = {"district": "head", "volume_ml": 4.0, "suv_mean": 2.5, "suv_max": 12.0, "confidence": 0.9, "evaluated": True}
+    made = dict.fromkeys(("software_version", "bundle_name", "bundle_version", "bundle_sha256"), "x")
+    made |= dict.fromkeys(("segmenter", "segmenter_version", "device"), "x")
+    old = {"series": [], "stats": [row], "provenance": {**made, "models": []}, "stage_seconds": {}}
+    (tmp_path / "result.json").write_text(json.dumps(old))
+    assert read_summary(tmp_path).stats[0].uncertainty is None
 
 
 def test_a_job_without_a_map_shows_no_column_for_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -280,3 +281,17 @@ def test_a_job_that_is_asked_adds_the_map_and_changes_nothing_else(tmp_path: Pat
     assert values.max() > 0.01  # random weights know no symmetry
     for stats in asked.stats:
         assert stats.uncertainty == pytest.approx(values[labels == stats.district].mean(), abs=1e-6)
+
+
+def test_a_lack_of_memory_is_told_once_and_not_for_every_flip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = run_module.synthesize
+
+    def short_of_memory(*arguments: Any, batch: int, **others: Any) -> FloatVolume:
+        if batch > 4:
+            raise MemoryError
+        return real(*arguments, batch=batch, **others)
+
+    monkeypatch.setattr(run_module, "synthesize", short_of_memory)
+    made = job(tmp_path, [], uncertainty=True, mip=False)
+    assert len(made.provenance.fallbacks) == len(set(made.provenance.fallbacks)) > 0
+    assert made.series[-1].kind == "uncertainty"
