@@ -53,7 +53,7 @@ from pipeline.types import (
     SuvVolume,
     ignore_progress,
 )
-from pipeline.uncertainty import flip_deviation
+from pipeline.uncertainty import UNSEEN, UNSEEN_NOTE, flip_deviation, flips_for
 
 __all__ = [
     "ResultSummary",
@@ -134,6 +134,8 @@ def synthesize_series(
             deviation = _deviation(
                 suv, ct_unit, districts, networks, bundle, settings, compute, fallbacks, on_progress=on_progress
             )
+        if flips_for(bundle.manifest.training) == UNSEEN:
+            notes = (*notes, UNSEEN_NOTE)
     with stages.stage(Stage.WRITE):
         provenance = _provenance(bundle, networks, districts, settings, compute, tuple(fallbacks))
         series = _encode(suv, districts, deviation, ct, provenance, options, created, on_progress)
@@ -316,7 +318,9 @@ def _deviation(
         )
         return bundle.manifest.normalization.unit_to_suv(unit)
 
-    return replace(suv, suv=flip_deviation(suv.suv, ct_unit, districts, flipped, on_progress))
+    return replace(
+        suv, suv=flip_deviation(suv.suv, ct_unit, districts, flipped, flips_for(bundle.manifest.training), on_progress)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,7 +44,7 @@ from pipeline.types import (
     SuvVolume,
     ignore_progress,
 )
-from pipeline.uncertainty import FLIPS, flip_deviation
+from pipeline.uncertainty import FLIPS, UNSEEN, UNSEEN_NOTE, flip_deviation, flips_for
 
 SHAPE = (3, 4, 5)
 GRID = Grid(shape=SHAPE, spacing_mm=(8.0, 8.0, 8.0), origin_mm=(0.0, 0.0, 0.0), frame_of_reference_uid="2.25.5")
@@ -64,7 +64,9 @@ def deviation_of(network, ct: FloatVolume = CT, districts: DistrictMap = TRUNK) 
     def synthesize(seen: FloatVolume, found: DistrictMap, _: OnProgress) -> FloatVolume:
         return np.where(found.labels > 0, network(seen), 0).astype(np.float32)
 
-    return flip_deviation(synthesize(ct, districts, ignore_progress), ct, districts, synthesize, ignore_progress)
+    return flip_deviation(
+        synthesize(ct, districts, ignore_progress), ct, districts, synthesize, tuple(FLIPS), ignore_progress
+    )
 
 
 def test_a_network_that_answers_a_flip_alike_is_certain() -> None:
@@ -88,6 +90,22 @@ def test_front_to_back_counts_and_feet_to_head_does_not() -> None:
     assert not deviation_of(lambda _: planes).any()
 
 
+@pytest.mark.parametrize(
+    ("training", "flips"),
+    [
+        ({"recipe": {"augment": {"flips": True}}}, tuple(FLIPS)),
+        ({"recipe": {"augment": {"flips": False}}}, UNSEEN),
+        ({"recipe": {"augment": "none"}}, UNSEEN),
+        ({"recipe": "paper"}, UNSEEN),
+        ({}, UNSEEN),
+    ],
+)
+def test_only_networks_that_were_trained_with_flips_are_shown_all_of_them(
+    training: dict[str, Any], flips: tuple[str, ...]
+) -> None:
+    assert flips_for(training) == flips
+
+
 def test_the_districts_are_flipped_with_the_ct() -> None:
     labels = np.zeros(SHAPE, dtype=np.uint8)
     labels[:, 1:, 2:] = int(District.TRUNK)
@@ -100,7 +118,7 @@ def test_the_districts_are_flipped_with_the_ct() -> None:
 
 def test_the_result_itself_is_not_changed() -> None:
     suv = CT.copy()
-    flip_deviation(suv, CT, TRUNK, lambda ct, *_: ct * 2, ignore_progress)
+    flip_deviation(suv, CT, TRUNK, lambda ct, *_: ct * 2, tuple(FLIPS), ignore_progress)
     assert (suv == CT).all()
 
 
@@ -112,7 +130,7 @@ def test_the_progress_runs_once_through_all_flips() -> None:
             listen(Progress(stage=Stage.SYNTHESIS, done=done, total=4))
         return ct
 
-    flip_deviation(CT, CT, TRUNK, synthesize, seen.append)
+    flip_deviation(CT, CT, TRUNK, synthesize, tuple(FLIPS), seen.append)
     assert {p.stage for p in seen} == {Stage.UNCERTAINTY}
     assert [p.done for p in seen] == sorted(p.done for p in seen)
     assert (seen[0].done, seen[-1].done) == (0, seen[-1].total)
@@ -267,6 +285,7 @@ def test_a_job_that_is_asked_adds_the_map_and_changes_nothing_else(tmp_path: Pat
     assert asked.series[:-1] == plain.series  # the very bytes
     assert [replace(s, uncertainty=None) for s in asked.stats] == list(plain.stats)
     assert Stage.UNCERTAINTY not in plain.stage_seconds
+    assert set(asked.notes) - set(plain.notes) == {UNSEEN_NOTE}
     assert list(asked.stage_seconds) == [stage.value for stage in Stage]
     done = [p.done / p.total for p in seen if p.stage is Stage.UNCERTAINTY and p.text]
     assert done == sorted(done)
