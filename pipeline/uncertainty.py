@@ -20,9 +20,7 @@ from pipeline.types import DistrictMap, FloatVolume, OnProgress, Progress, Stage
 
 FLIPS = {"left-right": 2, "front-back": 1}  # the axis of [z, y, x] that is mirrored
 UNSEEN = ("left-right",)  # for networks that were trained without flips
-UNSEEN_NOTE = (
-    "uncertainty: the networks were trained without flips; mirrored bodies are new to them"
-)
+UNSEEN_NOTE = "uncertainty: the networks were trained without flips; mirrored bodies are new to them"
 STEPS = 1000  # of the stage's progress: the number of windows differs a little between the flips
 
 Synthesize = Callable[[FloatVolume, DistrictMap, OnProgress], FloatVolume]
