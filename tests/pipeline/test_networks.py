@@ -144,6 +144,15 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     assert caught.value.code == "weights_unfit"
 
 
+def test_weights_of_earlier_layers_are_refused_in_words(tmp_path: Path) -> None:
+    shutil.copytree(bundle_path("phantom"), tmp_path / "bundle")
+    path = tmp_path / "bundle" / MANIFEST
+    now, before = (f'"version": {n},\n        "in_channels"' for n in (2, 1))
+    path.write_text(path.read_text().replace(now, before))
+    with pytest.raises(BundleError, match="layers of version 1, this software has version 2: train and export again"):
+        load_bundle(tmp_path / "bundle")
+
+
 @pytest.mark.parametrize(("window", "depth"), [(32, 5), (33, 4), (16, 4)])
 def test_a_network_that_would_end_below_two_voxels_is_refused(window: int, depth: int) -> None:
     with pytest.raises(ValidationError, match="at least 2"):
