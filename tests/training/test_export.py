@@ -158,7 +158,8 @@ def test_the_bundle_holds_every_network_byte_for_byte_and_the_recipe_s_settings(
     bundle = shop.export()
     manifest = bundle.manifest
     assert bundle.keys == NETWORK_KEYS
-    assert (manifest.name, manifest.version, manifest.spacing_mm, manifest.window) == ("phantom", "2", SPACING, 16)
+    version = load_recipe("phantom").version
+    assert (manifest.name, manifest.version, manifest.spacing_mm, manifest.window) == ("phantom", version, SPACING, 16)
     assert (manifest.overlap, manifest.blending, manifest.stitching) == (8, "gaussian", "feathered")
     assert manifest.statistics == {"head": {"suv_mean": 3.0}}
     for record in shop.records:
