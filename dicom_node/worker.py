@@ -38,6 +38,7 @@ PROGRESS_EVERY_S = 2.0  # a person watches; the ledger is not a progress bar
 LONGEST_RETRY_S = 3600.0
 MANY = 1_000_000  # all of them
 REJECTING = (UnsupportedSeries, DistrictError, GateRefusal)  # the series is at fault: nobody can mend it here
+OPERATORS_CODES = frozenset({"no_segmenter", "unknown_segmenter"})  # the series is not at fault for these
 LATER_CODES = frozenset({"not_written"})  # a PipelineError that a disk with room again would not meet
 
 
@@ -58,7 +59,7 @@ def judge(error: Exception) -> Verdict:
     """
     match error:
         case PipelineError():
-            rejected = isinstance(error, REJECTING)
+            rejected = isinstance(error, REJECTING) and error.code not in OPERATORS_CODES
             permanent = error.permanent and error.code not in LATER_CODES
             return Verdict(code=error.code, text=error.text, permanent=permanent, rejected=rejected)
         case EngineError():

@@ -131,10 +131,15 @@ def synthesize_series(
     deviation = None
     if options.output.uncertainty:
         with stages.stage(Stage.UNCERTAINTY):
-            deviation = _deviation(
-                suv, ct_unit, districts, networks, bundle, settings, compute, fallbacks, on_progress=on_progress
-            )
-        if flips_for(bundle.manifest.training) == UNSEEN:
+            try:
+                deviation = _deviation(
+                    suv, ct_unit, districts, networks, bundle, settings, compute, fallbacks, on_progress=on_progress
+                )
+            except RuntimeError as error:  # a companion must not cost the result
+                if not is_out_of_memory(error):
+                    raise
+                fallbacks.append("out of memory for the uncertainty: it is left out")
+        if deviation is not None and flips_for(bundle.manifest.training) == UNSEEN:
             notes = (*notes, UNSEEN_NOTE)
     with stages.stage(Stage.WRITE):
         provenance = _provenance(bundle, networks, districts, settings, compute, tuple(fallbacks))

@@ -34,6 +34,7 @@ from storage.durable import (
 )
 from storage.errors import BadUid, NoSpace, NotFound, StorageError
 
+A_DAY = timedelta(days=1)
 RESULT_FILE = "result.json"  # written with the result folder, which is renamed into place when it is whole
 _UID = re.compile(r"[0-9]+(?:\.[0-9]+)*")  # PS3.5 section 9.1; a leading zero in a component is common and harmless
 _UID_LENGTH = 64
@@ -286,9 +287,10 @@ class Spool:
                 if _HEX.fullmatch(folder.name) and _age(folder, now) > keep and is_final(folder.name):
                     remove_tree(folder)
                     removed.append(str(folder.relative_to(self.root)))
-        loose = [folder for folder in self._segmentations.iterdir() if is_over(folder.name)]
+        loose = {folder for folder in self._segmentations.iterdir() if is_over(folder.name)}
         for path in sorted(p for folder in (*self._quarantine.iterdir(), *loose) for p in _whole(folder)):
-            if _age(path, now) > keep_inputs:
+            least = A_DAY if path.parent in loose else timedelta()  # a SEG may come before its CT
+            if _age(path, now) > max(keep_inputs, least):
                 path.unlink(missing_ok=True)
                 removed.append(str(path.relative_to(self.root)))
         return removed

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
+from scipy import ndimage
 
 from pipeline.ct_reader import quiet_pydicom
 from pipeline.districts.builtin import without_slivers
@@ -37,6 +38,10 @@ NAME = "dicom_seg"
 MIN_COVERAGE = 0.9  # of the body's voxels, and of its extent along z: less is a SEG of something else
 MAX_OVERLAP = 0.01  # of the body: more is no border's sliver, and which district is right cannot be known
 FILL_TOLD = 0.01  # of the body
+MAX_GAP = 0.005  # of the body, in one piece and away from skin and borders: a limb or an organ was left out
+THIN_MM = 6.0  # half of what may be missing at skin and borders
+MAX_SEGMENTS = 64  # of districts: organs of the same names would be a few
+MAX_TRIED = 5  # SEG objects of a study: the newest; the job has a deadline
 DIGEST_SHOWN = 12
 ALGORITHM_SHOWN = 40  # characters of a text that is somebody else's
 
@@ -75,7 +80,7 @@ def segment(ct: CtVolume, grid: Grid, options: DistrictOptions) -> DistrictMap:
     """
     with quiet_pydicom():
         found, refusals = _referring(options.segmentations, ct.source)
-        for seg in found:
+        for seg in found[:MAX_TRIED]:
             try:
                 return _districts_of(seg, ct, grid)
             except SegmenterUnavailable as reason:
@@ -112,6 +117,9 @@ def _districts_of(seg: SegObject, ct: CtVolume, grid: Grid) -> DistrictMap:
     if not wanted:
         text = f"SEG {seg.sop_instance_uid}: none of its {len(seg.segments)} segments is a district"
         raise SegmenterUnavailable("seg_no_districts", text)
+    if len(wanted) > MAX_SEGMENTS:
+        text = f"SEG {seg.sop_instance_uid} has {len(wanted)} segments for districts, at most {MAX_SEGMENTS} are read"
+        raise SegmenterUnavailable("seg_too_large", text)
     planes = planes_of(seg)
     merged, overlap_ml = merge(seg, planes, wanted)
     body = find_body(ct, grid)
@@ -124,6 +132,7 @@ def _districts_of(seg: SegObject, ct: CtVolume, grid: Grid) -> DistrictMap:
         raise SegmenterUnavailable("seg_overlap", text)
     given = np.where(body, resample(merged, planes.grid, grid, fill=0, nearest=True), 0).astype(np.uint8)
     share = _check_coverage(seg, given, body)
+    _check_gaps(seg, given, body, grid)
     labels = np.zeros(grid.shape, dtype=np.uint8)
     labels[box] = without_slivers(nearest_filled(given[box], body[box], grid.spacing_mm))
     notes = [f"{NAME}: SEG {seg.sop_instance_uid}"]
@@ -174,6 +183,22 @@ def _check_coverage(seg: SegObject, given: LabelVolume, body: np.ndarray) -> flo
             text = f"SEG {seg.sop_instance_uid} covers {found:.0%} of {what}, at least {MIN_COVERAGE:.0%} are wanted"
             raise SegmenterUnavailable("seg_coverage", text)
     return share
+
+
+def _check_gaps(seg: SegObject, given: LabelVolume, body: np.ndarray, grid: Grid) -> None:
+    """Refuse a SEG that lacks a whole part: the nearest district would be a wrong one there, as the head for an arm.
+
+    What is thin (skin, borders between segments) is filled. Raises SegmenterUnavailable (seg_coverage).
+    """
+    thin_mm = max(THIN_MM, 1.5 * max(grid.spacing_mm))  # a layer of one or two voxels is thin on any grid
+    missing = ndimage.distance_transform_edt(body & (given == 0), sampling=grid.spacing_mm) > thin_mm
+    parts, count = ndimage.label(missing)
+    if not count:
+        return
+    largest = float(np.bincount(parts.ravel())[1:].max() / np.count_nonzero(body))
+    if largest > MAX_GAP:
+        text = f"SEG {seg.sop_instance_uid} leaves out a part of the body, {largest:.1%} of it or more"
+        raise SegmenterUnavailable("seg_coverage", text)
 
 
 def _given_shares(labels: LabelVolume, given: LabelVolume) -> dict[District, float]:

@@ -31,6 +31,7 @@ from pipeline.types import OUTSIDE, CtVolume, District, DistrictMap, DistrictOpt
 NAME = "nnunet_folder"
 WORK = "pipeline.districts.nnunet_predict:predict"
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
+MAX_LABEL = 255
 SIDES = ("left", "right", "l", "r")
 WORDS: Mapping[str, District | None] = {
     "background": None,
@@ -107,6 +108,8 @@ def read_model(folder: Path) -> Model:
 def districts_by_name(labels: Mapping[str, Any], folder: Path) -> dict[int, District]:
     """The district of each label of dataset.json; sides are one district. Raises SegmenterUnavailable."""
     found: dict[int, District] = {}
+    if not isinstance(labels, Mapping):
+        raise bad_model(folder, "its labels are no table of names and numbers")
     for name, value in labels.items():
         words = [w for w in name.lower().replace("-", "_").replace(" ", "_").split("_") if w not in SIDES]
         if len(words) != 1 or words[0] not in WORDS:
@@ -116,6 +119,8 @@ def districts_by_name(labels: Mapping[str, Any], folder: Path) -> dict[int, Dist
         district = WORDS[words[0]]
         if not isinstance(value, int):
             raise bad_model(folder, f"its label {name!r} is a region {value!r}, plain labels are expected")
+        if not 0 <= value <= MAX_LABEL:
+            raise bad_model(folder, f"its label {name!r} is {value}, 0 to {MAX_LABEL} are expected")
         if district is not None:
             found[value] = district
     if not found:
@@ -125,7 +130,7 @@ def districts_by_name(labels: Mapping[str, Any], folder: Path) -> dict[int, Dist
 
 def relabeled(labels: LabelVolume, districts: Mapping[int, District]) -> LabelVolume:
     """The model's labels as districts."""
-    table = np.zeros(256, dtype=np.uint8)
+    table = np.zeros(MAX_LABEL + 1, dtype=np.uint8)
     for value, district in districts.items():
         table[value] = district
     return table[labels]

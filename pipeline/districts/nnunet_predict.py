@@ -86,8 +86,9 @@ def _initialize(predictor: Any, folder: Path, checkpoints: list[Path]) -> str:
     except RuntimeError as error:
         raise bad_model(folder, "its weights do not fit the network of its plans.json") from error
     predictor.manual_initialization(network, plans, configuration, weights, dataset, loaded[0]["trainer_name"], None)
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in checkpoints]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    parts = (folder / "dataset.json", folder / "plans.json", *checkpoints)  # labels and orientation are the first two's
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in parts]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _load(path: Path) -> dict[str, Any]:

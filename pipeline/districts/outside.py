@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from pipeline.geometry import bounding_box, resample
 from pipeline.types import OUTSIDE, CtVolume, District, DistrictMap, DistrictOptions, Grid, LabelVolume
 
 APART = "pipeline.districts.apart"
+PREFIX = "districts-"  # of temporary folders; the id of the process that made one follows
 PARTS = {District.HEAD: 1, District.TRUNK: 1, District.ARMS: 2, District.LEGS: 2}  # connected parts that are expected
 HU_FILE, REQUEST_FILE, ANSWER_FILE, LOG_FILE = "hu.npy", "request.json", "answer.json", "log.txt"
 
@@ -72,7 +74,9 @@ def run_apart(
     Raises:
         SegmenterUnavailable: what the function raised, or its crash, lack of memory or deadline.
     """
-    with TemporaryDirectory(prefix="districts-") as name:
+    _sweep()
+    prefix = f"{PREFIX}{os.getpid()}-"
+    with TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name:  # a grandchild may still be ending
         folder = Path(name)
         _write_request(folder, work, ct, settings, options)
         code = _exit_code(folder, options, environment or {})
@@ -82,6 +86,14 @@ def run_apart(
         if "code" in answer:
             raise SegmenterUnavailable(answer["code"], answer["text"])
         return Answer(maps={m: np.load(folder / f"{m}.npy") for m in answer["maps"]}, facts=answer["facts"])
+
+
+def _sweep() -> None:
+    """Remove what processes left that were killed between writing a CT's voxels and starting their segmenter."""
+    for folder in Path(gettempdir()).glob(f"{PREFIX}*-*"):
+        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_request(

@@ -28,6 +28,7 @@ from pipeline.types import Grid
 OFF_AXIS = 2e-3  # of a direction cosine: 1 mm over a field of 500 mm
 SAME_PLACE_MM = 0.1
 IRREGULAR = 0.1  # of the plane spacing
+MAX_FRAMES = 4  # of MAX_VOXELS: a frame of every district on every plane
 MAX_VOXELS = 1 << 30  # 1 GiB of labels: a CT of 512 x 512 x 4096
 _SRT_ALIASES = {"SNM3", "99SDM"}  # older designators of the same SNOMED codes (PS3.16 section 8.1)
 
@@ -189,6 +190,8 @@ def _planes(seg: SegObject) -> Planes:
     shape = (int(planes.max()) + 1, int(ds.Rows), int(ds.Columns))
     if np.prod(shape, dtype=np.int64) > MAX_VOXELS:
         raise SegmenterUnavailable("seg_too_large", f"{name} has {shape} voxels, at most {MAX_VOXELS} are read")
+    if len(planes) * shape[1] * shape[2] > MAX_FRAMES * MAX_VOXELS:
+        raise SegmenterUnavailable("seg_too_large", f"{name} has {len(planes)} frames of {shape[1:]} voxels")
     order = (axes.index(2), axes.index(1), axes.index(0))
     sizes, spacings = shape, (spacing_mm, row_mm, column_mm)
     origin = [0.0, 0.0, 0.0]

@@ -68,7 +68,8 @@ def quantize(suv: FloatVolume) -> tuple[CodeVolume, str]:
     for start in range(0, flat.size, BLOCK):
         block = flat[start : start + BLOCK]
         work = scratch[: block.size]
-        np.divide(block, per_code, out=work)  # float64: float32 would round some codes past half a step
+        # in double, which `out` alone does not ask for: float32 would round some codes past half a step
+        np.divide(block, per_code, out=work, dtype=np.float64)
         np.fmax(work, 0.0, out=work)  # fmax also turns NaN into 0
         np.fmin(work, MAX_CODE, out=work)
         np.rint(work, out=work)

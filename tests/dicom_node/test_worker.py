@@ -221,6 +221,7 @@ def test_a_crash_and_then_a_result_is_a_result(bench: Bench) -> None:
     [
         (UnsupportedSeries("single_slice", "one slice"), JobState.REJECTED, "single_slice"),
         (DistrictError("no_body", "no body"), JobState.REJECTED, "no_body"),
+        (DistrictError("no_segmenter", "none could run"), JobState.FAILED, "no_segmenter"),  # not the series' fault
         (GateRefusal("coverage", "too short"), JobState.REJECTED, "coverage"),
         (BundleError("weights_altered", "altered"), JobState.FAILED, "weights_altered"),
         (OutputError("invalid_result", "bad"), JobState.FAILED, "invalid_result"),

@@ -296,6 +296,17 @@ def test_a_seg_of_most_of_the_volume_but_not_of_the_length_is_refused(case: Case
     assert "extent along z" in reason.text
 
 
+@pytest.mark.parametrize("spacing_mm", [SPACING_MM, (4.0, 4.0, 4.0)])
+def test_a_seg_that_lacks_one_arm_is_refused_however_little_of_the_body_it_is(
+    spacing_mm: tuple[float, float, float], case: Case, tmp_path: Path
+) -> None:
+    path = seg(case, tmp_path / "s.dcm", {label: mask for label, mask in case.masks.items() if label != "Left arm"})
+    with pytest.raises(SegmenterUnavailable) as caught:
+        case.districts(path, spacing_mm=spacing_mm)
+    assert caught.value.code == "seg_coverage"
+    assert "leaves out a part" in caught.value.text
+
+
 def test_segments_that_overlap_widely_are_refused(case: Case, tmp_path: Path) -> None:
     both = {**case.masks, "Legs": case.masks["Legs"] | case.masks["Trunk"]}
     reason = case.refusal(seg(case, tmp_path / "s.dcm", both))

@@ -55,6 +55,11 @@ def test_a_value_comes_back_within_half_a_step(values: list[float]):
     assert dequantize(codes, slope).dtype == np.float32
 
 
+def test_a_value_between_two_codes_is_rounded_in_double():
+    codes, slope = quantize(np.array([15.0], dtype=np.float32))  # 15001.50015 codes, in float32 15001.5
+    assert abs(int(codes[0]) * float(slope) - 15.0) < 0.0005
+
+
 def test_every_code_is_its_own_value_again():
     all_codes = np.arange(MAX_CODE + 1, dtype=np.uint16)
     codes, slope = quantize(dequantize(all_codes, DEFAULT_SLOPE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from dicom_node.cli.common import console, console_err, progress_bar
 from dicom_node.cli.train import app
 from dicom_node.cli.train.common import refused
+from dicom_node.config import Config, load_config
 
 
 @app.command("districts")
@@ -20,7 +22,10 @@ def districts(
         list[Path] | None, typer.Option("--real", help="A folder with one CT series, for a picture; may be repeated.")
     ] = None,
     segmenter: Annotated[
-        list[str] | None, typer.Option(help="Tried in order; may be repeated. By default builtin.")
+        list[str] | None, typer.Option(help="Tried in order; may be repeated. By default the configuration's.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Its [pipeline] says where models are; else its defaults.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first phantom.")] = 5000,
     workers: Annotated[int, typer.Option(min=1, help="Phantoms side by side.")] = 2,
@@ -31,11 +36,15 @@ def districts(
     phantoms and of every real series.
     """
     with refused():
-        from pipeline.types import DistrictOptions
+        from dicom_node.worker import pipeline_options
+        from pipeline.districts import SEGMENTERS
         from training.evaluation.districts.cases import district_cases
         from training.evaluation.districts.report import measure_cases, write_report
 
-        options = DistrictOptions(chain=tuple(segmenter or ("builtin",)))
+        if unknown := [name for name in segmenter or () if name not in SEGMENTERS]:
+            raise typer.BadParameter(f"no segmenter {unknown[0]!r}, there are {', '.join(sorted(SEGMENTERS))}")
+        options = pipeline_options(load_config(config) if config else Config()).districts
+        options = replace(options, chain=tuple(segmenter or options.chain))
         chosen = district_cases(cases, seed=seed)
         with progress_bar() as bar:
             task = bar.add_task("phantoms", total=len(chosen))

@@ -90,7 +90,7 @@ def measure_cases(
 def write_report(
     results: Sequence[CaseResult], real: Sequence[Path], out: Path, options: DistrictOptions, *, command: str
 ) -> None:
-    """`out`/report.md, rows.csv, phantom-worst-NN.png and real-NAME.png."""
+    """`out`/report.md, rows.csv, phantom-worst-NN.png and real-N-NAME.png."""
     out.mkdir(parents=True, exist_ok=True)
     ranked = sorted(results, key=lambda r: r.worst)[:WORST]
     pictures = [(f"phantom-worst-{n:02d}.png", r) for n, r in enumerate(ranked, start=1)]
@@ -99,8 +99,8 @@ def write_report(
         ct = CtVolume(hu=volume.hu, grid=volume.grid, source=SOURCE)
         found = _found_or_empty(ct, options)
         save(district_figure(volume.hu, found, volume.grid, title=_title(result), true=volume.labels), out / name)
-    reals = [_real(folder, out, options) for folder in real]
     write_whole(out / "rows.csv", as_csv(results).encode())
+    reals = [_real(folder, number, out, options) for number, folder in enumerate(real, start=1)]
     write_whole(out / "report.md", markdown(results, pictures, reals, options, command).encode())
 
 
@@ -122,12 +122,12 @@ class RealResult:
     picture: str
 
 
-def _real(folder: Path, out: Path, options: DistrictOptions) -> RealResult:
+def _real(folder: Path, number: int, out: Path, options: DistrictOptions) -> RealResult:
     ct = read_ct(choose_ct(folder))
     began = time.perf_counter()
     found = find_districts(ct, ct.grid, options=options)
     seconds = time.perf_counter() - began
-    name = f"real-{folder.name}.png"
+    name = f"real-{number}-{folder.name}.png"
     save(
         district_figure(ct.hu, found.labels, ct.grid, title=f"{folder.name}: {found.segmenter} {found.version}"),
         out / name,
