@@ -130,16 +130,12 @@ def synthesize_series(
         held, remarks = settled(findings, options.gate)
     deviation = None
     if options.output.uncertainty:
+        flips = flips_for(bundle.manifest.training)
         with stages.stage(Stage.UNCERTAINTY):
-            try:
-                deviation = _deviation(
-                    suv, ct_unit, districts, networks, bundle, settings, compute, fallbacks, on_progress=on_progress
-                )
-            except RuntimeError as error:  # a companion must not cost the result
-                if not is_out_of_memory(error):
-                    raise
-                fallbacks.append("out of memory for the uncertainty: it is left out")
-        if deviation is not None and flips_for(bundle.manifest.training) == UNSEEN:
+            deviation = _deviation(
+                suv, ct_unit, districts, networks, bundle, settings, compute, fallbacks, flips, on_progress=on_progress
+            )
+        if deviation is not None and flips == UNSEEN:
             notes = (*notes, UNSEEN_NOTE)
     with stages.stage(Stage.WRITE):
         provenance = _provenance(bundle, networks, districts, settings, compute, tuple(fallbacks))
@@ -300,10 +296,14 @@ def _deviation(
     settings: _Settings,
     compute: Compute,
     fallbacks: list[str],
+    flips: Sequence[str],
     *,
     on_progress: OnProgress,
-) -> SuvVolume:
-    """The standard deviation of the SUV over flips, in the place of the SUV; the result is not changed."""
+) -> SuvVolume | None:
+    """The standard deviation of the SUV over flips, in the place of the SUV; the result is not changed.
+
+    None, and a word in `fallbacks`, where there is no memory for it: a companion must not cost the result.
+    """
 
     def report(text: str) -> None:
         if text not in fallbacks:  # each flip meets the same lack of memory again
@@ -323,9 +323,13 @@ def _deviation(
         )
         return bundle.manifest.normalization.unit_to_suv(unit)
 
-    return replace(
-        suv, suv=flip_deviation(suv.suv, ct_unit, districts, flipped, flips_for(bundle.manifest.training), on_progress)
-    )
+    try:
+        return replace(suv, suv=flip_deviation(suv.suv, ct_unit, districts, flipped, flips, on_progress))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    fallbacks.append("out of memory for the uncertainty: it is left out")
+    return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -132,34 +132,13 @@ class Spool:
         `known` are ids of earlier jobs of this series: their slices count as known too. SAME: an identical
         duplicate, removed. DIFFERENT: another content under a known UID, put into quarantine.
         """
-        folder = self._series / check_uid(series_uid)
-        sop_instance_uid = check_uid(path.name.removesuffix(".dcm").partition("~")[0])
-        target = folder / f"{sop_instance_uid}.dcm"
+        target = self._series / check_uid(series_uid) / _sorted_name(path)
         with self._adopting:  # `take_series` renames the folder: not between these lines
-            for there in (target, *(self._ct(job_id) / target.name for job_id in known)):
-                if there.exists():
-                    if same_bytes(path, there):
-                        self.drop(path)
-                        return Adopted.SAME
-                    self.quarantine(path, "different_content")
-                    return Adopted.DIFFERENT
-            make_folder(folder)
-            move(path, target)
-        return Adopted.NEW
+            return self._taken(path, target, (self._ct(job_id) / target.name for job_id in known))
 
     def keep_segmentation(self, path: Path, study_uid: str) -> Adopted:
         """Move an incoming SEG to its study, where it waits for the study's jobs; otherwise as `adopt`."""
-        folder = self._segmentations / check_uid(study_uid)
-        target = folder / f"{check_uid(path.name.removesuffix('.dcm').partition('~')[0])}.dcm"
-        if target.exists():
-            if same_bytes(path, target):
-                self.drop(path)
-                return Adopted.SAME
-            self.quarantine(path, "different_content")
-            return Adopted.DIFFERENT
-        make_folder(folder)
-        move(path, target)
-        return Adopted.NEW
+        return self._taken(path, self._segmentations / check_uid(study_uid) / _sorted_name(path))
 
     def segmentations(self, study_uid: str) -> list[Path]:
         """The SEG objects of a study, by name."""
@@ -297,6 +276,19 @@ class Spool:
 
     # ---- inside
 
+    def _taken(self, path: Path, target: Path, elsewhere: Iterable[Path] = ()) -> Adopted:
+        """Move an incoming file to `target`, unless that or one of the same name `elsewhere` is there already."""
+        for there in (target, *elsewhere):
+            if there.exists():
+                if same_bytes(path, there):
+                    self.drop(path)
+                    return Adopted.SAME
+                self.quarantine(path, "different_content")
+                return Adopted.DIFFERENT
+        make_folder(target.parent)
+        move(path, target)
+        return Adopted.NEW
+
     def _ct(self, job_id: str) -> Path:
         return self._work / _hex(job_id) / "ct"
 
@@ -332,6 +324,11 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield path
         if path.is_dir() and not path.is_symlink() and not is_temp(path):
             yield from _walk(path)
+
+
+def _sorted_name(path: Path) -> str:
+    """The name of an incoming file where it is kept: its SOP instance's UID, without what told repeats apart."""
+    return f"{check_uid(path.name.removesuffix('.dcm').partition('~')[0])}.dcm"
 
 
 def _age(path: Path, now: datetime) -> timedelta:

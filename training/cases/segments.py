@@ -10,16 +10,14 @@ from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
+from pipeline.outputs.codes import DISTRICT_CODES
 from pipeline.types import District
 
 Kind = Literal["lesions", "districts", "other"]
 
-DISTRICT_CODES: tuple[tuple[Code, District], ...] = (
-    (codes.SCT.Head, District.HEAD),
+WHOLE_REGIONS: tuple[tuple[Code, District], ...] = (
+    *((code, district) for district, code in DISTRICT_CODES.items()),
     (codes.SCT.HeadAndNeck, District.HEAD),
-    (codes.SCT.Trunk, District.TRUNK),
-    (codes.SCT.UpperLimb, District.ARMS),
-    (codes.SCT.LowerLimb, District.LEGS),
 )
 DISTRICT_WORDS: Mapping[str, District] = {
     **dict.fromkeys(("head", "headandneck"), District.HEAD),
@@ -46,7 +44,7 @@ def kind_of(segment: Dataset) -> tuple[Kind, District | None]:
     words = f"{label} {segment.get('SegmentDescription') or ''} {kind.meaning if kind else ''}"
     if _LESION.search(words):
         return "lesions", None
-    for code, district in DISTRICT_CODES:
+    for code, district in WHOLE_REGIONS:
         if kind is not None and kind == code:
             return "districts", district
     named = DISTRICT_WORDS.get(re.sub(r"[^a-z]", "", label.lower()))
