@@ -11,7 +11,10 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, get_args
 
-from pipeline.bundle import CARD, MANIFEST, Manifest, ModelBundle, NetworkEntry, load_bundle
+import numpy as np
+
+from pipeline.bundle import CARD, MANIFEST, Manifest, ModelBundle, NetworkEntry, Normalization, load_bundle
+from pipeline.gate.tissues import TISSUES, tissue_means
 from pipeline.installing import checked_name, put_in_place
 from training.card import model_card
 from training.errors import RunError
@@ -150,7 +153,7 @@ def export_bundle(
             name=name,
             version=version,
             metrics=metrics_of(evaluation, model),
-            statistics=prepared.manifest.statistics,
+            statistics={**prepared.manifest.statistics, **tissue_statistics(prepared, recipe.normalization)},
             training=lineage(records, prepared.manifest),
             card=lambda manifest: model_card(manifest, evaluation),
         )
@@ -176,6 +179,27 @@ def runs_of(runs: Path, model: ModelName, seed: int) -> dict[str, RunRecord]:
         text = f"{runs}: {model}, seed {seed}: no run of {', '.join(missing)}; `train run` makes them"
         raise RunError("run_missing", text)
     return {key: found[key] for key in wanted}
+
+
+def tissue_statistics(prepared: PreparedSet, scaling: Normalization) -> dict[str, Any]:
+    """For the output gate: the mean SUV of each tissue (`pipeline.gate.tissues`) in the training studies.
+
+    From the clipped and scaled volumes that the networks saw; nothing for scaling by volume, which keeps no HU.
+    """
+    if scaling.ct_range != "fixed":
+        return {}
+    means: dict[str, list[float]] = {tissue.name: [] for tissue in TISSUES}
+    for study in prepared.load_split("train"):
+        hu = study.ct.astype(np.float32) * (scaling.ct_high_hu - scaling.ct_low_hu) + scaling.ct_low_hu
+        suv = scaling.unit_to_suv(study.pet)
+        for tissue, mean in tissue_means(hu, suv, study.districts, study.record.grid.voxel_ml).items():
+            means[tissue.name].append(round(mean, 4))
+    told = {
+        name: {"studies": len(found), "suv_mean_range": [min(found), max(found)]}
+        for name, found in means.items()
+        if found
+    }
+    return {"tissues": told} if told else {}
 
 
 def _check_report(report: EvaluationReport, records: Mapping[str, RunRecord], prepared: PreparedManifest) -> None:

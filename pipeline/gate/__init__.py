@@ -74,6 +74,7 @@ CHECKS: Mapping[str, Check] = {
     "uptake_outside_body": Check(severity=Severity.HOLD, allowed=_AFTER),
     "lung_uptake": Check(severity=Severity.HOLD, allowed=_AFTER),
     "bone_uptake": Check(severity=Severity.HOLD, allowed=_AFTER),
+    "tissue_uptake": Check(severity=Severity.HOLD, allowed=_AFTER),
     "district_uptake": Check(severity=Severity.HOLD, allowed=_AFTER),
     "seam": Check(severity=Severity.HOLD, allowed=_AFTER),
     "asymmetry": Check(severity=Severity.HOLD, allowed=_AFTER),

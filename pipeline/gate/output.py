@@ -1,8 +1,8 @@
 """The output gate: is this SUV volume one that a reader may see? (Codes: `pipeline.gate.CHECKS`, docs/gates.md.)
 
 First what is wrong with any volume (not finite, out of range, empty); then whether it looks like an FDG-PET: lungs and
-cortical bone take up little, a district as much as in the training studies, borders between districts do not show,
-left and right are alike.
+dense bone take up little, tissues and districts as much as in the training studies, borders between districts do not
+show, left and right are alike.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from pipeline.gate import sifted
 from pipeline.gate.seams import worst_seam
+from pipeline.gate.tissues import tissue_means
 from pipeline.types import District, DistrictMap, FloatVolume, GateFinding, GateOptions, GeometryError, SuvVolume
 
 Mask = NDArray[np.bool_]
@@ -26,8 +27,7 @@ SUV_TOLERANCE = 0.01  # of rounding and interpolation
 MIN_MEAN_SUV = 0.05  # over the evaluated body; by definition of SUV the mean over a body is about 1
 OUTSIDE_SUV = 0.1  # air holds less than this in any PET that is worth its name
 FEATHER_MM = 10.0  # uptake this near to the body is the stitching's soft edge
-LUNG_HU, BONE_HU = -500.0, 700.0  # below: lung and air in it; above: cortical bone
-MIN_REGION_ML = 50.0  # of lung, bone or a district: in less, a neighbor's blur decides the mean
+MIN_REGION_ML = 50.0  # of a district or one side of it: in less, a neighbor's blur decides the mean
 PEAK_PERCENT = 99.9  # the bundle's statistics have it under `suv_p99_9`
 MIN_BALANCE = 0.5  # the smaller side's volume over the larger's: below, one side is hardly in the field
 
@@ -58,7 +58,7 @@ def _plausibility_findings(
     evaluated = tuple(d for d in districts.present if d not in suv.not_evaluated)
     if (outside := _check_outside(suv, districts)) is not None:
         yield outside
-    yield from _tissue_findings(suv, districts, hu, evaluated, options)
+    yield from _tissue_findings(suv, districts, hu, statistics, options)
     for district in evaluated:
         yield from _district_findings(suv, districts, district, statistics.get(district.key, {}), options.suv_factor)
     yield from _seam_findings(suv, districts, evaluated, options.max_seam)
@@ -122,24 +122,29 @@ def _tissue_findings(
     suv: SuvVolume,
     districts: DistrictMap,
     hu: FloatVolume,
-    evaluated: tuple[District, ...],
+    statistics: Mapping[str, Any],
     options: GateOptions,
 ) -> Iterator[GateFinding]:
-    """Lung and cortical bone, which the CT alone tells, take up little.
-
-    The skull is left out: at the resolution of a PET it glows with the brain beneath it.
-    """
-    trunk = districts.mask(District.TRUNK) if District.TRUNK in evaluated else np.zeros(hu.shape, dtype=bool)
-    limbs = np.isin(districts.labels, [d for d in evaluated if d is not District.HEAD])
-    for code, what, mask, limit in (
-        ("lung_uptake", f"lung (below {LUNG_HU:.0f} HU)", trunk & (hu < LUNG_HU), options.max_lung_suv),
-        ("bone_uptake", f"dense bone (above {BONE_HU:.0f} HU)", limbs & (hu > BONE_HU), options.max_bone_suv),
-    ):
-        if np.count_nonzero(mask) * suv.grid.voxel_ml < MIN_REGION_ML:
-            continue
-        mean = float(suv.suv[mask].mean(dtype=np.float64))
+    """Lung and dense bone take up little in anybody; every tissue about what it did in the training studies."""
+    labels = np.where(np.isin(districts.labels, suv.not_evaluated), 0, districts.labels)
+    limits = {"lung": ("lung_uptake", options.max_lung_suv), "dense_bone": ("bone_uptake", options.max_bone_suv)}
+    for tissue, mean in tissue_means(hu, suv.suv, labels, suv.grid.voxel_ml).items():
+        code, limit = limits.get(tissue.name, ("", math.inf))
+        told = statistics.get("tissues", {}).get(tissue.name, {})
         if mean > limit:
-            yield GateFinding(code=code, text=f"the mean SUV of {what} is {mean:.2f}, at most {limit:g} is expected")
+            text = f"the mean SUV of {tissue.text} is {mean:.2f}, at most {limit:g} is expected"
+            yield GateFinding(code=code, text=text)
+        elif (bounds := _widened(told, options.suv_factor)) and not bounds[0] <= mean <= bounds[1]:
+            text = f"the mean SUV of {tissue.text} is {mean:.2f}, {bounds[0]:.2f} to {bounds[1]:.2f} is expected"
+            yield GateFinding(code="tissue_uptake", text=f"{text} from the training studies")
+
+
+def _widened(told: Mapping[str, Any], factor: float) -> tuple[float, float] | None:
+    """The range of the training studies' mean SUV, widened by `factor`; None where the bundle does not tell."""
+    if "suv_mean_range" not in told:
+        return None
+    lowest, highest = told["suv_mean_range"]
+    return lowest / factor, highest * factor
 
 
 def _district_findings(
@@ -153,12 +158,10 @@ def _district_findings(
     if inside.size * suv.grid.voxel_ml < MIN_REGION_ML:
         return
     code = "district_uptake"
-    if "suv_mean_range" in told:
-        lowest, highest = told["suv_mean_range"]
-        low, high, mean = lowest / factor, highest * factor, float(inside.mean(dtype=np.float64))
-        if not low <= mean <= high:
-            text = f"the mean SUV of {district.key} is {mean:.2f}, {low:.2f} to {high:.2f} is expected"
-            yield GateFinding(code=code, text=f"{text} from the training studies")
+    mean = float(inside.mean(dtype=np.float64))
+    if (bounds := _widened(told, factor)) and not bounds[0] <= mean <= bounds[1]:
+        text = f"the mean SUV of {district.key} is {mean:.2f}, {bounds[0]:.2f} to {bounds[1]:.2f} is expected"
+        yield GateFinding(code=code, text=f"{text} from the training studies")
     if {"suv_p99_9", "suv_max"} <= told.keys():
         most, peak = max(told["suv_p99_9"] * factor, told["suv_max"]), float(np.percentile(inside, PEAK_PERCENT))
         if peak > most:

@@ -110,6 +110,25 @@ def test_a_body_of_which_too_much_was_not_evaluated_is_found(share: float, expec
     assert [one.code for one in found] == expected
 
 
+def test_a_tissue_is_bound_by_what_the_training_studies_held() -> None:
+    told = STATISTICS | {"tissues": {"fat": {"suv_mean_range": [0.3, 0.4]}, "lung": {"suv_mean_range": [0.4, 0.6]}}}
+    (found,) = findings(told=told)  # fat like everything else about 1
+    assert found.code == "tissue_uptake"
+    assert found.text.startswith("the mean SUV of fat (from -140 and below -40 HU) is 1.0")
+    assert "0.15 to 0.80 is expected" in found.text
+    cool = put((LABELS > 0) & (HU < -20), 0.35)
+    assert findings(cool, told=told) == ()
+    assert [one.code for one in findings(lambda suv: cool(suv) * np.where(HU < -500, 0.1, 1), told=told)] == [
+        "tissue_uptake"
+    ]  # lungs without any uptake are as wrong as glowing ones
+    assert findings(told=told, suv_factor=4.0) == ()
+
+
+def test_a_tissue_that_was_not_evaluated_is_not_judged() -> None:
+    told = {"tissues": {"soft_tissue": {"suv_mean_range": [0.9, 1.1]}}}
+    assert findings(put(TRUNK, 0.0), (District.TRUNK,), told=told, max_not_evaluated=0.9) == ()
+
+
 def test_a_bundle_without_statistics_has_no_bounds_for_its_districts() -> None:
     assert findings(lambda suv: suv * 0.3, told={}) == ()
     assert findings(lambda suv: suv * 0.3, told={"trunk": {"studies": 3}}) == ()

@@ -19,10 +19,11 @@ from dicom_node.cli import app
 from pipeline.bundle import CARD, MANIFEST, NETWORK_KEYS, load_bundle
 from pipeline.errors import BundleError
 from pipeline.networks import build_network
+from pipeline.types import District
 from training import export as export_module
 from training.errors import DataError, RunError, TrainingError
 from training.evaluation.report_format import EvaluationReport
-from training.export import assemble_bundle, export_bundle, runs_of
+from training.export import assemble_bundle, export_bundle, runs_of, tissue_statistics
 from training.files import sha256_of
 from training.prepared import DTYPES, PreparedManifest, PreparedSet, StudyRecord, open_prepared
 from training.recipe import MODELS, Recipe, load_recipe
@@ -167,6 +168,26 @@ def test_the_bundle_holds_every_network_byte_for_byte_and_the_recipe_s_settings(
         assert copied == (shop.runs / record.folder_name / WEIGHTS).read_bytes()
         assert bundle.network(record.network, torch.device("cpu")) is not None
     assert sorted(path.name for path in shop.root.iterdir()) == ["bundle", "prepared", "runs"]
+
+
+def test_the_tissues_of_the_training_studies_are_measured_for_the_output_gate(tmp_path: Path) -> None:
+    prepared = write_prepared(tmp_path, small_recipe())
+    scaling = small_recipe().normalization  # HU -1000 to 1000, SUV up to 20
+    for number, record in enumerate(prepared.studies("train")):
+        lung, muscle, head = np.full((3, 200), District.TRUNK)
+        head[:] = District.HEAD
+        place = prepared.folder / "studies" / record.id
+        for name, rows in {
+            "districts": (lung, muscle, head),
+            "ct": (np.full(200, 0.1), np.full(200, 0.525), np.full(200, 0.525)),  # -800, 50 and 50 HU
+            "pet": (np.full(200, 0.025), np.full(200, 0.05 * (number + 1)), np.full(200, 0.5)),
+        }.items():
+            np.save(place / f"{name}.npy", np.stack(rows)[:, :, None].astype(DTYPES[name]))
+    told = tissue_statistics(prepared, scaling)["tissues"]
+    assert told.keys() == {"lung", "soft_tissue"}  # the head's soft tissue is the brain
+    assert told["lung"] == {"studies": 2, "suv_mean_range": pytest.approx([0.5, 0.5], rel=1e-3)}
+    assert told["soft_tissue"] == {"studies": 2, "suv_mean_range": pytest.approx([1.0, 2.0], rel=1e-3)}
+    assert tissue_statistics(prepared, scaling.model_copy(update={"ct_range": "volume"})) == {}  # no HU to go by
 
 
 def test_the_lineage_names_recipe_data_split_runs_and_software(shop: Workshop) -> None:
