@@ -32,7 +32,7 @@ test: lint
 serve: setup
 	$(BIN)/dicom-node serve --config config.toml
 
-# The bundle that ships, again: 70 phantoms, some 90 minutes on two cores; interrupted, the same command goes on.
+# The bundle that ships, again: 70 phantoms, some two and a half hours on two cores; interrupted, the same command goes on.
 bundle: setup
 	$(BIN)/dicom-node train phantom --cases 70 --layout nifti --out runs/phantom-data
 	$(BIN)/dicom-node train prepare runs/phantom-data --out runs/phantom-prepared --recipe phantom

@@ -20,8 +20,9 @@ from training.card import model_card
 from training.errors import RunError
 from training.evaluation.report_format import EvaluationReport, read_report
 from training.files import write_whole
+from training.loop.start import has_own_length
 from training.prepared import PreparedManifest, PreparedSet, Split, open_prepared, patients
-from training.recipe import MODELS, ModelName
+from training.recipe import MODELS, ModelName, Recipe
 from training.runs import WEIGHTS, RunRecord, check_runs_fit, find_runs
 
 PRODUCT = "dicom-node"
@@ -61,7 +62,7 @@ def assemble_bundle(
     if not records:
         raise RunError("run_missing", f"{runs}: a bundle needs at least one finished run")
     check_runs_fit(runs, records.values())
-    recipe = next(iter(records.values())).recipe
+    recipe = recipe_of(records)
     folder.mkdir(parents=True, exist_ok=True)
     entries = {key: _copy_weights(runs, record, folder, key) for key, record in records.items()}
     manifest = Manifest(
@@ -133,7 +134,7 @@ def export_bundle(
     evaluation = read_report(report)
     records = runs_of(runs, model, seed)
     check_runs_fit(runs, records.values())
-    recipe = next(iter(records.values())).recipe
+    recipe = recipe_of(records)
     prepared = prepared or open_prepared(Path(next(iter(records.values())).prepared_folder), verify=False)
     _check_report(evaluation, records, prepared.manifest)
     checked_name(name or recipe.name)
@@ -202,6 +203,16 @@ def tissue_statistics(prepared: PreparedSet, scaling: Normalization) -> dict[str
     return {"tissues": told} if told else {}
 
 
+def recipe_of(records: Mapping[str, RunRecord]) -> Recipe:
+    """The recipe of the runs: of several versions the one whose steps all of them have, else the first run's.
+
+    Networks may be trained longer one by one: a run keeps the recipe that it was begun with.
+    """
+    recipes = [record.recipe for record in records.values()]
+    whole = (recipe for recipe in recipes if all(has_own_length(record, recipe) for record in records.values()))
+    return next(whole, recipes[0])
+
+
 def _check_report(report: EvaluationReport, records: Mapping[str, RunRecord], prepared: PreparedManifest) -> None:
     for record in records.values():
         where = record.folder_name.as_posix()
@@ -239,7 +250,7 @@ def lineage(records: Mapping[str, RunRecord], prepared: PreparedManifest) -> dic
 
     `data_sha256` and `recipe_sha256` are what the node writes into its DICOM objects.
     """
-    recipe = next(iter(records.values())).recipe
+    recipe = recipe_of(records)
     dump = recipe.model_dump(mode="json")
     sides: dict[str, dict[str, int]] = {}
     for split in get_args(Split):

@@ -23,7 +23,7 @@ from pipeline.types import District
 from training import export as export_module
 from training.errors import DataError, RunError, TrainingError
 from training.evaluation.report_format import EvaluationReport
-from training.export import assemble_bundle, export_bundle, runs_of, tissue_statistics
+from training.export import assemble_bundle, export_bundle, recipe_of, runs_of, tissue_statistics
 from training.files import sha256_of
 from training.prepared import DTYPES, PreparedManifest, PreparedSet, StudyRecord, open_prepared
 from training.recipe import MODELS, Recipe, load_recipe
@@ -188,6 +188,23 @@ def test_the_tissues_of_the_training_studies_are_measured_for_the_output_gate(tm
     assert told["lung"] == {"studies": 2, "suv_mean_range": pytest.approx([0.5, 0.5], rel=1e-3)}
     assert told["soft_tissue"] == {"studies": 2, "suv_mean_range": pytest.approx([1.0, 2.0], rel=1e-3)}
     assert tissue_statistics(prepared, scaling.model_copy(update={"ct_range": "volume"})) == {}  # no HU to go by
+
+
+def test_a_network_that_was_trained_longer_brings_its_recipe(tmp_path: Path) -> None:
+    def of(arms: int, version: str) -> Recipe:
+        recipe = load_recipe("phantom")
+        steps = {"pix2pix": {"head": 10, "arms": arms}}
+        return recipe.model_copy(
+            update={"version": version, "train": recipe.train.model_copy(update={"steps": steps})},
+        )
+
+    before, after = of(10, "1"), of(20, "2")
+    prepared = write_prepared(tmp_path / "data", before)
+    head = write_run(tmp_path, prepared, before, "head")
+    arms = write_run(tmp_path, prepared, after, "arms", steps=20, step=20)
+    assert recipe_of({"head": head, "arms": arms}) is after
+    shorter = arms.model_copy(update={"steps": 5})
+    assert recipe_of({"head": head, "arms": shorter}) is before  # a trial: no recipe fits, the first is taken
 
 
 def test_the_lineage_names_recipe_data_split_runs_and_software(shop: Workshop) -> None:
