@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint serve bundle clean
+.PHONY: setup readers demo test lint serve bundle clean
 
 setup: $(STAMP)
 
@@ -26,7 +26,11 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+# OHIF, calculate-suv and an old SimpleITK for the tests (node packages need npm; without it those tests skip)
+readers: setup
+	$(BIN)/python tests/readers/install_readers.py
+
+test: lint readers
 	$(BIN)/python -m pytest
 
 serve: setup
