@@ -205,10 +205,15 @@ class OutputConfig(_Table):
     mip: bool = True
     seg: bool = False
     uncertainty: bool = False
+    sr: bool = False
+    presentation_states: bool = False
     series_number: int = Field(default=9001, ge=1, le=2_000_000_000)
     uncertainty_series_number: int = Field(default=9010, ge=1, le=2_000_000_000)
     seg_series_number: int = Field(default=9020, ge=1, le=2_000_000_000)
     mip_series_number: int = Field(default=9030, ge=1, le=2_000_000_000)
+    sr_series_number: int = Field(default=9040, ge=1, le=2_000_000_000)
+    gsps_series_number: int = Field(default=9050, ge=1, le=2_000_000_000)
+    pcps_series_number: int = Field(default=9060, ge=1, le=2_000_000_000)
     series_description: str = Field(default="SYNTHETIC FDG PET SUVbw - AI, RESEARCH ONLY", max_length=64)
     institution_name: str = Field(default="", max_length=64)
     emit_patient_position: bool = False
@@ -234,6 +239,8 @@ class DestinationConfig(_Table):
     send_mip: bool = True
     send_seg: bool = True
     send_uncertainty: bool = True
+    send_sr: bool = True
+    send_presentation_states: bool = True
     max_attempts: int = Field(default=12, ge=1)
     first_retry_s: Seconds = 30.0
     max_retry_s: Seconds = 3600.0

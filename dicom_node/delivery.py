@@ -29,7 +29,7 @@ from storage.spool import Spool
 log = structlog.get_logger()
 
 # A destination that refuses these for good does not fail the job
-OPTIONAL_KINDS = frozenset({"mip", "seg", "uncertainty"})
+OPTIONAL_KINDS = frozenset({"mip", "seg", "uncertainty", "sr", "gsps", "pcps"})
 POLL_S = 1.0
 RENEW_EVERY_S = 5.0
 MANY = 1_000_000  # all of them

@@ -104,10 +104,15 @@ def pipeline_options(config: Config) -> PipelineOptions:
             mip=output.mip,
             seg=output.seg,
             uncertainty=output.uncertainty,
+            sr=output.sr,
+            presentation_states=output.presentation_states,
             series_number=output.series_number,
             uncertainty_series_number=output.uncertainty_series_number,
             seg_series_number=output.seg_series_number,
             mip_series_number=output.mip_series_number,
+            sr_series_number=output.sr_series_number,
+            gsps_series_number=output.gsps_series_number,
+            pcps_series_number=output.pcps_series_number,
             series_description=output.series_description,
             institution_name=output.institution_name,
             emit_patient_position=output.emit_patient_position,
@@ -141,7 +146,14 @@ def _of_kind(series: Sequence[SeriesSummary], kind: str, encoding: str) -> list[
 
 
 def _kinds(destination: DestinationConfig) -> tuple[str, ...]:
-    wanted = {"mip": destination.send_mip, "seg": destination.send_seg, "uncertainty": destination.send_uncertainty}
+    wanted = {
+        "mip": destination.send_mip,
+        "seg": destination.send_seg,
+        "uncertainty": destination.send_uncertainty,
+        "sr": destination.send_sr,
+        "gsps": destination.send_presentation_states,
+        "pcps": destination.send_presentation_states,
+    }
     return "pet", *(kind for kind, sent in wanted.items() if sent)
 
 
