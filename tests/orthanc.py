@@ -21,6 +21,10 @@ import pytest
 from fake_pacs import free_port
 
 START_TIMEOUT_S = 60.0
+DICOMWEB_PLUGINS = (  # Debian's orthanc-dicomweb
+    Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so"),
+    Path("/usr/lib/orthanc/libOrthancDicomWeb.so"),
+)
 
 
 def orthanc_binary() -> str:
@@ -29,6 +33,14 @@ def orthanc_binary() -> str:
     if found is None:
         pytest.skip("Orthanc is not installed (Debian: apt-get install orthanc)")
     return found
+
+
+def dicomweb_plugin() -> Path:
+    """Orthanc's DICOMweb plug-in; skips the test where it is not installed."""
+    for path in DICOMWEB_PLUGINS:
+        if path.is_file():
+            return path
+    pytest.skip("Orthanc's DICOMweb plug-in is not installed (Debian: apt-get install orthanc-dicomweb)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,9 +81,16 @@ class Orthanc:
 
 @contextmanager
 def running_orthanc(
-    folder: Path, *, modalities: Mapping[str, tuple[str, int]], lua_scripts: Sequence[Path] = ()
+    folder: Path,
+    *,
+    modalities: Mapping[str, tuple[str, int]],
+    lua_scripts: Sequence[Path] = (),
+    dicomweb: bool = False,
 ) -> Iterator[Orthanc]:
-    """Orthanc with its database in `folder`; `modalities` are symbolic name to (AE title, loopback port)."""
+    """Orthanc with its database in `folder`; `modalities` are symbolic name to (AE title, loopback port).
+
+    With `dicomweb` its DICOMweb service is at `/dicom-web/` of the HTTP port.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     made = Orthanc(ae_title="ORTHANC", dicom_port=free_port(), http_port=free_port())
     settings = {
@@ -83,7 +102,8 @@ def running_orthanc(
         "HttpPort": made.http_port,
         "RemoteAccessAllowed": False,
         "AuthenticationEnabled": False,
-        "Plugins": [],
+        "Plugins": [str(dicomweb_plugin())] if dicomweb else [],
+        "DicomWeb": {"Enable": dicomweb, "Root": "/dicom-web/"},
         "LuaScripts": [str(path) for path in lua_scripts],
         "DicomModalities": {name: [ae, "127.0.0.1", port] for name, (ae, port) in modalities.items()},
         "DicomAlwaysAllowStore": True,
