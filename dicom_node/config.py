@@ -236,6 +236,7 @@ class DestinationConfig(_Table):
     name: Name
     peer: Name
     encoding: Literal["sc", "pet"] = "sc"
+    transfer_syntax: Literal["explicit", "rle", "jpeg-ls", "htj2k", "j2k"] = "explicit"
     send_mip: bool = True
     send_seg: bool = True
     send_uncertainty: bool = True

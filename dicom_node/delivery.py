@@ -61,7 +61,7 @@ def settle(delivery: Delivery, outcome: SendOutcome, stored: int, destination: D
     as an attempt that failed); attempts used up; again after a growing pause.
     """
     if outcome.ok and stored == delivery.instances:
-        return Verdict(state=DeliveryState.SENT)
+        return Verdict(state=DeliveryState.SENT, text=outcome.note)
     if outcome.ok:
         text = f"{stored} of {delivery.instances} instances were in the outbox: the result is not whole"
         return Verdict(state=DeliveryState.FAILED, code="result_incomplete", text=text)
@@ -265,6 +265,7 @@ class Deliveries:
             timeouts=self._timeouts,
             max_pdu=self._config.node.max_pdu,
             only=left,
+            transfer_syntax=self._destinations[claimed.delivery.destination].transfer_syntax,
             should_stop=lambda: claimed.stop.is_set() or self._stopping.is_set(),
         )
         return outcome, before + outcome.stored

@@ -5,7 +5,7 @@ is what only an operator can mend (PS3.8 9.3.4 rejections of an AE title, no pre
 is refused); the rest is worth another try.
 
 SendOutcome codes: "" (every instance was stored), connection_failed, association_rejected, association_aborted,
-no_presentation_context, no_response, interrupted, instance_unreadable, instances_refused, instances_deferred.
+no_presentation_context, no_response, interrupted, instance_unreadable, instances_refused, instances_deferred, no_space.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from typing import Any
 from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, _config, build_context, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from dicom_node.config import PeerConfig
+from dicom_node.net.compression import COMPRESSED_CLASSES, EXPLICIT, TRANSFER_SYNTAXES, compressed_file
+from dicom_node.net.scp import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicom_node.net.status import Outcome, classify, status_text
+from storage.errors import NoSpace
 
 # A path that is given to `send_c_store` goes out as the bytes that it holds: same UID, same bytes.
 _config.STORE_SEND_CHUNKED_DATASET = True
@@ -69,6 +72,7 @@ class SendOutcome:
     text: str = ""
     permanent: bool = False
     seconds: float = 0.0
+    note: str = ""  # what an administrator should know although it is no trouble
 
     @property
     def ok(self) -> bool:
@@ -119,12 +123,15 @@ def send_series(
     timeouts: Timeouts | None = None,
     max_pdu: int = 262144,
     only: Collection[str] | None = None,
+    transfer_syntax: str = EXPLICIT,
     on_sent: Callable[[int], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> SendOutcome:
     """C-STORE the files, in the order given, over one association; `only` names the SOP Instance UIDs still missing.
 
     The peer gets the bytes of the files; a peer that takes Implicit VR Little Endian only gets them transcoded.
+    With a `transfer_syntax` of `compression.TRANSFER_SYNTAXES` images go out compressed where the peer accepts that,
+    else as they are, and `note` says so.
     `on_sent(n)` is called after each response with the number of instances that the peer has. `should_stop` is
     asked before each instance; a stop is a transient outcome ("interrupted").
     """
@@ -136,12 +143,13 @@ def send_series(
         return SendOutcome(code="instance_unreadable", text=text, permanent=True)
     parts = [part for part in everything if only is None or part.sop_instance_uid in only]
     nothing_yet = {part.sop_instance_uid: NOT_SENT for part in parts}
-    with _Link(peer, _contexts(parts), calling_ae, timeouts or Timeouts(), max_pdu) as link:
+    with _Link(peer, _contexts(parts, transfer_syntax), calling_ae, timeouts or Timeouts(), max_pdu) as link:
         if link.trouble:
             return _outcome(nothing_yet, link.trouble, began)
-        tried, trouble = _send_all(link.assoc, parts, on_sent, should_stop)
+        note = _declined(link.assoc, parts, peer, transfer_syntax)
+        tried, trouble = _send_all(link.assoc, parts, transfer_syntax, on_sent, should_stop)
     statuses = {**nothing_yet, **tried}
-    return _outcome(statuses, trouble or _refusal(statuses, peer), began)
+    return _outcome(statuses, trouble or _refusal(statuses, peer), began, note)
 
 
 def echo(peer: PeerConfig, *, calling_ae: str, timeouts: Timeouts | None = None) -> EchoOutcome:
@@ -172,13 +180,39 @@ def _read_meta(path: Path) -> _Part10:
     )
 
 
-def _contexts(parts: Sequence[_Part10]) -> list[PresentationContext]:
+def _contexts(parts: Sequence[_Part10], transfer_syntax: str = EXPLICIT) -> list[PresentationContext]:
     """One context per class and syntax, so that the peer's answer tells all it takes and not only its favorite."""
     wanted: dict[tuple[str, str], None] = {}
     for part in parts:
+        if _to_compress(part, transfer_syntax):
+            wanted[part.sop_class_uid, str(TRANSFER_SYNTAXES[transfer_syntax])] = None
         wanted[part.sop_class_uid, part.transfer_syntax_uid] = None
         wanted[part.sop_class_uid, str(ImplicitVRLittleEndian)] = None
     return [build_context(sop_class, syntax) for sop_class, syntax in wanted]
+
+
+def _to_compress(part: _Part10, transfer_syntax: str) -> bool:
+    """Whether this instance is to go out in another syntax than its file's."""
+    native = part.transfer_syntax_uid == ExplicitVRLittleEndian
+    return transfer_syntax != EXPLICIT and native and part.sop_class_uid in COMPRESSED_CLASSES
+
+
+def _accepted(assoc: Association, sop_class_uid: str) -> frozenset[str]:
+    """The transfer syntaxes that the peer accepted for a class."""
+    return frozenset(
+        str(context.transfer_syntax[0])
+        for context in assoc.accepted_contexts
+        if context.abstract_syntax == sop_class_uid
+    )
+
+
+def _declined(assoc: Association, parts: Sequence[_Part10], peer: PeerConfig, transfer_syntax: str) -> str:
+    """The note that images go out uncompressed because the peer does not take the configured syntax; "" if it does."""
+    wanted = {part.sop_class_uid for part in parts if _to_compress(part, transfer_syntax)}
+    accepted = {sop_class: _accepted(assoc, sop_class) for sop_class in wanted}
+    if all(not syntaxes or TRANSFER_SYNTAXES[transfer_syntax] in syntaxes for syntaxes in accepted.values()):
+        return ""
+    return f"{_where(peer)} does not accept {TRANSFER_SYNTAXES[transfer_syntax].name}: sent uncompressed"
 
 
 class _Requestor(AE):
@@ -207,6 +241,8 @@ class _Link:
     ) -> None:
         self._peer, self._contexts, self._timeouts, self._max_pdu = peer, contexts, timeouts, max_pdu
         self._ae = _Requestor(ae_title=calling_ae)
+        self._ae.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
+        self._ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
         self._ae.connection_timeout = timeouts.acse_s
         self._ae.acse_timeout = timeouts.acse_s
         self._ae.dimse_timeout = timeouts.dimse_s
@@ -277,7 +313,11 @@ def _where(peer: PeerConfig) -> str:
 
 
 def _send_all(
-    assoc: Association, parts: Sequence[_Part10], on_sent: Callable[[int], None], should_stop: Callable[[], bool]
+    assoc: Association,
+    parts: Sequence[_Part10],
+    transfer_syntax: str,
+    on_sent: Callable[[int], None],
+    should_stop: Callable[[], bool],
 ) -> tuple[dict[str, str], _Trouble | None]:
     """Send until the end or until the association is gone; what was not tried has no status."""
     statuses: dict[str, str] = {}
@@ -287,7 +327,10 @@ def _send_all(
             return statuses, _Trouble("interrupted", f"stopped after {stored} of {len(parts)} instances", False)
         if not assoc.is_established:
             return statuses, _Trouble("association_aborted", _cut_short(stored, parts), False)
-        word = _store(assoc, part, message_id)
+        try:
+            word = _store(assoc, part, transfer_syntax, message_id)
+        except NoSpace as error:
+            return statuses, _Trouble("no_space", f"no room for the compressed instances: {error}", False)
         statuses[part.sop_instance_uid] = word
         if word == "no_response":
             return statuses, _Trouble("no_response", _cut_short(stored, parts), False)
@@ -306,18 +349,16 @@ def _message_ids() -> Iterator[int]:
         yield from range(1, 65536)
 
 
-def _store(assoc: Association, part: _Part10, message_id: int) -> str:
+def _store(assoc: Association, part: _Part10, transfer_syntax: str, message_id: int) -> str:
     """One C-STORE: the status as "0x0000", "no_presentation_context" or "no_response"."""
-    syntaxes = {
-        str(context.transfer_syntax[0])
-        for context in assoc.accepted_contexts
-        if context.abstract_syntax == part.sop_class_uid
-    }
+    syntaxes = _accepted(assoc, part.sop_class_uid)
     if not syntaxes:
         return "no_presentation_context"
+    compress = _to_compress(part, transfer_syntax) and TRANSFER_SYNTAXES[transfer_syntax] in syntaxes
+    path = compressed_file(part.path, transfer_syntax) if compress else part.path
     try:
-        if part.transfer_syntax_uid in syntaxes:
-            answer = assoc.send_c_store(part.path, msg_id=message_id)
+        if compress or part.transfer_syntax_uid in syntaxes:
+            answer = assoc.send_c_store(path, msg_id=message_id)
         else:
             answer = assoc.send_c_store(dcmread(part.path), msg_id=message_id)
     except (ValueError, RuntimeError):  # no convertible context; the association ended between check and send
@@ -350,10 +391,10 @@ def _meaning(status: str) -> str:
     return status_text(int(status, 16)) if status.startswith("0x") else status
 
 
-def _outcome(statuses: Mapping[str, str], trouble: _Trouble | None, began: float) -> SendOutcome:
+def _outcome(statuses: Mapping[str, str], trouble: _Trouble | None, began: float, note: str = "") -> SendOutcome:
     seconds = monotonic() - began
     if trouble is None:
-        return SendOutcome(statuses=statuses, seconds=seconds)
+        return SendOutcome(statuses=statuses, seconds=seconds, note=note)
     return SendOutcome(
-        statuses=statuses, code=trouble.code, text=trouble.text, permanent=trouble.permanent, seconds=seconds
+        statuses=statuses, code=trouble.code, text=trouble.text, permanent=trouble.permanent, seconds=seconds, note=note
     )
