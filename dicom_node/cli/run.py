@@ -73,7 +73,8 @@ def run(
     ] = False,
     sr: Annotated[bool, typer.Option("--sr/--no-sr", help="Also write a measurement report (TID 1500 SR).")] = False,
     presentation_states: Annotated[
-        bool, typer.Option("--presentation-states/--no-presentation-states", help="Also write inverse gray and hot iron.")
+        bool,
+        typer.Option("--presentation-states/--no-presentation-states", help="Also write inverse gray and hot iron."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in OUT_FOLDER.")] = False,
     config: ConfigPath = DEFAULT_CONFIG,
