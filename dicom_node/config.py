@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import tomllib
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -41,6 +42,13 @@ AeTitle = Annotated[str, AfterValidator(_ae_title)]
 Name = Annotated[str, AfterValidator(_name)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
+
+
+def _is_loopback(host: str | None) -> bool:
+    try:
+        return host == "localhost" or ip_address(host or "").is_loopback
+    except ValueError:
+        return False
 
 
 class _Table(BaseModel):
@@ -230,11 +238,60 @@ class OutputConfig(_Table):
         return value
 
 
-class DestinationConfig(_Table):
-    """[[destinations]]: where results go."""
+class WebConfig(_Table):
+    """The keys of a destination that is a DICOMweb service (docs/dicomweb.md). Secrets are files, read at each use."""
+
+    url: str = ""
+    username: str = ""
+    password_file: Path | None = None
+    token_file: Path | None = None
+    ca_file: Path | None = None
+    verify_tls: bool = True
+    allow_http: bool = False
+    connect_timeout_s: Seconds = 10.0
+    answer_timeout_s: Seconds = 120.0
+    batch_bytes: int = Field(default=32_000_000, ge=1_000_000, le=1_000_000_000)
+
+    @field_validator("url")
+    @classmethod
+    def _service(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if value and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError("the address of a DICOMweb service begins with https:// (or http://) and a host")
+        if parts.port == 0:  # `port` itself raises when it is no port number
+            raise ValueError("a port is 1 to 65535")
+        if value.rstrip("/").endswith("/studies"):
+            raise ValueError("the service's address, without /studies")
+        return value.rstrip("/")
+
+    @field_validator("password_file", "token_file", "ca_file", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+    @model_validator(mode="after")
+    def _web_keys_agree(self) -> Self:
+        if not self.url:
+            for key in sorted(self.model_fields_set & WebConfig.model_fields.keys()):
+                if getattr(self, key) != WebConfig.model_fields[key].default:
+                    raise ValueError(f"{key} is for a destination with a url")
+        address = urlsplit(self.url)
+        if address.username is not None or address.query or address.fragment:  # here, where the value is not shown
+            raise ValueError("no user, query or fragment in the url: use username and password_file, or token_file")
+        if bool(self.username) != bool(self.password_file):
+            raise ValueError("username and password_file belong together")
+        if self.username and self.token_file:
+            raise ValueError("either username and password_file, or token_file")
+        if self.url.startswith("http://") and not self.allow_http and not _is_loopback(address.hostname):
+            raise ValueError("patient data over plain http: use https, or say allow_http = true")
+        return self
+
+
+class DestinationConfig(WebConfig):
+    """[[destinations]]: where results go: to a peer by DIMSE, or to a url by DICOMweb."""
 
     name: Name
-    peer: Name
+    peer: str = ""
     encoding: Literal["sc", "pet"] = "sc"
     transfer_syntax: Literal["explicit", "rle", "jpeg-ls", "htj2k", "j2k"] = "explicit"
     send_mip: bool = True
@@ -245,6 +302,12 @@ class DestinationConfig(_Table):
     max_attempts: int = Field(default=12, ge=1)
     first_retry_s: Seconds = 30.0
     max_retry_s: Seconds = 3600.0
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if bool(self.peer) == bool(self.url):
+            raise ValueError("a destination has either a peer (DIMSE) or a url (DICOMweb)")
+        return self
 
 
 class EngineConfig(_Table):
@@ -302,7 +365,7 @@ class Config(_Table):
                 raise ValueError(f"{what}: the name {twice[0]!r} is used twice")
         known = {p.name for p in self.peers}
         for destination in self.destinations:
-            if destination.peer not in known:
+            if destination.peer and destination.peer not in known:
                 raise ValueError(f"destinations.{destination.name}.peer: no peer is named {destination.peer!r}")
         return self
 
@@ -312,7 +375,7 @@ class Config(_Table):
         return self.storage.database_url or default_url(self.storage.root)
 
     def peer(self, name: str) -> PeerConfig:
-        """The peer with this name; a destination's peer always exists."""
+        """The peer with this name; a destination's peer, if it has one, always exists."""
         return next(p for p in self.peers if p.name == name)
 
 
@@ -361,7 +424,13 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
             "totalsegmentator_weights": folder(config.pipeline.totalsegmentator_weights),
         }
     )
-    return config.model_copy(update={"storage": storage, "pipeline": pipeline})
+    destinations = tuple(_with_absolute_secrets(destination, base) for destination in config.destinations)
+    return config.model_copy(update={"storage": storage, "pipeline": pipeline, "destinations": destinations})
+
+
+def _with_absolute_secrets(destination: DestinationConfig, base: Path) -> DestinationConfig:
+    files = {key: getattr(destination, key) for key in ("password_file", "token_file", "ca_file")}
+    return destination.model_copy(update={key: (base / path).resolve() for key, path in files.items() if path})
 
 
 def _fault_lines(error: ValidationError, raw: dict[str, Any]) -> list[str]:
