@@ -17,11 +17,11 @@ from sqlalchemy.orm import Session
 
 from storage.base import clean, utc_now
 from storage.database import open_engine, plain
-from storage.deliveries import DeliveryLedger
 from storage.errors import IllegalMove, StaleState
 from storage.moves import MOVES
+from storage.proofs import ProofLedger
 from storage.records import FINAL_JOB_STATES, DeliveryState, Event, Job, JobFilter, JobState, NewDelivery, SeriesInfo
-from storage.schema import DeliveryRow, EventRow, JobRow, event_of, job_of
+from storage.schema import CommitmentRow, DeliveryRow, EventRow, JobRow, event_of, job_of
 
 __all__ = ["MOVES", "Ledger", "open_ledger", "utc_now"]
 
@@ -34,8 +34,8 @@ def open_ledger(url: str, *, clock: Callable[[], datetime] = utc_now) -> Ledger:
     return Ledger(open_engine(url), clock)
 
 
-class Ledger(DeliveryLedger):
-    """Jobs and events; the deliveries are in `storage.deliveries`."""
+class Ledger(ProofLedger):
+    """Jobs and events; the deliveries are in `storage.deliveries`, their proof in `storage.proofs`."""
 
     # ---- reading
 
@@ -372,9 +372,15 @@ class Ledger(DeliveryLedger):
             return list(dict.fromkeys(ids))
 
     def forget_before(self, when: datetime) -> int:
-        """Delete the events older than `when`, except those of jobs that are not at their end. Returns how many."""
+        """Delete the events older than `when`, except those of jobs that are not at their end. Returns how many.
+
+        Storage Commitment transactions of that age go with them: no archive reports so late.
+        """
         living = select(JobRow.id).where(JobRow.state.not_in([state.value for state in FINAL_JOB_STATES]))
         with self._write() as session:
+            session.execute(
+                delete(CommitmentRow).where(CommitmentRow.asked < when).execution_options(synchronize_session=False)
+            )
             found = session.execute(
                 delete(EventRow)
                 .where(EventRow.time < when, EventRow.job_id.not_in(living))
