@@ -299,6 +299,9 @@ class DestinationConfig(WebConfig):
     send_uncertainty: bool = True
     send_sr: bool = True
     send_presentation_states: bool = True
+    commitment: bool = False
+    commitment_timeout_s: Seconds = 3600.0
+    verify: bool = True
     max_attempts: int = Field(default=12, ge=1)
     first_retry_s: Seconds = 30.0
     max_retry_s: Seconds = 3600.0
@@ -307,6 +310,8 @@ class DestinationConfig(WebConfig):
     def _one_way(self) -> Self:
         if bool(self.peer) == bool(self.url):
             raise ValueError("a destination has either a peer (DIMSE) or a url (DICOMweb)")
+        if self.commitment and self.url:
+            raise ValueError("commitment is a DIMSE service: a url has none, and verify counts by QIDO-RS")
         return self
 
 
