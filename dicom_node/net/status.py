@@ -53,8 +53,10 @@ MEANINGS: tuple[Meaning, ...] = (
     Meaning(first=0xA700, last=0xA7FF, outcome=Outcome.TRANSIENT, text="Refused: Out of Resources"),
     Meaning(first=0xA900, last=0xA9FF, outcome=Outcome.PERMANENT, text="Data Set Does Not Match SOP Class"),
     Meaning(first=0xB000, last=0xB000, outcome=Outcome.OK, text="Coercion of Data Elements (stored)"),
+    Meaning(first=0xB001, last=0xB005, outcome=Outcome.OK, text="Warning (stored)"),  # PS3.7 annex C: Bxxx is a warning
     Meaning(first=0xB006, last=0xB006, outcome=Outcome.OK, text="Elements Discarded (stored)"),
     Meaning(first=0xB007, last=0xB007, outcome=Outcome.OK, text="Data Set Does Not Match SOP Class (stored)"),
+    Meaning(first=0xB008, last=0xBFFF, outcome=Outcome.OK, text="Warning (stored)"),
     Meaning(first=0xC000, last=0xCFFF, outcome=Outcome.PERMANENT, text="Cannot Understand"),
     Meaning(first=0xFE00, last=0xFE00, outcome=Outcome.TRANSIENT, text="Cancelled"),
 )

@@ -24,6 +24,7 @@ from dicom_node.net.status import MEANINGS, Outcome, Status, classify, status_te
         (0xB000, Outcome.OK),
         (0xB006, Outcome.OK),
         (0xB007, Outcome.OK),
+        (0xB101, Outcome.OK),
         (0xC000, Outcome.PERMANENT),
         (0xC123, Outcome.PERMANENT),
         (0x1234, Outcome.PERMANENT),
