@@ -19,7 +19,8 @@ from time import monotonic
 import structlog
 
 from dicom_node.config import Config, DestinationConfig, PeerConfig
-from dicom_node.net.scu import SendOutcome, Timeouts, is_stored, send_series
+from dicom_node.net.link import Timeouts
+from dicom_node.net.scu import SendOutcome, is_stored, send_series
 from dicom_node.retry import retry_delay_s
 from storage.errors import StaleState
 from storage.ledger import Ledger, utc_now

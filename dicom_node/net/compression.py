@@ -7,6 +7,7 @@ sending to a destination with the same setting has the same bytes, whatever rele
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -14,10 +15,14 @@ from types import MappingProxyType
 
 import imagecodecs
 from pydicom import Dataset, dcmread
+from pydicom.dataelem import RawDataElement
 from pydicom.encaps import encapsulate
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_file_meta_info
 from pydicom.pixels import get_encoder
 from pydicom.uid import (
     UID,
+    ExplicitVRLittleEndian,
     HTJ2KLossless,
     JPEG2000Lossless,
     JPEGLSLossless,
@@ -36,6 +41,10 @@ TRANSFER_SYNTAXES: Mapping[str, UID] = MappingProxyType(
 COMPRESSED_CLASSES = frozenset({str(SecondaryCaptureImageStorage), str(PositronEmissionTomographyImageStorage)})
 
 _PLUGINS = {RLELossless: "pylibjpeg", JPEGLSLossless: "pyjpegls", JPEG2000Lossless: "pylibjpeg"}
+_PREFIX_END = 132  # preamble and "DICM" (PS3.10 section 7.1)
+_META_START = _PREFIX_END + 12  # after the group length element, whose value counts from here
+_ENCAPSULATED = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFFF)  # Pixel Data of undefined length
+_SEQUENCE_END = struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
 _HTJ2K_LEVELS = 5  # wavelet decompositions, as JPEG 2000 encoders do by default; imagecodecs' own default is none
 
 
@@ -53,16 +62,33 @@ def compressed_file(path: Path, transfer_syntax: str) -> Path:
 
 
 def compress(data: bytes, transfer_syntax: str) -> bytes:
-    """An uncompressed Part 10 file with its pixels encapsulated losslessly (PS3.5 annex A.4); all else is unchanged."""
+    """A Part 10 file in Explicit VR Little Endian with its pixels encapsulated losslessly (PS3.5 annex A.4).
+
+    Around the pixels and the file meta's transfer syntax every byte stays: nothing is parsed and written again.
+    Raises ValueError for a file in any other transfer syntax.
+    """
     syntax = TRANSFER_SYNTAXES[transfer_syntax]
     ds = dcmread(BytesIO(data))
-    ds.PixelData = encapsulate(list(_frames(ds, syntax)))
-    ds["PixelData"].VR = "OB"
-    ds["PixelData"].is_undefined_length = True
+    if ds.file_meta.TransferSyntaxUID != ExplicitVRLittleEndian:
+        raise ValueError(f"compressing an instance: it is in {ds.file_meta.TransferSyntaxUID.name}")
+    pixels = ds.get_item("PixelData")
+    assert isinstance(pixels, RawDataElement)  # nobody has asked for its value yet
+    first = _META_START + ds.file_meta.FileMetaInformationGroupLength
+    frames = encapsulate(list(_frames(ds, syntax)))
     ds.file_meta.TransferSyntaxUID = syntax
-    buffer = BytesIO()
-    ds.save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
+    meta = DicomBytesIO()
+    write_file_meta_info(meta, ds.file_meta)
+    return b"".join(
+        (
+            data[:_PREFIX_END],
+            meta.getvalue(),
+            data[first : pixels.value_tell - len(_ENCAPSULATED)],
+            _ENCAPSULATED,
+            frames,
+            _SEQUENCE_END,
+            data[pixels.value_tell + pixels.length :],
+        )
+    )
 
 
 def _frames(ds: Dataset, syntax: UID) -> Iterator[bytes]:
