@@ -92,7 +92,7 @@ def test_a_smooth_image_becomes_smaller(name: str, sample: Sample) -> None:
     assert len(compress(buffer.getvalue(), name)) < len(buffer.getvalue())
 
 
-@pytest.mark.parametrize("name", ["rle", "jpeg-ls", "j2k"])  # the GDCM of SimpleITK 2.5 reads no HTJ2K
+@pytest.mark.parametrize("name", NAMES)
 def test_simpleitk_reads_the_same_slices(name: str, files: list[Path]) -> None:
     packed = [compressed_file(path, name) for path in files]
     for before, after in zip(files, packed, strict=True):
