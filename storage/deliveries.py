@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from storage.base import LedgerBase, clean
 from storage.errors import NotFound, StaleState
 from storage.moves import WAITING_DELIVERIES, check_delivery_move
-from storage.records import PROOF_STATES, Delivery, DeliveryState, JobState, NewDelivery
+from storage.records import PROOF_STATES, REJECTION, Delivery, DeliveryState, JobState, NewDelivery
 from storage.schema import CommitmentRow, DeliveryRow, JobRow, compact, delivery_of
 
 _ENDED_CODES = {
@@ -175,15 +175,23 @@ class DeliveryLedger(LedgerBase):
     def _restart_deliveries(
         self, session: Session, job_id: str, states: Collection[DeliveryState], *, destination: str = ""
     ) -> int:
+        retired = self._retired(session, job_id)
         rows = [
             row
             for row in _rows_of(session, job_id)
-            if row.state in {s.value for s in states} and destination in ("", row.destination)
+            if row.state in {s.value for s in states}
+            and destination in ("", row.destination)
+            and (row.kind == REJECTION or not ({"", row.destination} & retired))
         ]
         for row in rows:
             self._begin_anew(session, row)
         session.flush()
         return len(rows)
+
+    def _retired(self, session: Session, job_id: str) -> set[str]:
+        """The destinations that were told to hide the result, "" for every one: there only notes are sent again."""
+        told = {row.destination for row in _rows_of(session, job_id) if row.kind == REJECTION}
+        return told | ({""} if "recalled" in self._job(session, job_id, lock=False).details else set())
 
     def _cancel_deliveries(self, session: Session, job_id: str) -> None:
         """What was sent stays sent; nobody asks for its proof any more."""

@@ -21,6 +21,7 @@ from storage.errors import IllegalMove, StaleState
 from storage.moves import MOVES
 from storage.proofs import ProofLedger
 from storage.records import FINAL_JOB_STATES, DeliveryState, Event, Job, JobFilter, JobState, NewDelivery, SeriesInfo
+from storage.rejections import RejectionLedger
 from storage.schema import CommitmentRow, DeliveryRow, EventRow, JobRow, event_of, job_of
 
 __all__ = ["MOVES", "Ledger", "open_ledger", "utc_now"]
@@ -34,8 +35,8 @@ def open_ledger(url: str, *, clock: Callable[[], datetime] = utc_now) -> Ledger:
     return Ledger(open_engine(url), clock)
 
 
-class Ledger(ProofLedger):
-    """Jobs and events; the deliveries are in `storage.deliveries`, their proof in `storage.proofs`."""
+class Ledger(ProofLedger, RejectionLedger):
+    """Jobs and events; deliveries are in `storage.deliveries`, their proof in `proofs`, notes in `rejections`."""
 
     # ---- reading
 
@@ -100,7 +101,7 @@ class Ledger(ProofLedger):
     # ---- opening and changing
 
     def open_job(self, info: SeriesInfo, *, supersedes: str = "") -> Job:
-        """A new job in RECEIVING; `supersedes` names the job whose series got late slices."""
+        """A new job in RECEIVING; `supersedes` names the job of the same series that it takes the place of."""
         now = self._clock()
         row = JobRow(
             id=uuid4().hex,
@@ -133,7 +134,7 @@ class Ledger(ProofLedger):
             session.add(row)
             session.flush()
             who = f"from {row.calling_ae} at {row.peer_address}"
-            late = f", with late slices for job {supersedes}" if supersedes else ""
+            late = f", supersedes job {supersedes}" if supersedes else ""
             self._event(session, row.id, "opened", f"series {row.series_uid} {who}{late}", details={"to": row.state})
             return job_of(row)
 
@@ -434,6 +435,9 @@ def _filtered(wanted: JobFilter) -> Select[Any]:
     ):
         if value:
             query = query.where(column == clean(value))
+    for key, value in (("bundle_name", wanted.bundle), ("bundle_version", wanted.bundle_version)):
+        if value:
+            query = query.where(JobRow.details[("provenance", key)].as_string() == clean(value))
     if wanted.peer:
         query = query.where(or_(JobRow.calling_ae == clean(wanted.peer), JobRow.peer_address == clean(wanted.peer)))
     if wanted.since is not None:

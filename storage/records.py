@@ -48,6 +48,7 @@ class CommitmentState(StrEnum):
 
 FINAL_JOB_STATES = frozenset({JobState.DONE, JobState.REJECTED, JobState.FAILED, JobState.CANCELLED})
 
+REJECTION = "rejection"  # the kind of a delivery that rejects a series which was delivered before
 
 PROOF_STATES = (DeliveryState.SENT, DeliveryState.COMMITTED, DeliveryState.VISIBLE)
 
@@ -171,6 +172,8 @@ class JobFilter:
     study_uid: str = ""
     series_uid: str = ""
     peer: str = ""
+    bundle: str = ""  # of the result: the name of the model bundle, and its version
+    bundle_version: str = ""
     since: datetime | None = None
     until: datetime | None = None
     limit: int = 100
