@@ -1,4 +1,4 @@
-"""DIMSE statuses in one table: what we answer to a C-STORE, and what a peer's answer means to us.
+"""DIMSE statuses in one table: what we answer to a C-STORE or a commitment report, and what a peer's answer means to us.
 
 Sources: PS3.7 annex C (general statuses), PS3.4 table B.2-1 (Storage Service Class).
 """
@@ -13,6 +13,9 @@ class Status(IntEnum):
     """The statuses that we answer with."""
 
     SUCCESS = 0x0000
+    PROCESSING_FAILURE = 0x0110  # a commitment report that could not be kept: report again
+    NO_SUCH_EVENT_TYPE = 0x0113
+    INVALID_ARGUMENT = 0x0115  # a commitment report with a Transaction UID that is not ours
     OUT_OF_RESOURCES = 0xA700  # no room on disk: nothing was kept, send it again later
     DATA_SET_MISMATCH = 0xA900  # the instance is not of the class that was negotiated
     CANNOT_UNDERSTAND = 0xC000  # no data set, or a SOP Instance UID that is none
