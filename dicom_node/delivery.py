@@ -34,7 +34,7 @@ from storage.spool import Spool
 log = structlog.get_logger()
 
 # A destination that refuses these for good does not fail the job
-OPTIONAL_KINDS = frozenset({"mip", "seg", "uncertainty", "sr", "gsps", "pcps"})
+OPTIONAL_KINDS = frozenset({"mip", "seg", "uncertainty", "sr", "gsps", "pcps", "rejection"})
 CLASS_REFUSED = frozenset({"no_presentation_context", "sop_class_refused"})  # by C-STORE, by STOW-RS
 CLASS_NOT_SUPPORTED = "0x0122"  # PS3.7 annex C
 POLL_S = 1.0
