@@ -299,6 +299,7 @@ class DestinationConfig(WebConfig):
     send_uncertainty: bool = True
     send_sr: bool = True
     send_presentation_states: bool = True
+    reject_superseded: bool = False
     commitment: bool = False
     commitment_timeout_s: Seconds = 3600.0
     verify: bool = True
