@@ -24,7 +24,7 @@ from dicom_node.net.link import Timeouts
 from dicom_node.net.query import CountOutcome
 from dicom_node.net.scu import SendOutcome, is_stored, send_series
 from dicom_node.net.stow import send_series_web
-from dicom_node.proof import SAME_ASSOCIATION_S, Count, Prover, Step, count_instances, goal_of, judge_count
+from dicom_node.proof import SAME_ASSOCIATION_S, Count, Prover, Step, asked_of, count_instances, goal_of, judge_count
 from dicom_node.retry import retry_delay_s
 from storage.errors import StaleState
 from storage.ledger import Ledger, utc_now
@@ -346,6 +346,9 @@ class Deliveries:
             max_pdu=self._config.node.max_pdu,
         )
 
+    def _goal(self, delivery: Delivery) -> DeliveryState:
+        return goal_of(asked_of(self._destinations[delivery.destination], delivery.kind))
+
     def _finish(
         self,
         delivery: Delivery,
@@ -378,7 +381,7 @@ class Deliveries:
                 text=verdict.text,
                 next_attempt=again,
                 counted=verdict.code != "interrupted",
-                goal=goal_of(self._destinations[delivery.destination]) if verdict.state is _SENT else _SENT,
+                goal=self._goal(delivery) if verdict.state is _SENT else _SENT,
             )
         except StaleState:
             bound.info("delivery.discarded", reason="cancelled, or taken over after the lease ran out")

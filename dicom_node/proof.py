@@ -28,7 +28,7 @@ from dicom_node.retry import retry_delay_s
 from storage.errors import StaleState
 from storage.ledger import Ledger, utc_now
 from storage.proofs import Report
-from storage.records import Commitment, CommitmentState, Delivery, DeliveryState
+from storage.records import REJECTION, Commitment, CommitmentState, Delivery, DeliveryState
 
 log = structlog.get_logger()
 
@@ -57,6 +57,11 @@ def goal_of(destination: DestinationConfig) -> DeliveryState:
     if destination.verify:
         return DeliveryState.VISIBLE
     return DeliveryState.COMMITTED if destination.commitment else DeliveryState.SENT
+
+
+def asked_of(destination: DestinationConfig, kind: str) -> DestinationConfig:
+    """What a destination is asked to prove: an archive that heeds a rejection note may hide the note as well."""
+    return destination.model_copy(update={"verify": False}) if kind == REJECTION else destination
 
 
 def spread_statuses(statuses: Mapping[str, str], uids: Collection[str]) -> dict[str, str]:
@@ -217,6 +222,7 @@ class Prover:
 
     def step(self, delivery: Delivery, destination: DestinationConfig, should_stop: Callable[[], bool]) -> None:
         """One request for proof of a claimed delivery, and its end in the ledger."""
+        destination = asked_of(destination, delivery.kind)
         if should_stop():
             step = Step(state=delivery.state, goal=goal_of(destination), retry_in_s=0.0)
         else:
