@@ -33,6 +33,7 @@ from dicom_node.log import configure_logging
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receive import Receiver
 from dicom_node.notify import Notifier
+from dicom_node.rejections import keep_references, reject_superseded
 from dicom_node.schedule import Schedule
 from dicom_node.worker import Worker, pipeline_options
 from storage.errors import NotFound
@@ -45,6 +46,7 @@ log = structlog.get_logger()
 DRAIN_S = 30.0  # below systemd's default TimeoutStopSec of 90 s
 SWEEP_EVERY_S = 60.0
 RETENTION_EVERY_S = 3600.0
+REJECT_EVERY_S = 10.0  # a series that a later one replaces is hidden so soon after the later one has arrived
 
 
 class Node:
@@ -183,6 +185,7 @@ class Node:
         schedule = Schedule()
         schedule.every(SWEEP_EVERY_S, "sweep", self._sweep)
         schedule.every(RETENTION_EVERY_S, "retention", self._retention)
+        schedule.every(REJECT_EVERY_S, "rejections", self._reject_superseded)
         if self._notifier.watchdog_s:
             schedule.every(self._notifier.watchdog_s / 2, "watchdog", self._sign_of_life)
         return schedule
@@ -192,6 +195,9 @@ class Node:
         swept = self.ledger.sweep(max_attempts=engine.max_attempts, retry_s=engine.retry_s)
         if swept:
             log.warning("node.swept", jobs=swept)
+
+    def _reject_superseded(self) -> None:
+        reject_superseded(self.config, self.ledger, self.spool)
 
     def _retention(self) -> None:
         keep, now = self.config.storage, utc_now()
@@ -203,6 +209,8 @@ class Node:
             is_over=lambda study_uid: all(
                 job.state in FINAL_JOB_STATES for job in self.ledger.jobs_of_study(study_uid)
             ),
+            before_result=lambda job_id: keep_references(self.spool, job_id),
+            keep_references=timedelta(days=keep.keep_events_days),
         )
         events = self.ledger.forget_before(now - timedelta(days=keep.keep_events_days))
         if gone or events:

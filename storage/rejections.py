@@ -25,11 +25,11 @@ class RejectionLedger(DeliveryLedger):
     """Opens the deliveries of rejection notes."""
 
     def superseding(self, *, since: datetime) -> list[Job]:
-        """Jobs with a result that supersede another, oldest first: those being delivered, or changed after `since`."""
+        """Jobs with a result that supersede another, oldest first: being delivered, or made after `since`."""
         query = select(JobRow).where(
             JobRow.supersedes != "",
             JobRow.has_result,
-            or_(JobRow.state == JobState.DELIVERING.value, JobRow.updated >= since),
+            or_(JobRow.state == JobState.DELIVERING.value, JobRow.created >= since),
         )
         with self._read() as session:
             return [job_of(row) for row in session.scalars(query.order_by(JobRow.seq))]

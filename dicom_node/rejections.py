@@ -1,0 +1,240 @@
+"""Taking results back: writes rejection notes into the outbox and opens their deliveries.
+
+A note is written once, before the ledger hears of it; a kill between the two is mended by doing it again. Where a
+result's files are gone by retention, what was kept of them names its instances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import structlog
+
+from dicom_node.config import Config
+from dicom_node.delivery import outbox_files
+from pipeline.errors import OutputError
+from pipeline.outputs.rejection_note import (
+    RejectedSeries,
+    RejectionReason,
+    encode_rejection_note,
+    read_rejected_series,
+    series_from_json,
+    series_to_json,
+)
+from pipeline.result import read_summary
+from storage.durable import make_folder, write_file
+from storage.errors import IllegalMove, NotFound
+from storage.ledger import Ledger, utc_now
+from storage.records import PROOF_STATES, REJECTION, Delivery, Event, Job, NewDelivery
+from storage.rejections import REJECTABLE
+from storage.spool import Spool
+
+log = structlog.get_logger()
+
+NOTE_FILE = "0001.dcm"
+LOOK_BACK = timedelta(days=90)  # an older job has had its rejections, however long it was held or the node was off
+REFUSED_CODES = frozenset({"no_presentation_context", "optional_refused"})  # nothing of the series is there
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejected:
+    """What `reject` did for one job: notes opened, and series (kind and encoding) for which none could be written."""
+
+    opened: int = 0
+    unnamed: tuple[str, ...] = ()
+
+
+def reject(
+    ledger: Ledger,
+    spool: Spool,
+    job: Job,
+    *,
+    reason: RejectionReason,
+    description: str,
+    code: str,
+    text: str,
+    destinations: Collection[str] | None = None,
+    details: Mapping[str, Any] | None = None,
+    clock: Callable[[], datetime] = utc_now,
+) -> Rejected:
+    """Reject what `job` may have brought to `destinations` (None: to all), and send them nothing more of it.
+
+    Args:
+        reason: the notes' document title.
+        description: for a person who reads the note.
+        code, text: of the ledger's event.
+        details: merged into the job's details.
+
+    Raises:
+        IllegalMove: nothing of the job can have been sent.
+    """
+    if job.state not in REJECTABLE:
+        raise IllegalMove(f"job {job.id}: is {job.state}, nothing of it was sent that could be rejected")
+    deliveries = ledger.deliveries(job.id)
+    notes, unnamed = [], []
+    for delivery in arrived(deliveries, ledger.events(job.id), destinations):
+        encoding = note_encoding(delivery, reason)
+        try:
+            series_uid = _note(spool, job, delivery, reason, description, clock)
+        except OutputError as error:
+            log.warning("rejection.not_written", job_id=job.id, series_uid=delivery.series_uid, reason=error.text)
+            unnamed.append(f"{delivery.kind} ({delivery.encoding})")
+            continue
+        notes.append(
+            NewDelivery(
+                destination=delivery.destination,
+                kind=REJECTION,
+                encoding=encoding,
+                series_uid=series_uid,
+                instances=1,
+            )
+        )
+    opened = ledger.reject_result(job.id, notes, destinations=destinations, code=code, text=text, details=details)
+    if opened:
+        log.info("rejection.opened", job_id=job.id, notes=opened, code=code)
+    return Rejected(opened=opened, unnamed=tuple(dict.fromkeys(unnamed)))
+
+
+def note_encoding(delivery: Delivery, reason: RejectionReason) -> str:
+    """What the ledger calls the note about this delivery's series, beside the kind "rejection"."""
+    return f"kos-{reason}-{delivery.kind}-{delivery.encoding}"
+
+
+def arrived(
+    deliveries: Sequence[Delivery], events: Sequence[Event], destinations: Collection[str] | None = None
+) -> list[Delivery]:
+    """The deliveries of which something may be with its destination; a doubt counts as yes.
+
+    A note about what is not there does no harm; one that is missing leaves a result that nobody knows of.
+    """
+    tried = {
+        tuple(event.details.get(key) for key in ("destination", "kind", "encoding"))
+        for event in events
+        if event.stage == "delivery"
+    }
+    return [
+        delivery
+        for delivery in deliveries
+        if delivery.kind != REJECTION
+        and (destinations is None or delivery.destination in destinations)
+        and (delivery.sent or delivery.reason_code not in REFUSED_CODES)
+        and (
+            delivery.state in PROOF_STATES
+            or delivery.attempts > 0
+            or (delivery.destination, delivery.kind, delivery.encoding) in tried
+        )
+    ]
+
+
+def _note(
+    spool: Spool,
+    job: Job,
+    delivery: Delivery,
+    reason: RejectionReason,
+    description: str,
+    clock: Callable[[], datetime],
+) -> str:
+    """The series UID of the note, which lies in the outbox when this returns. Raises OutputError."""
+    encoding = note_encoding(delivery, reason)
+    path = spool.result_folder(job.id) / f"{REJECTION}-{encoding}" / NOTE_FILE
+    if path.is_file():  # written once: its bytes may be on their way
+        return read_rejected_series([path]).series_uid
+    rejected = _series(spool, job.id, f"{delivery.kind}-{delivery.encoding}")
+    note = encode_rejection_note(rejected, reason=reason, description=description, created=clock(), encoding=encoding)
+    make_folder(path.parent)
+    write_file(path, (note.instances[0].data,))
+    return note.series_uid
+
+
+def _series(spool: Spool, job_id: str, name: str) -> RejectedSeries:
+    files = outbox_files(spool.result_folder(job_id) / name)
+    if files:
+        return read_rejected_series(files)
+    kept = spool.references(job_id).get(name)
+    if kept is None:
+        raise OutputError(
+            "result_unreadable", f"series {name} of job {job_id}: neither its files nor its names are there"
+        )
+    return series_from_json(kept)
+
+
+def keep_references(spool: Spool, job_id: str) -> None:
+    """Before retention removes a result: keep what names its series, so that it can be rejected for a year."""
+    folder = spool.result_folder(job_id)
+    if not spool.has_result(job_id):
+        return
+    try:
+        texts = {
+            series.folder: series_to_json(read_rejected_series(outbox_files(folder / series.folder)))
+            for series in read_summary(folder).series
+        }
+    except OutputError as error:  # a damaged result must not fill the disk for ever
+        log.warning("rejection.no_references", job_id=job_id, reason=error.text)
+        return
+    spool.keep_references(job_id, texts)
+
+
+# ---- results that a later one replaces
+
+
+def reject_superseded(config: Config, ledger: Ledger, spool: Spool, *, clock: Callable[[], datetime] = utc_now) -> int:
+    """Reject what a later result of the same CT replaces, at every destination that wants it and has the later one.
+
+    Called every few seconds; it does each rejection once. Returns how many notes were opened.
+    """
+    wanted = {destination.name for destination in config.destinations if destination.reject_superseded}
+    if not wanted:
+        return 0
+    opened = 0
+    for job in ledger.superseding(since=clock() - LOOK_BACK):
+        pets = {d.destination: d for d in ledger.deliveries(job.id) if d.kind == "pet"}
+        there = {name for name, delivery in pets.items() if name in wanted and delivery.proven}
+        for old in _replaced(ledger, job) if there else ():
+            opened += _replace(ledger, spool, job, old, there, clock)
+    return opened
+
+
+def _replace(
+    ledger: Ledger, spool: Spool, job: Job, old: Job, there: Collection[str], clock: Callable[[], datetime]
+) -> int:
+    told = dict(old.details.get("superseded_at") or {})
+    due = {d.destination for d in ledger.deliveries(old.id) if d.destination in there} - told.keys()
+    if not due:
+        return 0
+    done = reject(
+        ledger,
+        spool,
+        old,
+        reason=RejectionReason.QUALITY,
+        description="Replaced by a later synthetic PET series of the same CT series",
+        code="superseded_rejected",
+        text=f"job {job.id} replaces it at {', '.join(sorted(due))}: rejected there",
+        destinations=due,
+        details={"superseded_at": {**told, **dict.fromkeys(due, job.id)}},
+        clock=clock,
+    )
+    return done.opened
+
+
+def _replaced(ledger: Ledger, job: Job) -> list[Job]:
+    """The jobs that this one supersedes, directly or not, and whose series are not its own."""
+    own = result_uids(job)
+    found, seen, earlier = [], {job.id}, job.supersedes
+    while earlier and earlier not in seen:
+        seen.add(earlier)
+        try:
+            old = ledger.get(earlier)
+        except NotFound:
+            break
+        if old.state in REJECTABLE and not (result_uids(old) & own):
+            found.append(old)
+        earlier = old.supersedes
+    return found
+
+
+def result_uids(job: Job) -> set[str]:
+    """The series UIDs of a job's result; none before it has one."""
+    return {str(series["series_uid"]) for series in job.details.get("result_series") or ()}
