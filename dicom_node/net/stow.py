@@ -31,7 +31,9 @@ NO_RESPONSE = "no_response"  # sent, and nobody knows what became of it
 FAILED_SOP, REFERENCED_SOP = "00081198", "00081199"  # sequences of the answer (PS3.18 annex I.2)
 SOP_INSTANCE, WARNING_REASON, FAILURE_REASON = "00081155", "00081196", "00081197"
 
-_ANSWERS = frozenset({200, 202, 409})  # stored all, stored some, stored none (PS3.18 table 10.5.3-1)
+_BAD_REQUEST = 400
+# stored all, some, none (PS3.18 table 10.5.3-1); Orthanc says 400 when one file is broken, and names those it stored
+_ANSWERS = frozenset({200, 202, 409, _BAD_REQUEST})
 _BLOCK = 1 << 16
 _PROCESSING_FAILURE, _ALREADY_THERE, _COERCED = 0x0110, 0x0111, 0xB000
 _SYNTAX_REFUSED = 0xC122  # PS3.18 table I.2-2; in a C-STORE it has no such meaning
@@ -190,12 +192,12 @@ def _post(
     try:
         answer = response.json()
     except requests.exceptions.JSONDecodeError:
-        raise unreadable(service, response) from None
+        answer = None
     if isinstance(answer, list):  # some services wrap it, as in an answer to a search
-        answer = answer[0] if answer else {}
-    if not isinstance(answer, dict):
-        raise unreadable(service, response)
-    return answer
+        answer = next(iter(answer), None)
+    if isinstance(answer, dict) and (values(answer, REFERENCED_SOP) or values(answer, FAILED_SOP)):
+        return answer
+    raise http_failure(service, response) if response.status_code == _BAD_REQUEST else unreadable(service, response)
 
 
 def _batch_statuses(answer: Mapping[str, Any], uids: Sequence[str]) -> dict[str, str]:
