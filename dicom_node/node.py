@@ -33,6 +33,7 @@ from dicom_node.log import configure_logging
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receive import Receiver
 from dicom_node.notify import Notifier
+from dicom_node.proof import Prover
 from dicom_node.rejections import keep_references, reject_superseded
 from dicom_node.schedule import Schedule
 from dicom_node.worker import Worker, pipeline_options
@@ -161,10 +162,12 @@ class Node:
         schedule = self._schedule()
         schedule.start()
         parts.callback(schedule.stop)
-        return self._listen(port)
+        return self._listen(port, deliveries.prover)
 
-    def _listen(self, port: int | None) -> int:
-        receiver = Receiver(self.config, self.spool, self.ledger, self.registry)
+    def _listen(self, port: int | None, prover: Prover) -> int:
+        asks = any(destination.commitment for destination in self.config.destinations)
+        take_report = prover.take if asks else None
+        receiver = Receiver(self.config, self.spool, self.ledger, self.registry, take_report=take_report)
         try:
             bound = receiver.start(port=port)
         except OSError as error:

@@ -147,9 +147,9 @@ def judge_ask(delivery: Delivery, uid: str, outcome: AskOutcome, destination: De
 
 def judge_count(delivery: Delivery, outcome: CountOutcome, destination: DestinationConfig) -> Step:
     """VISIBLE when exactly the instances that we sent are shown; what cannot be asked stays where it is."""
-    goal = DeliveryState.VISIBLE
+    goal = goal_of(destination)
     if outcome.ok and outcome.count == delivery.instances:
-        return Step(state=DeliveryState.VISIBLE, goal=goal)
+        return Step(state=DeliveryState.VISIBLE, goal=DeliveryState.VISIBLE)
     if outcome.code == "not_offered":
         text = f"its content cannot be queried: {outcome.text}"
         return Step(state=delivery.state, goal=delivery.state, code="verify_not_offered", text=text)

@@ -26,11 +26,12 @@ from pynetdicom.presentation import PresentationContext
 from dicom_node.config import PeerConfig
 from dicom_node.net.link import Link, Timeouts, Trouble, dimse_status, where
 from dicom_node.net.part10 import Part10
+from dicom_node.net.scp import STORAGE_COMMITMENT
 from dicom_node.net.status import Outcome, Status, classify, status_text
 
 log = structlog.get_logger()
 
-PUSH_MODEL = "1.2.840.10008.1.20.1"
+PUSH_MODEL = STORAGE_COMMITMENT
 PUSH_MODEL_INSTANCE = "1.2.840.10008.1.20.1.1"  # well-known
 REQUEST_COMMITMENT = 1  # Action Type ID
 EVENT_TYPES = (1, 2)  # all committed; failures exist

@@ -1,4 +1,4 @@
-"""DIMSE statuses in one table: what we answer to a C-STORE or a commitment report, and what a peer's answer means to us.
+"""DIMSE statuses in one table: what we answer with, and what a peer's answer to a C-STORE means to us.
 
 Sources: PS3.7 annex C (general statuses), PS3.4 table B.2-1 (Storage Service Class).
 """

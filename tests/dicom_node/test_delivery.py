@@ -110,7 +110,7 @@ def test_a_result_is_delivered_and_the_job_is_done(desk: Desk) -> None:
         desk.deliver(config)
         desk.until(lambda: desk.state is JobState.DONE)
     assert pacs.received.order == sop_uids(desk.files["pet"])
-    assert pacs.received.associations == 1
+    assert pacs.received.associations == 2  # one for the series, one to find that it offers no C-FIND
     assert (desk.delivery().state, desk.delivery().sent) == (DeliveryState.SENT, COUNT)
 
 
