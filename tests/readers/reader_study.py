@@ -1,0 +1,144 @@
+"""One study for the readers: a phantom's CT, and its true SUV as our writers encode it, in both encodings.
+
+The readers are asked what they make of known values, so the SUV is the phantom's own and no network runs. The grid
+of the result is not that of the CT: nothing fits by accident.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from pydicom import dcmread
+
+from pipeline.ct_reader import read_ct
+from pipeline.outputs.district_seg import encode_district_seg
+from pipeline.outputs.pet_series import encode_pet_series
+from pipeline.outputs.picture import encode_mip
+from pipeline.provenance import ResultUids
+from pipeline.types import (
+    District,
+    DistrictMap,
+    EncodedSeries,
+    FloatVolume,
+    ModelRef,
+    OutputOptions,
+    Provenance,
+    SourceSeries,
+    SuvVolume,
+)
+from training.phantom import Phantom, PhantomSpec, make_phantom
+from training.phantom.dicom import header_of, write_ct_series, write_pet_series
+
+ENCODINGS = ("sc", "pet")
+MATRIX = 128
+DESCRIPTION = "PHANTOM WHOLE BODY"
+SUV_TOLERANCE = 0.0005  # half a step of the stored values (docs: quantization)
+OPTIONS = OutputOptions()
+CREATED = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)
+PROVENANCE = Provenance(
+    software_version="0",
+    bundle_name="phantom-truth",
+    bundle_version="1",
+    bundle_sha256="ab" * 32,
+    models=(ModelRef(district="trunk", weights_sha256="c1" * 32),),
+    segmenter="truth",
+    segmenter_version="1",
+    device="cpu",
+)
+
+
+SPEC = PhantomSpec(
+    seed=7, spacing_mm=(8.0, 4.0, 4.0), pose="sides", coverage=(0.43, 1.0), lesions=3, noise=False, contrast=False
+)
+ACQUIRED_SPACING_MM = (8.0, 5.0, 5.0)  # of a real PET beside ours: nobody takes one for the other
+
+
+@cache
+def reader_phantom(visit: int = 0) -> Phantom:
+    """Head to thigh, arms at the sides, three lesions: 128 slices of 125x125. Another visit is another study."""
+    return make_phantom(replace(SPEC, visit=visit))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderStudy:
+    """The files of the CT, its source as the outputs get it, and the SUV that every reader must show."""
+
+    ct: tuple[Path, ...]
+    source: SourceSeries
+    suv: SuvVolume
+    districts: DistrictMap
+
+    @property
+    def shown(self) -> FloatVolume:
+        """What a correct reader has: no negative and no NaN (dicom-output: 0), float32 [z, y, x]."""
+        return np.maximum(self.suv.suv, 0)
+
+    def pet(self, encoding: str) -> EncodedSeries:
+        return encode_pet_series(self.suv, encoding=encoding, uids=self._uids(encoding), **self._common())
+
+    def mip(self) -> EncodedSeries:
+        return encode_mip(self.suv, encoding="sc", uids=self._uids("sc"), **self._common())
+
+    def seg(self) -> EncodedSeries:
+        return encode_district_seg(self.districts, uids=self._uids("binary"), **self._common())
+
+    @property
+    def expected(self) -> list[tuple[float, float]]:
+        """(position mm, highest SUV) of every slice, foot to head."""
+        z0, dz = self.suv.grid.origin_mm[2], self.suv.grid.spacing_mm[0]
+        return [(z0 + k * dz, float(plane.max())) for k, plane in enumerate(self.shown)]
+
+    def _common(self) -> dict:
+        return {"source": self.source, "provenance": PROVENANCE, "options": OPTIONS, "created": CREATED}
+
+    def _uids(self, encoding: str) -> ResultUids:
+        return ResultUids(source=self.source, provenance=PROVENANCE, options=OPTIONS, encoding=encoding)
+
+
+def make_study(folder: Path, *, visit: int = 0, weight: bool = True) -> ReaderStudy:
+    """Write the CT into `folder` and read it with the node's own reader; another visit is another study."""
+    phantom = reader_phantom(visit)
+    paths = write_ct_series(phantom, folder, matrix=MATRIX, header=replace(header_of(phantom), description=DESCRIPTION))
+    if not weight:
+        _drop_weight(paths)
+    present = [d for d in District if (phantom.districts == d).any()]
+    return ReaderStudy(
+        ct=tuple(paths),
+        source=read_ct(paths).source,
+        suv=SuvVolume(suv=phantom.suv, grid=phantom.grid),
+        districts=DistrictMap(
+            labels=phantom.districts,
+            grid=phantom.grid,
+            segmenter="truth",
+            version="1",
+            confidence=dict.fromkeys(present, 1.0),
+        ),
+    )
+
+
+def _drop_weight(paths: list[Path]) -> None:
+    for path in paths:
+        ds = dcmread(path)
+        del ds.PatientWeight
+        ds.save_as(path)
+
+
+def write_acquired_pet(folder: Path, *, visit: int) -> list[Path]:
+    """A PET of the same study as a scanner writes it: BQML with an injected dose, its own grid and series number."""
+    phantom = make_phantom(replace(SPEC, visit=visit, spacing_mm=ACQUIRED_SPACING_MM))
+    return write_pet_series(phantom, folder, header=replace(header_of(phantom), description=DESCRIPTION))
+
+
+def write_files(series: EncodedSeries, folder: Path) -> list[Path]:
+    """The files of a series as the node would send them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for instance in series.instances:
+        path = folder / instance.file_name
+        path.write_bytes(instance.data)
+        paths.append(path)
+    return paths
