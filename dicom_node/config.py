@@ -313,6 +313,8 @@ class DestinationConfig(WebConfig):
             raise ValueError("a destination has either a peer (DIMSE) or a url (DICOMweb)")
         if self.commitment and self.url:
             raise ValueError("commitment is a DIMSE service: a url has none, and verify counts by QIDO-RS")
+        if self.transfer_syntax != "explicit" and self.url:
+            raise ValueError("transfer_syntax is negotiated over DIMSE: a url gets the files as they are")
         return self
 
 

@@ -11,6 +11,7 @@ from time import monotonic
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import build_context
+from pynetdicom.presentation import PresentationContext
 
 from dicom_node.config import PeerConfig
 from dicom_node.net.link import Link, Timeouts, Trouble, dimse_status, where
@@ -51,9 +52,8 @@ def count_series_instances(
     level, each SOP Instance UID once.
     """
     began = monotonic()
-    context = build_context(STUDY_ROOT_FIND, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
     count: int | None = None
-    with Link(peer, [context], calling_ae, timeouts or Timeouts(), max_pdu) as link:
+    with Link(peer, [find_context()], calling_ae, timeouts or Timeouts(), max_pdu) as link:
         trouble = link.trouble
         if trouble is None:
             found, trouble = _find(
@@ -69,6 +69,11 @@ def count_series_instances(
         return CountOutcome(count=count, seconds=seconds)
     code = "not_offered" if trouble.code == "no_presentation_context" else trouble.code
     return CountOutcome(code=code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
+
+
+def find_context() -> PresentationContext:
+    """What we propose for C-FIND."""
+    return build_context(STUDY_ROOT_FIND, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
 
 
 def _query(level: str, study_uid: str, series_uid: str, wanted: str) -> Dataset:

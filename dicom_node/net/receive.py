@@ -87,6 +87,11 @@ _META_IMPLEMENTATION = _meta_element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID) + 
 )
 
 
+def kept_classes(config: Config) -> frozenset[UID]:
+    """The storage classes whose instances are kept; those of any other are answered with Success and dropped."""
+    return CT_CLASSES | ({SegmentationStorage} if config.pipeline.uses_segmentations else frozenset())
+
+
 class Receiver:
     """Owns the listening socket and its threads.
 
@@ -110,7 +115,7 @@ class Receiver:
         self._ledger = ledger
         self._registry = registry
         self._clock = clock
-        self._kept = CT_CLASSES | ({SegmentationStorage} if config.pipeline.uses_segmentations else frozenset())
+        self._kept = kept_classes(config)
         self._ae = build_ae(config.node)
         self._server: Any = None
         self._thread: threading.Thread | None = None

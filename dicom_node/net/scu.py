@@ -105,7 +105,7 @@ def send_series(
         return SendOutcome(code="instance_unreadable", text=text, permanent=True)
     parts = [part for part in everything if only is None or part.sop_instance_uid in only]
     nothing_yet = {part.sop_instance_uid: NOT_SENT for part in parts}
-    with Link(peer, _contexts(parts, transfer_syntax), calling_ae, timeouts or Timeouts(), max_pdu) as link:
+    with Link(peer, storage_contexts(parts, transfer_syntax), calling_ae, timeouts or Timeouts(), max_pdu) as link:
         if link.trouble:
             return _outcome(nothing_yet, link.trouble, began)
         note = _declined(link.assoc, parts, peer, transfer_syntax)
@@ -117,8 +117,7 @@ def send_series(
 def echo(peer: PeerConfig, *, calling_ae: str, timeouts: Timeouts | None = None) -> EchoOutcome:
     """C-ECHO (PS3.4 annex A): does the peer answer, and does it know us?"""
     began = monotonic()
-    context = build_context(Verification, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
-    with Link(peer, [context], calling_ae, timeouts or Timeouts(), 16382) as link:
+    with Link(peer, [echo_context()], calling_ae, timeouts or Timeouts(), 16382) as link:
         trouble = link.trouble
         if not trouble:
             status = dimse_status(link.assoc.send_c_echo())
@@ -132,7 +131,12 @@ def echo(peer: PeerConfig, *, calling_ae: str, timeouts: Timeouts | None = None)
     return EchoOutcome(ok=True, seconds=seconds)
 
 
-def _contexts(parts: Sequence[Part10], transfer_syntax: str = EXPLICIT) -> list[PresentationContext]:
+def echo_context() -> PresentationContext:
+    """What we propose for C-ECHO."""
+    return build_context(Verification, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+
+
+def storage_contexts(parts: Sequence[Part10], transfer_syntax: str = EXPLICIT) -> list[PresentationContext]:
     """One context per class and syntax, so that the peer's answer tells all it takes and not only its favorite."""
     wanted: dict[tuple[str, str], None] = {}
     for part in parts:

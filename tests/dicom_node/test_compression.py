@@ -61,6 +61,11 @@ def test_the_configuration_offers_the_syntaxes_that_there_are() -> None:
     assert DestinationConfig(name="a", peer="b").transfer_syntax == EXPLICIT
 
 
+def test_a_dicomweb_destination_gets_the_files_as_they_are() -> None:
+    with pytest.raises(ValueError, match="transfer_syntax is negotiated over DIMSE"):
+        DestinationConfig(name="a", url="https://pacs.example/dicom-web", transfer_syntax="rle")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_compressed_pixels_decode_to_the_same_values(name: str, data: bytes) -> None:
     before, after = dcmread(BytesIO(data)), dcmread(BytesIO(compress(data, name)))
