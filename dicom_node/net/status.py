@@ -5,21 +5,37 @@ Sources: PS3.7 annex C (general statuses), PS3.4 table B.2-1 (Storage Service Cl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from types import MappingProxyType
 
 
 class Status(IntEnum):
-    """The statuses that we answer with."""
+    """The statuses that we answer with; ANSWERS says when."""
 
     SUCCESS = 0x0000
-    PROCESSING_FAILURE = 0x0110  # a commitment report that could not be kept: report again
+    PROCESSING_FAILURE = 0x0110
     NO_SUCH_EVENT_TYPE = 0x0113
-    INVALID_ARGUMENT = 0x0115  # a commitment report with a Transaction UID that is not ours
-    OUT_OF_RESOURCES = 0xA700  # no room on disk: nothing was kept, send it again later
-    DATA_SET_MISMATCH = 0xA900  # the instance is not of the class that was negotiated
-    CANNOT_UNDERSTAND = 0xC000  # no data set, or a SOP Instance UID that is none
-    UNABLE_TO_PROCESS = 0xC001  # our own fault: the log has it
+    INVALID_ARGUMENT = 0x0115
+    OUT_OF_RESOURCES = 0xA700
+    DATA_SET_MISMATCH = 0xA900
+    CANNOT_UNDERSTAND = 0xC000
+    UNABLE_TO_PROCESS = 0xC001
+
+
+ANSWERS: Mapping[Status, str] = MappingProxyType(
+    {
+        Status.SUCCESS: "C-STORE: the instance is durable, or of a class that is not kept; a report: it is durable",
+        Status.PROCESSING_FAILURE: "N-EVENT-REPORT: the report could not be kept; report it again",
+        Status.NO_SUCH_EVENT_TYPE: "N-EVENT-REPORT: the Event Type ID is neither 1 nor 2",
+        Status.INVALID_ARGUMENT: "N-EVENT-REPORT: it cannot be read, or its Transaction UID is not of a request of ours",
+        Status.OUT_OF_RESOURCES: "C-STORE: no room on disk; nothing was kept, send it again later",
+        Status.DATA_SET_MISMATCH: "C-STORE: the SOP Class UID is not the one of the presentation context",
+        Status.CANNOT_UNDERSTAND: "C-STORE: there is no data set, or the SOP Instance UID is none",
+        Status.UNABLE_TO_PROCESS: "C-STORE: an error inside the node, which its log explains",
+    }
+)
 
 
 class Outcome(StrEnum):

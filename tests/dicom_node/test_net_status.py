@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from dicom_node.net.status import MEANINGS, Outcome, Status, classify, status_text
+from dicom_node.net.status import ANSWERS, MEANINGS, Outcome, Status, classify, status_text
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,8 @@ def test_the_ranges_of_the_table_do_not_overlap_and_are_in_order() -> None:
 
 def test_every_status_that_we_answer_with_is_in_the_table() -> None:
     assert all("Unknown" not in status_text(status) for status in Status)
+
+
+def test_every_status_that_we_answer_with_says_when() -> None:
+    assert set(ANSWERS) == set(Status)
+    assert all(ANSWERS.values())
