@@ -218,26 +218,21 @@ def _measurements(row: DistrictStats) -> list[hd.sr.Measurement]:
 
 
 def _image_library(pet: EncodedSeries, grid: Grid) -> hd.sr.ContainerContentItem:
-    """TID 1600: one group of all planes, what they share said once (TID 1602, 1604), and each plane's position."""
+    """TID 1600: one group of all planes, and what they share said once (TID 1602, 1604).
+
+    A plane's position is left to the plane: 400 times three numbers would be most of the report, and of its time.
+    """
     group = hd.sr.ContainerContentItem(name=codes.DCM.ImageLibraryGroup, relationship_type=Relation.CONTAINS)
     group.ContentSequence = hd.sr.ContentSequence(_shared_descriptors(grid))
-    x_mm, y_mm, first_z_mm = grid.origin_mm
-    for index, instance in enumerate(pet.instances):
-        image = hd.sr.ImageContentItem(
+    group.ContentSequence.extend(
+        hd.sr.ImageContentItem(
             name=codes.SCT.Source,
             referenced_sop_class_uid=instance.sop_class_uid,
             referenced_sop_instance_uid=instance.sop_instance_uid,
             relationship_type=Relation.CONTAINS,
         )
-        z_mm = round(first_z_mm + index * grid.spacing_mm[0], 9)
-        image.ContentSequence = hd.sr.ContentSequence(
-            [
-                _number(codes.DCM.ImagePositionPatientX, round(x_mm, 9), codes.UCUM.Millimeter),
-                _number(codes.DCM.ImagePositionPatientY, round(y_mm, 9), codes.UCUM.Millimeter),
-                _number(codes.DCM.ImagePositionPatientZ, z_mm, codes.UCUM.Millimeter),
-            ]
-        )
-        group.ContentSequence.append(image)
+        for instance in pet.instances
+    )
     library = hd.sr.ContainerContentItem(name=codes.DCM.ImageLibrary, relationship_type=Relation.CONTAINS)
     library.ContentSequence = hd.sr.ContentSequence([group])
     return library
