@@ -15,6 +15,7 @@ import structlog
 
 from dicom_node.config import Config
 from dicom_node.delivery import outbox_files
+from dicom_node.lineage import result_uids, superseded_by
 from pipeline.errors import OutputError
 from pipeline.outputs.rejection_note import (
     RejectedSeries,
@@ -26,7 +27,7 @@ from pipeline.outputs.rejection_note import (
 )
 from pipeline.result import read_summary
 from storage.durable import make_folder, write_file
-from storage.errors import IllegalMove, NotFound
+from storage.errors import IllegalMove
 from storage.ledger import Ledger, utc_now
 from storage.records import PROOF_STATES, REJECTION, Delivery, Event, Job, NewDelivery
 from storage.rejections import REJECTABLE
@@ -41,7 +42,7 @@ REFUSED_CODES = frozenset({"no_presentation_context", "optional_refused"})  # no
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejected:
-    """What `reject` did for one job: notes opened, and series (kind and encoding) for which none could be written."""
+    """What `reject` did for one job: notes opened, and a sentence for each series that no note could be written for."""
 
     opened: int = 0
     unnamed: tuple[str, ...] = ()
@@ -80,8 +81,7 @@ def reject(
         try:
             series_uid = _note(spool, job, delivery, reason, description, clock)
         except OutputError as error:
-            log.warning("rejection.not_written", job_id=job.id, series_uid=delivery.series_uid, reason=error.text)
-            unnamed.append(f"{delivery.kind} ({delivery.encoding})")
+            unnamed.append(f"no note about {delivery.kind} ({delivery.encoding}): {error.text}")
             continue
         notes.append(
             NewDelivery(
@@ -93,8 +93,6 @@ def reject(
             )
         )
     opened = ledger.reject_result(job.id, notes, destinations=destinations, code=code, text=text, details=details)
-    if opened:
-        log.info("rejection.opened", job_id=job.id, notes=opened, code=code)
     return Rejected(opened=opened, unnamed=tuple(dict.fromkeys(unnamed)))
 
 
@@ -216,25 +214,13 @@ def _replace(
         details={"superseded_at": {**told, **dict.fromkeys(due, job.id)}},
         clock=clock,
     )
+    log.info("rejection.opened", job_id=old.id, successor=job.id, notes=done.opened, destinations=sorted(due))
+    for text in done.unnamed:
+        log.warning("rejection.not_written", job_id=old.id, reason=text)
     return done.opened
 
 
 def _replaced(ledger: Ledger, job: Job) -> list[Job]:
     """The jobs that this one supersedes, directly or not, and whose series are not its own."""
     own = result_uids(job)
-    found, seen, earlier = [], {job.id}, job.supersedes
-    while earlier and earlier not in seen:
-        seen.add(earlier)
-        try:
-            old = ledger.get(earlier)
-        except NotFound:
-            break
-        if old.state in REJECTABLE and not (result_uids(old) & own):
-            found.append(old)
-        earlier = old.supersedes
-    return found
-
-
-def result_uids(job: Job) -> set[str]:
-    """The series UIDs of a job's result; none before it has one."""
-    return {str(series["series_uid"]) for series in job.details.get("result_series") or ()}
+    return [old for old in superseded_by(ledger, job) if old.state in REJECTABLE and not (result_uids(old) & own)]

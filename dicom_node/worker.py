@@ -21,6 +21,7 @@ import structlog
 from dicom_node.config import Config, DestinationConfig
 from dicom_node.delivery import OPTIONAL_KINDS
 from dicom_node.engine import Engine, EngineError, EngineStopped
+from dicom_node.lineage import RECALLED, RERUN, asked_for, series_out
 from dicom_node.retry import retry_delay_s
 from pipeline.errors import DistrictError, GateRefusal, PipelineError, UnsupportedSeries
 from pipeline.result import ResultSummary, SeriesSummary, read_summary
@@ -262,10 +263,12 @@ class Worker:
         folder = self._spool.result_folder(job.id)
         shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)  # left by a killed run
         watch = _Watch(self._ledger, job.id, self._owner, self._config.engine.lease_s, lambda: self._stop_at)
+        options = self._options_for(job)
+        self._ledger.update(job.id, details=_made_of(options))
         self._engine.run(
             job.id,
             paths,
-            self._options_for(job),
+            options,
             folder,
             self._first_created(job),
             on_progress=watch.on_progress,
@@ -281,17 +284,30 @@ class Worker:
         return replace(self._options, districts=replace(self._options.districts, segmentations=found))
 
     def _first_created(self, job: Job) -> datetime:
-        """When these instances first became a job: a repeated run writes the same bytes under the same UIDs."""
+        """When these instances first became a job: a repeated run writes the same bytes under the same UIDs.
+
+        A result that is made of something else, or in the place of one that was taken back, has a time of its own.
+        """
+        if RERUN in job.details:
+            return job.created
         same = [one for one in self._ledger.jobs_of_series(job.info.series_uid) if _same_source(one, job)]
+        same = [one for one in same if RECALLED not in one.details]
         return min((one.created for one in same), default=job.created)
 
     def _complete(self, job: Job) -> Job:
         summary = read_summary(self._spool.result_folder(job.id))
         held = (summary.held.code, summary.held.text) if summary.held else None
+        out = series_out(self._ledger, job)
+        for one in (one for one in summary.series if one.series_uid in out):
+            text = (
+                f"its {one.kind} ({one.encoding}) is the series of job {out[one.series_uid]}: it is not sent from here"
+            )
+            self._ledger.note(job.id, "same_series", text, details={"series_uid": one.series_uid})
+        fresh = [one for one in summary.series if one.series_uid not in out]
         return self._ledger.complete_run(
             job.id,
             self._owner,
-            deliveries=new_deliveries(summary.series, self._config.destinations),
+            deliveries=new_deliveries(fresh, self._config.destinations),
             held=held,
             details=result_details(summary),
         )
@@ -435,6 +451,12 @@ def _not_worth_a_job() -> Iterator[None]:
         yield
     except LedgerError as error:
         log.warning("job.progress_lost", reason=str(error))
+
+
+def _made_of(options: PipelineOptions) -> Mapping[str, Any]:
+    """What a later `jobs retry --rerun` compares with."""
+    uids = [path.name.removesuffix(".dcm") for path in options.districts.segmentations]
+    return {"asked_for": asked_for(options), "segmentations": uids}
 
 
 def _same_source(one: Job, other: Job) -> bool:

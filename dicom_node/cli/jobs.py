@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +29,14 @@ from dicom_node.cli.common import (
     table,
 )
 from dicom_node.config import Config, load_config
+from dicom_node.errors import RerunRefused
+from dicom_node.lineage import RECALLED, RERUN
+from dicom_node.rerun import changes
+from dicom_node.rerun import rerun as run_again
+from pipeline.errors import PipelineError
 from storage.errors import StorageError
 from storage.ledger import Ledger
-from storage.records import Job, JobFilter, JobState
+from storage.records import REJECTION, Job, JobFilter, JobState
 from storage.spool import Spool
 
 app = typer.Typer(help="List, show, retry, cancel and release jobs.", no_args_is_help=True)
@@ -170,6 +176,8 @@ def print_job(job: Job) -> None:
         ("updated", local_time(job.updated)),
         ("attempts", str(job.attempts)),
         ("supersedes", job.supersedes),
+        ("computed again", "; ".join(job.details.get(RERUN) or ())),
+        ("recalled", recalled_text(job)),
     ):
         if value:
             head.add_row(what, safe(value))
@@ -178,6 +186,15 @@ def print_job(job: Job) -> None:
     print_outcome(found.get("stage_seconds") or {}, found.get("stats") or [], found.get("notes") or [])
     if found.get("shadow"):
         _print_shadow(found["shadow"])
+
+
+def recalled_text(job: Job) -> str:
+    """`2026-11-22 08:15:00, 113001 Rejected for Quality Reasons`; "" for a job that was not recalled."""
+    recalled = job.details.get(RECALLED)
+    if not recalled:
+        return ""
+    when = local_time(datetime.fromisoformat(recalled["time"]))
+    return f"{when}, {recalled['code']} {recalled['meaning']}: do not use its result"
 
 
 def _print_shadow(shadow: Mapping[str, Any]) -> None:
@@ -203,8 +220,11 @@ def _change(path: Path, job_id: str, change: Callable[[Ledger, Config, str], Job
         job = find_job(ledger, job_id)
         try:
             now = change(ledger, config, job.id)
-        except StorageError as error:
+        except (StorageError, RerunRefused, PipelineError) as error:
             raise fail(f"job {job.id[:8]}: {error}") from error
+    if now.id != job.id:
+        console.print(f"job {now.id[:8]}: {now.state.value}, supersedes job {job.id[:8]}")
+        return
     console.print(f"job {now.id[:8]}: {job.state.value} -> {now.state.value}")
 
 
@@ -214,11 +234,19 @@ def retry(
     rerun: Annotated[bool, typer.Option("--rerun", help="Compute the result again, also when it is there.")] = False,
     config: ConfigPath = DEFAULT_CONFIG,
 ) -> None:
-    """Run a FAILED, REJECTED or CANCELLED job again; finished results are only sent again, with the same bytes."""
+    """Run a FAILED, REJECTED or CANCELLED job again; finished results are only sent again, with the same bytes.
+
+    With --rerun also a DONE job, or one that was recalled, if what its result is made of has changed since (the
+    bundle, a corrected SEG, the options): as a new job, whose series supersedes the old one.
+    """
 
     def again(ledger: Ledger, config: Config, job_id: str) -> Job:
         spool = Spool(config.storage.root, min_free_bytes=0)
-        needed = rerun or not spool.has_result(job_id)  # retention may have removed it
+        job = ledger.get(job_id)
+        noted = any(delivery.kind == REJECTION for delivery in ledger.deliveries(job_id))
+        if rerun and (job.state is JobState.DONE or noted or RECALLED in job.details):
+            return run_again(ledger, spool, job, changes(job, config, spool))
+        needed = not noted and (rerun or not spool.has_result(job_id))  # retention may have removed it
         if needed and ledger.get(job_id).state in RETRIED_STATES:
             spool.discard_result(job_id)  # before the move: a running node may take the job up at once
         return ledger.retry(job_id, rerun=needed)

@@ -20,6 +20,8 @@ from dicom_node.cli.common import (
     print_json,
     safe,
 )
+from dicom_node.cli.jobs import recalled_text
+from dicom_node.lineage import RERUN
 from storage.ledger import Ledger
 from storage.records import Delivery, DeliveryState, Event, Job, JobFilter, JobState
 
@@ -119,7 +121,13 @@ def _explain(job: Job, deliveries: list[Delivery]) -> None:
     if job.reason_code:
         _say(f"    why: {job.reason_code}: {job.reason}")
     if job.supersedes:
-        _say(f"    with slices that came after job {job.supersedes[:8]} began: use this result, not that one")
+        why = "; ".join(job.details.get(RERUN) or ())
+        what = f"computed again ({why}) after" if why else "with slices that came after"
+        _say(f"    {what} job {job.supersedes[:8]}{'' if why else ' began'}: use this result, not that one")
+    if recalled := recalled_text(job):
+        _say(f"    recalled: {recalled}")
+    for destination, successor in sorted((job.details.get("superseded_at") or {}).items()):
+        _say(f"    {destination}: rejected there since job {successor[:8]} arrived")
     for delivery in deliveries:
         line = (
             f"    {delivery.destination}: {delivery.kind} {delivery.state.value} {delivery.sent}/{delivery.instances}"
