@@ -10,13 +10,14 @@ from typing import Any
 import highdicom as hd
 import pytest
 from fake_pacs import FakePacs
+from orthanc import running_orthanc
 from pydicom import dcmread
 from tiny_bundle import write_tiny_bundle
 from tiny_study import write_tiny_study
 from typer.testing import CliRunner
 
 from dicom_node.cli import app
-from dicom_node.config import Config, DestinationConfig, OutputConfig
+from dicom_node.config import Config, DestinationConfig, OutputConfig, PeerConfig
 from dicom_node.delivery import OPTIONAL_KINDS
 from dicom_node.net.scu import Timeouts, send_series
 from dicom_node.worker import new_deliveries, pipeline_options
@@ -90,25 +91,53 @@ def test_a_companion_more_leaves_the_pet_its_uids() -> None:
     assert set(KEYS) <= set(NOT_IN_KEY)
 
 
-def test_run_writes_companions_that_a_pacs_takes(tmp_path: Path) -> None:
-    write_tiny_study(tmp_path / "ct")
-    bundle, out = write_tiny_bundle(tmp_path / "bundle"), tmp_path / "out"
-    words = ["run", tmp_path / "ct", out, "--bundle", bundle, "--device", "cpu", "--no-mip", "--encoding", "both"]
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `dicom-node run` writes with every companion that refers to another object."""
+    folder = tmp_path_factory.mktemp("run")
+    write_tiny_study(folder / "ct")
+    bundle, out = write_tiny_bundle(folder / "bundle"), folder / "out"
+    words = ["run", folder / "ct", out, "--bundle", bundle, "--device", "cpu", "--no-mip", "--encoding", "both"]
     words += ["--seg", "--sr", "--presentation-states"]
     done = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
-    summary = read_summary(out)
-    folders = [s.folder for s in summary.series]
-    assert folders[:3] == ["pet-sc", "pet-pet", "seg-binary"]
-    assert folders[3:] == [f"{kind}-{encoding}" for encoding in ("sc", "pet") for kind in ("sr", "gsps", "pcps")]
-    files = [out / folder / "0001.dcm" for folder in folders[3:]]
-    report = hd.sr.srread(files[0]).content
-    groups = {g.tracking_identifier: g for g in report.get_volumetric_roi_measurement_groups()}
-    assert list(groups) == [row.district.key for row in summary.stats]
-    for row in summary.stats:  # what `jobs show` says is what the report says
-        mean, top = (m.value for m in groups[row.district.key].get_measurements() if m.derivation)
-        assert (mean, top) == (pytest.approx(row.suv_mean, abs=1e-6), pytest.approx(row.suv_max, abs=1e-6))
-    with FakePacs(classes=[s.sop_class_uid for s in summary.series[3:6]]) as pacs:
+    return out
+
+
+REFERRING = tuple(f"{kind}-{encoding}" for encoding in ("sc", "pet") for kind in ("sr", "gsps", "pcps"))
+
+
+def test_run_writes_a_report_and_states_for_each_encoding_of_the_pet(result: Path) -> None:
+    folders = tuple(s.folder for s in read_summary(result).series)
+    assert folders == ("pet-sc", "pet-pet", "seg-binary", *REFERRING)
+
+
+def test_the_report_says_what_the_job_says(result: Path) -> None:
+    stats = read_summary(result).stats
+    for encoding in ("sc", "pet"):
+        report = hd.sr.srread(result / f"sr-{encoding}" / "0001.dcm").content
+        groups = {g.tracking_identifier: g for g in report.get_volumetric_roi_measurement_groups()}
+        assert list(groups) == [row.district.key for row in stats]
+        for row in stats:
+            mean, top = (m.value for m in groups[row.district.key].get_measurements() if m.derivation)
+            assert (mean, top) == (pytest.approx(row.suv_mean, abs=1e-6), pytest.approx(row.suv_max, abs=1e-6))
+
+
+def test_orthanc_keeps_the_report_and_the_states_beside_their_pet(result: Path, tmp_path: Path) -> None:
+    with running_orthanc(tmp_path / "orthanc", modalities={}) as orthanc:
+        pacs = PeerConfig(name="pacs", ae_title=orthanc.ae_title, port=orthanc.dicom_port)
+        for folder in ("pet-sc", "seg-binary", *REFERRING[:3], *REFERRING[:3]):  # sent twice: kept once
+            files = sorted((result / folder).iterdir())
+            sent = send_series(files, pacs, calling_ae="SYNPET", timeouts=Timeouts(acse_s=10, dimse_s=10))
+            assert sent.ok, f"{folder}: {sent.text}"
+        assert {m: len(orthanc.series(m)) for m in ("PT", "SEG", "SR", "PR")} == {"PT": 1, "SEG": 1, "SR": 1, "PR": 2}
+        (report,) = orthanc.instances(orthanc.series("SR")[0], tmp_path / "back")
+        assert dcmread(report).ContentSequence == dcmread(result / "sr-sc" / "0001.dcm").ContentSequence
+
+
+def test_a_pacs_that_knows_the_classes_takes_them(result: Path) -> None:
+    files = [result / folder / "0001.dcm" for folder in REFERRING]
+    with FakePacs(classes=[dcmread(path).SOPClassUID for path in files[:3]]) as pacs:
         sent = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=Timeouts(acse_s=5, dimse_s=5))
     assert sent.ok, sent.text
     assert pacs.received.order == [dcmread(path).SOPInstanceUID for path in files]

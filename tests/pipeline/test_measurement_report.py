@@ -192,6 +192,16 @@ def test_a_report_of_no_district_is_an_error(sample: Sample) -> None:
     assert caught.value.code == "no_districts"
 
 
+def test_dcmtk_prints_the_report(sample: Sample, tmp_path: Path) -> None:
+    (path,) = write_series(report_of(sample, not_evaluated=(District.ARMS,)), tmp_path / "sr")
+    done = subprocess.run([tool("dsrdump"), "+Pl", str(path)], capture_output=True, text=True, timeout=60)
+    known = "W: The VR checker does not support this Specific Character Set: ISO_IR 192"  # a word on DCMTK, not on us
+    assert (done.returncode, done.stderr.replace(known, "").strip()) == (0, "")
+    assert done.stdout.count('NUM:(,,"SUVbw")') == 6  # three districts were evaluated
+    assert done.stdout.count('NUM:(,,"Volume")') == 4
+    assert done.stdout.count("NOT EVALUATED") == 1
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.__name__.strip("_"))
 def test_the_validator_finds_nothing(variant, tmp_path: Path) -> None:
     ct = write_sample_ct(tmp_path / "ct", variant)

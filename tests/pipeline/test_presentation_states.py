@@ -19,6 +19,7 @@ from outputs_samples import (
     write_sample_ct,
     write_series,
 )
+from PIL import Image
 from pydicom import Dataset
 from pydicom.data import get_palette_files
 from pydicom.filereader import dcmread
@@ -121,6 +122,20 @@ def test_the_same_result_has_the_same_states_and_another_one_others(sample: Samp
         assert later[kind].series_uid == first[kind].series_uid
         assert len({states[kind].series_uid for states in (first, *others)}) == 3
         assert len({states[kind].instances[0].sop_instance_uid for states in (first, *others)}) == 3
+
+
+@pytest.mark.parametrize("encoding", ["sc", "pet"])
+def test_dcmtk_shows_the_planes_inverse_and_black_from_suv_5(sample: Sample, encoding: str, tmp_path: Path) -> None:
+    planes = write_series(sample.pet(encoding), tmp_path / "pet")
+    (state,) = write_series(states_of(sample, encoding)["gsps"], tmp_path / "gsps")
+    for plane, suv in zip(planes, sample.suv.suv, strict=True):
+        picture = tmp_path / "shown.pgm"
+        subprocess.run([tool("dcmp2pgm"), "-p", state, plane, picture], check=True, capture_output=True, timeout=60)
+        shown = np.asarray(Image.open(picture)).astype(float)
+        # DCMTK rounds to whole numbers after the modality LUT, here to whole SUV: 51 of 255 levels
+        assert np.abs(shown - 255 * (1 - np.minimum(suv / 5, 1))).max() <= 51
+        assert (shown[suv >= 5] == 0).all()
+        assert (shown[suv == 0] == 255).all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.__name__.strip("_"))
