@@ -249,7 +249,7 @@ class WebConfig(_Table):
     verify_tls: bool = True
     allow_http: bool = False
     connect_timeout_s: Seconds = 10.0
-    answer_timeout_s: Seconds = 120.0
+    answer_timeout_s: Seconds = 60.0
     batch_bytes: int = Field(default=32_000_000, ge=1_000_000, le=1_000_000_000)
 
     @field_validator("url")
