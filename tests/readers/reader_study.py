@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from pipeline.types import (
     SuvVolume,
 )
 from training.phantom import Phantom, PhantomSpec, make_phantom
-from training.phantom.dicom import header_of, write_ct_series, write_pet_series
+from training.phantom.dicom import StudyHeader, header_of, write_ct_series, write_pet_series
 
 ENCODINGS = ("sc", "pet")
 MATRIX = 128
@@ -51,16 +50,11 @@ PROVENANCE = Provenance(
 )
 
 
+# Head to thigh, arms at the sides, three lesions: 128 slices of 125x125. Another visit is another study.
 SPEC = PhantomSpec(
     seed=7, spacing_mm=(8.0, 4.0, 4.0), pose="sides", coverage=(0.43, 1.0), lesions=3, noise=False, contrast=False
 )
 ACQUIRED_SPACING_MM = (8.0, 5.0, 5.0)  # of a real PET beside ours: nobody takes one for the other
-
-
-@cache
-def reader_phantom(visit: int = 0) -> Phantom:
-    """Head to thigh, arms at the sides, three lesions: 128 slices of 125x125. Another visit is another study."""
-    return make_phantom(replace(SPEC, visit=visit))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +65,7 @@ class ReaderStudy:
     source: SourceSeries
     suv: SuvVolume
     districts: DistrictMap
+    options: OutputOptions = OPTIONS
 
     @property
     def shown(self) -> FloatVolume:
@@ -86,23 +81,17 @@ class ReaderStudy:
     def seg(self) -> EncodedSeries:
         return encode_district_seg(self.districts, uids=self._uids("binary"), **self._common())
 
-    @property
-    def expected(self) -> list[tuple[float, float]]:
-        """(position mm, highest SUV) of every slice, foot to head."""
-        z0, dz = self.suv.grid.origin_mm[2], self.suv.grid.spacing_mm[0]
-        return [(z0 + k * dz, float(plane.max())) for k, plane in enumerate(self.shown)]
-
     def _common(self) -> dict:
-        return {"source": self.source, "provenance": PROVENANCE, "options": OPTIONS, "created": CREATED}
+        return {"source": self.source, "provenance": PROVENANCE, "options": self.options, "created": CREATED}
 
     def _uids(self, encoding: str) -> ResultUids:
-        return ResultUids(source=self.source, provenance=PROVENANCE, options=OPTIONS, encoding=encoding)
+        return ResultUids(source=self.source, provenance=PROVENANCE, options=self.options, encoding=encoding)
 
 
-def make_study(folder: Path, *, visit: int = 0, weight: bool = True) -> ReaderStudy:
-    """Write the CT into `folder` and read it with the node's own reader; another visit is another study."""
-    phantom = reader_phantom(visit)
-    paths = write_ct_series(phantom, folder, matrix=MATRIX, header=replace(header_of(phantom), description=DESCRIPTION))
+def make_study(folder: Path, *, spec: PhantomSpec = SPEC, weight: bool = True) -> ReaderStudy:
+    """Write the CT into `folder` and read it with the node's own reader."""
+    phantom = make_phantom(spec)
+    paths = write_ct_series(phantom, folder, matrix=MATRIX, header=_header(phantom))
     if not weight:
         _drop_weight(paths)
     present = [d for d in District if (phantom.districts == d).any()]
@@ -127,10 +116,15 @@ def _drop_weight(paths: list[Path]) -> None:
         ds.save_as(path)
 
 
-def write_acquired_pet(folder: Path, *, visit: int) -> list[Path]:
+def write_acquired_pet(folder: Path, *, spec: PhantomSpec = SPEC) -> list[Path]:
     """A PET of the same study as a scanner writes it: BQML with an injected dose, its own grid and series number."""
-    phantom = make_phantom(replace(SPEC, visit=visit, spacing_mm=ACQUIRED_SPACING_MM))
-    return write_pet_series(phantom, folder, header=replace(header_of(phantom), description=DESCRIPTION))
+    phantom = make_phantom(replace(spec, spacing_mm=ACQUIRED_SPACING_MM))
+    return write_pet_series(phantom, folder, header=_header(phantom))
+
+
+def _header(phantom: Phantom) -> StudyHeader:
+    """Each study is another patient's: a viewer lists all studies of one."""
+    return replace(header_of(phantom), description=DESCRIPTION, patient_id=f"PH-READER-{phantom.spec.visit}")
 
 
 def write_files(series: EncodedSeries, folder: Path) -> list[Path]:

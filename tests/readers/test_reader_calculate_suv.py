@@ -32,5 +32,5 @@ def test_without_a_weight_it_refuses_and_names_the_weight(encoding: str, tmp_pat
 
 
 def test_an_acquired_pet_gets_its_own_factor(tmp_path: Path) -> None:
-    answer = ask(write_acquired_pet(tmp_path / "pet", visit=0))
+    answer = ask(write_acquired_pet(tmp_path / "pet"))
     assert all(0 < one["suvbw"] < 0.01 for one in answer["factors"])  # Bq/ml to SUV: the reader does compute here

@@ -22,6 +22,7 @@ from reader_study import ENCODINGS
 pytestmark = [pytest.mark.orthanc]
 
 RENDERED_MAX_SUV = 5.0  # the first window, LINEAR_EXACT
+RENDERED_TOLERANCE = 1.03  # of 255: Orthanc cuts off the fraction, and the stored SUV is up to half a step away
 
 
 @pytest.fixture(scope="module", params=ENCODINGS)
@@ -86,7 +87,7 @@ def test_dicomweb_metadata_holds_every_instance_with_its_units(archive: tuple[Or
     path = f"/studies/{first.StudyInstanceUID}/series/{first.SeriesInstanceUID}/metadata"
     found: list[dict[str, Any]] = json.loads(dicomweb(orthanc, path, "application/dicom+json"))
     assert len(found) == len(files)
-    read = sorted((Dataset.from_json(one) for one in found), key=lambda ds: ds.InstanceNumber)
+    read = sorted((Dataset.from_json(one, lambda *_: b"") for one in found), key=lambda ds: ds.InstanceNumber)
     assert {(ds.Units, ds.SUVType, float(ds.RescaleSlope)) for ds in read} == {("GML", "BW", float(first.RescaleSlope))}
     assert [ds.SyntheticData for ds in read] == ["YES"] * len(files)
     assert [ds.SOPInstanceUID for ds in read] == [
@@ -103,5 +104,5 @@ def test_a_rendered_slice_maps_suv_0_to_5_onto_the_gray_scale(
     (instance,) = orthanc.post("/tools/lookup", str(dcmread(files[index]).SOPInstanceUID).encode())
     picture = np.asarray(Image.open(BytesIO(orthanc.get(f"/instances/{instance['ID']}/rendered"))), dtype=float)
     expected = np.clip(suv[index] / RENDERED_MAX_SUV, 0, 1) * 255  # SUV 1.5 is 76
-    assert np.abs(picture - expected).max() <= 1
+    assert np.abs(picture - expected).max() <= RENDERED_TOLERANCE
     assert {0, 255} <= set(picture.ravel())

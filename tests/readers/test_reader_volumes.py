@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from conftest import Written
 from numpy.typing import NDArray
 from pydicom import dcmread
-from pydicom.pixels import apply_modality_lut, apply_voi
+from pydicom.pixels import apply_modality_lut
 from reader_study import ENCODINGS, SUV_TOLERANCE
 from reader_tools import HERE, old_simpleitk, program
 
@@ -99,13 +99,11 @@ def test_dcm2niix_writes_suv_affine_and_units(encoding: str, written: Written, t
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_pydicom_reads_suv_and_its_window(encoding: str, written: Written) -> None:
+def test_pydicom_reads_suv(encoding: str, written: Written) -> None:
     for path, plane in zip(sorted(written.pet[encoding].iterdir()), written.study.shown, strict=True):
         ds = dcmread(path)
         suv = apply_modality_lut(ds.pixel_array, ds)
         assert np.abs(suv - plane).max() <= SUV_TOLERANCE
-        shown = apply_voi(suv, ds)  # SUV 0 to 5 over the range of the stored values, which is what pydicom makes of it
-        assert np.ptp(shown) == pytest.approx(np.ptp(np.clip(suv, 0, 5)) / 5 * 65535, abs=1)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
