@@ -211,7 +211,7 @@ def test_a_note_need_not_be_visible_where_series_must(bench: Bench) -> None:
 
 def deliver(bench: Bench, done: object) -> None:
     """Run the node's own delivery threads until `done()` holds."""
-    deliveries = Deliveries(bench.config, bench.ledger, bench.spool, owner="node-test", poll_s=0.02)
+    deliveries = Deliveries(bench.config, bench.ledger, bench.spool, owner="node-test", poll_s=0.02, clock=bench.clock)
     deliveries.reclaim()
     deliveries.start()
     try:
