@@ -112,7 +112,7 @@ def _sample(number: int, options: OutputOptions) -> Sample:
     )
     if left_out:
         raise RuntimeError(f"the conformance statement's sample is not whole: {'; '.join(left_out)}")
-    return Sample(header=source.header, series=(*made, _rejection(made[0], number)))
+    return Sample(header=source.header, series=(*made, _rejection(made[number % 2], number)))
 
 
 def _rejection(pet: EncodedSeries, number: int) -> EncodedSeries:
