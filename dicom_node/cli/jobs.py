@@ -36,7 +36,7 @@ from dicom_node.rerun import rerun as run_again
 from pipeline.errors import PipelineError
 from storage.errors import StorageError
 from storage.ledger import Ledger
-from storage.records import REJECTION, Job, JobFilter, JobState
+from storage.records import PROOF_STATES, REJECTION, Delivery, Job, JobFilter, JobState
 from storage.spool import Spool
 
 app = typer.Typer(help="List, show, retry, cancel and release jobs.", no_args_is_help=True)
@@ -137,7 +137,7 @@ def show_job(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG, as_json: AsJson
         return
     print_job(job)
     if deliveries:
-        sent = table("deliveries", "destination", "what", "state", "sent", "attempts", "next", "why")
+        sent = table("deliveries", "destination", "what", "state", "sent", "attempts", "proof", "next", "why")
         for delivery in deliveries:
             sent.add_row(
                 delivery.destination,
@@ -145,6 +145,7 @@ def show_job(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG, as_json: AsJson
                 delivery.state.value,
                 f"{delivery.sent}/{delivery.instances}",
                 str(delivery.attempts),
+                proof_text(delivery),
                 local_time(delivery.next_attempt),
                 safe(f"{delivery.reason_code} {delivery.reason}".strip()),
             )
@@ -158,6 +159,15 @@ def show_job(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG, as_json: AsJson
         seconds = f"{event.seconds:.2f}" if event.seconds is not None else ""
         history.add_row(local_time(event.time), event.stage, event.code, seconds, safe(event.text))
     console.print(history)
+
+
+def proof_text(delivery: Delivery) -> str:
+    """One line per state that was proven, with its time; then the states that its destination is still asked for."""
+    reached = [(state, getattr(delivery, f"{state.value.lower()}_at")) for state in PROOF_STATES]
+    lines = [f"{state.value} {local_time(moment)}" for state, moment in reached if moment is not None]
+    if delivery.state in PROOF_STATES and not delivery.proven:
+        lines.append(f"{delivery.goal.value} is awaited")
+    return "\n".join(lines)
 
 
 def print_job(job: Job) -> None:

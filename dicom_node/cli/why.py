@@ -23,7 +23,7 @@ from dicom_node.cli.common import (
 from dicom_node.cli.jobs import recalled_text
 from dicom_node.lineage import RERUN
 from storage.ledger import Ledger
-from storage.records import Delivery, DeliveryState, Event, Job, JobFilter, JobState
+from storage.records import PROOF_STATES, Delivery, DeliveryState, Event, Job, JobFilter, JobState
 
 MEANING = {
     JobState.RECEIVING: "is still arriving",
@@ -136,6 +136,8 @@ def _explain(job: Job, deliveries: list[Delivery]) -> None:
             line += f" ({delivery.reason_code}: {delivery.reason})"
         if delivery.next_attempt and delivery.state is DeliveryState.PENDING:
             line += f", next attempt {local_time(delivery.next_attempt)}"
+        if delivery.state in PROOF_STATES and not delivery.proven:
+            line += f", {delivery.goal.value} is awaited"
         _say(line)
     if job.state is JobState.HELD and "provenance" in job.details:  # held by a gate: there is a result to look at
         _say(f"    picture: outbox/{job.id}/overview.png in the spool")
