@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from outputs_samples import CREATED, PROVENANCE, read_back, write_sample_ct, write_series
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from outputs_samples import CREATED, PROVENANCE, read_back, sample_suv, write_sample_ct, write_series
 from pydicom import Dataset, dcmread
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.errors import BytesLengthException
 from pydicom.tag import Tag
-from test_outputs_attributes import NAMES
+from test_output_seg import district_map
+from test_outputs_attributes import COPIED_KEYWORDS, NAMES, VRS, source_with
 from test_outputs_validators import NOT_IN_IOD, complaints
 
 from pipeline.ct_reader import read_ct
@@ -205,3 +208,28 @@ def test_a_name_in_any_character_set_is_in_every_object_as_it_came(
             assert str(ds.PatientName) == name
             assert ds.get("SpecificCharacterSet") == "ISO_IR 192" or name.isascii()
     check_with_the_validator(series, tmp_path)
+
+
+@settings(max_examples=15)
+@given(st.dictionaries(st.sampled_from(COPIED_KEYWORDS), st.tuples(st.sampled_from(VRS), st.binary(max_size=90))))
+def test_no_header_however_broken_costs_an_object(garbage: dict[str, tuple[str | None, bytes]]) -> None:
+    header = Dataset()
+    for keyword, (vr, value) in garbage.items():
+        tag = Tag(tag_for_keyword(keyword))
+        header._dict[tag] = RawDataElement(tag, vr, len(value), value, 0, vr is None, True)
+    suv = sample_suv()
+    series, notes = encode_result(
+        suv,
+        district_map(),
+        district_stats(suv, district_map()),
+        suv,
+        source=source_with(header),
+        provenance=PROVENANCE,
+        options=replace(OPTIONS, encodings=("sc",), mip=False),  # the MIP is of the PET's modules, and slow to draw
+        created=CREATED,
+    )
+    assert notes == ()
+    assert {s.kind for s in series} == KINDS - {"mip"}
+    for one in series:
+        for elem in read_back(one)[0].iterall():
+            str(elem.value)
