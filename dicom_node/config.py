@@ -238,6 +238,9 @@ class OutputConfig(_Table):
         return value
 
 
+_WEB_FILES = ("password_file", "token_file", "ca_file", "client_cert_file", "client_key_file")
+
+
 class WebConfig(_Table):
     """The keys of a destination that is a DICOMweb service (docs/dicomweb.md). Secrets are files, read at each use."""
 
@@ -246,6 +249,8 @@ class WebConfig(_Table):
     password_file: Path | None = None
     token_file: Path | None = None
     ca_file: Path | None = None
+    client_cert_file: Path | None = None
+    client_key_file: Path | None = None
     verify_tls: bool = True
     allow_http: bool = False
     connect_timeout_s: Seconds = 10.0
@@ -264,7 +269,7 @@ class WebConfig(_Table):
             raise ValueError("the service's address, without /studies")
         return value.rstrip("/")
 
-    @field_validator("password_file", "token_file", "ca_file", mode="before")
+    @field_validator(*_WEB_FILES, mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value
@@ -282,6 +287,8 @@ class WebConfig(_Table):
             raise ValueError("username and password_file belong together")
         if self.username and self.token_file:
             raise ValueError("either username and password_file, or token_file")
+        if self.client_key_file and not self.client_cert_file:
+            raise ValueError("client_key_file is the key of a client_cert_file")
         if self.url.startswith("http://") and not self.allow_http and not _is_loopback(address.hostname):
             raise ValueError("patient data over plain http: use https, or say allow_http = true")
         return self
@@ -382,6 +389,11 @@ class Config(_Table):
         """The ledger's database: what is configured, else an SQLite file in the storage root."""
         return self.storage.database_url or default_url(self.storage.root)
 
+    @property
+    def asks_commitment(self) -> bool:
+        """Whether archives may bring Storage Commitment reports: some destination is asked for them."""
+        return any(destination.commitment for destination in self.destinations)
+
     def peer(self, name: str) -> PeerConfig:
         """The peer with this name; a destination's peer, if it has one, always exists."""
         return next(p for p in self.peers if p.name == name)
@@ -437,7 +449,7 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
 
 
 def _with_absolute_secrets(destination: DestinationConfig, base: Path) -> DestinationConfig:
-    files = {key: getattr(destination, key) for key in ("password_file", "token_file", "ca_file")}
+    files = {key: getattr(destination, key) for key in _WEB_FILES}
     return destination.model_copy(update={key: (base / path).resolve() for key, path in files.items() if path})
 
 

@@ -78,6 +78,7 @@ def web_session(service: WebConfig) -> Iterator[requests.Session]:
         session.trust_env = False  # no proxy, CA or .netrc of the environment: the configuration has it all
         session.max_redirects = 0  # a redirected POST would come as a GET, and the data go elsewhere
         session.verify = _ca(service) if service.verify_tls else False
+        session.cert = _client_cert(service)
         yield session
     except requests.RequestException as error:
         raise _failure(service, error) from error
@@ -158,6 +159,19 @@ def _ca(service: WebConfig) -> str | bool:
     except OSError as error:  # also ssl.SSLError: no certificate in it
         raise _secret_failure(service.ca_file, "is not a readable PEM file of certificates") from error
     return str(service.ca_file)
+
+
+def _client_cert(service: WebConfig) -> tuple[str, str] | None:
+    """Our certificate and its key, proved to belong together and to need no pass phrase: nobody is there to type it."""
+    if service.client_cert_file is None:
+        return None
+    key = service.client_key_file or service.client_cert_file
+    try:
+        ssl.create_default_context().load_cert_chain(service.client_cert_file, key, password="")
+    except OSError as error:
+        text = f"with {key} is not a readable certificate with its key, or the key has a pass phrase"
+        raise _secret_failure(service.client_cert_file, text) from error
+    return str(service.client_cert_file), str(key)
 
 
 def _secret_failure(path: Path, why: str) -> WebFailure:

@@ -26,6 +26,7 @@ REFUSED = {
         f'{URL}\nusername = "node"\npassword_file = "p"\ntoken_file = "t"',
         "either username and password_file, or token_file",
     ),
+    "a key without its certificate": (f'{URL}\nclient_key_file = "k"', "client_key_file is the key of"),
     "a password in the file": (f'{URL}\npassword = "secret"', "did you mean 'password_file'?"),
     "tiny batches": (f"{URL}\nbatch_bytes = 10", "[destinations.web].batch_bytes = 10"),
 }

@@ -16,6 +16,7 @@ from fake_web import Answer, FakeWeb, Posted, store_everything, stored
 from result_factory import sop_uids, write_instances
 
 from dicom_node.config import WebConfig
+from dicom_node.net.qido import check_service
 from dicom_node.net.scu import SendOutcome
 from dicom_node.net.stow import _Multipart, send_series_web
 
@@ -328,10 +329,21 @@ class Authority:
         self.file = folder / "ca.pem"
         self._ca.cert_pem.write_to_path(str(self.file))
 
-    def server(self, name: str = "127.0.0.1") -> ssl.SSLContext:
+    def server(self, name: str = "127.0.0.1", *, asks: bool = False) -> ssl.SSLContext:
+        """`asks` for a certificate of the client."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._ca.issue_cert(name).configure_cert(context)
+        if asks:
+            context.verify_mode = ssl.CERT_REQUIRED
+            self._ca.configure_trust(context)
         return context
+
+    def client(self, folder: Path) -> tuple[Path, Path]:
+        """A certificate of this node and its key."""
+        made, cert, key = self._ca.issue_cert("synpet.example"), folder / "node.pem", folder / "node.key"
+        made.cert_chain_pems[0].write_to_path(str(cert))
+        made.private_key_pem.write_to_path(str(key))
+        return cert, key
 
 
 @pytest.fixture
@@ -394,6 +406,29 @@ def test_a_cut_connection_over_tls_is_tried_again(files: list[Path], authority: 
     with FakeWeb(lambda _: Answer(cut=True), tls=authority.server()) as web:
         outcome = send_series_web(files, web.service(ca_file=authority.file))
     assert verdict(outcome) == ("connection_failed", TRANSIENT)
+
+
+def test_a_service_that_asks_who_calls_is_told(files: list[Path], authority: Authority, tmp_path: Path) -> None:
+    cert, key = authority.client(tmp_path)
+    both = tmp_path / "both.pem"
+    both.write_bytes(key.read_bytes() + cert.read_bytes())
+    with FakeWeb(tls=authority.server(asks=True)) as web:
+        service = web.service(ca_file=authority.file)
+        failure = check_service(service)
+        assert failure is not None
+        assert (failure.code, failure.permanent) == ("tls_failed", PERMANENT)
+        assert send_series_web(files, service).stored == 0  # the alert may be lost where the body was on its way
+        for keys in ({"client_cert_file": cert, "client_key_file": key}, {"client_cert_file": both}):
+            assert send_series_web(files, service.model_copy(update=keys)).ok
+
+
+def test_a_key_that_does_not_fit_is_said_so(files: list[Path], authority: Authority, tmp_path: Path) -> None:
+    cert, _ = authority.client(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    _, key = authority.client(other)
+    service = WebConfig(url="https://127.0.0.1:1/dicom-web", client_cert_file=cert, client_key_file=key)
+    assert verdict(send_series_web(files, service)) == ("secret_unreadable", PERMANENT)
 
 
 @pytest.mark.parametrize("content", [None, "no certificate"])
