@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from outputs_samples import Sample, header_only, sample_suv
+from outputs_samples import CREATED, Sample, header_only, sample_suv
 from test_output_seg import district_map
+from tiny_bundle import write_tiny_bundle
+from tiny_study import write_tiny_study
 
+from pipeline.bundle import load_bundle
 from pipeline.errors import OutputError
 from pipeline.outputs import encoding
 from pipeline.outputs.statistics import district_stats
-from pipeline.types import EncodedSeries, OutputOptions, SuvVolume
+from pipeline.run import read_summary, synthesize_series, write_result
+from pipeline.types import EncodedSeries, GateOptions, OutputOptions, PipelineOptions, SuvVolume
 
 ALL = OutputOptions(encodings=("sc", "pet"), mip=True, seg=True, uncertainty=True, sr=True, presentation_states=True)
 WRITERS = {
@@ -96,3 +101,14 @@ def test_a_pet_series_that_cannot_be_written_fails_the_job(sample: Sample) -> No
     nowhere = replace(sample.suv, grid=replace(sample.suv.grid, frame_of_reference_uid=""))
     with pytest.raises(OutputError, match="no_frame_of_reference"):
         encode(sample, nowhere)
+
+
+def test_the_job_goes_on_and_its_summary_holds_the_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "encode_mip", lambda *_, **__: 1 / 0)
+    folder = write_tiny_bundle(tmp_path / "bundle")
+    options = PipelineOptions(bundle=folder, device="cpu", threads=1, gate=GateOptions(min_coverage_mm=30))
+    result = synthesize_series(write_tiny_study(tmp_path / "ct"), load_bundle(folder), options, created=CREATED)
+    write_result(result, tmp_path / "result")
+    summary = read_summary(tmp_path / "result")
+    assert [s.folder for s in summary.series] == ["pet-sc"]
+    assert "the MIP picture cannot be written and is left out: ZeroDivisionError" in summary.notes
