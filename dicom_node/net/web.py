@@ -195,7 +195,8 @@ def _failure(service: WebConfig, error: requests.RequestException) -> WebFailure
             text = f"{at}: its certificate is not trusted: {cause.verify_message}"
             return WebFailure("tls_untrusted", text, permanent=True)
         if isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-            break  # the connection was cut
+            text = f"{at} cut the TLS connection: is it overloaded, or does it want a certificate of ours?"
+            return WebFailure("connection_failed", text, permanent=False)
         if isinstance(cause, ssl.SSLError):
             text = f"{at}: no TLS connection: {cause.reason or 'handshake failed'}"
             return WebFailure("tls_failed", text, permanent=True)

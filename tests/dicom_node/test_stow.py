@@ -414,10 +414,9 @@ def test_a_service_that_asks_who_calls_is_told(files: list[Path], authority: Aut
     both.write_bytes(key.read_bytes() + cert.read_bytes())
     with FakeWeb(tls=authority.server(asks=True)) as web:
         service = web.service(ca_file=authority.file)
-        failure = check_service(service)
-        assert failure is not None
-        assert (failure.code, failure.permanent) == ("tls_failed", PERMANENT)
-        assert send_series_web(files, service).stored == 0  # the alert may be lost where the body was on its way
+        assert check_service(service) is not None  # by its alert, or by hanging up: as TLS 1.3 happens to run
+        assert send_series_web(files, service).stored == 0
+        assert web.posts == []
         for keys in ({"client_cert_file": cert, "client_key_file": key}, {"client_cert_file": both}):
             assert send_series_web(files, service.model_copy(update=keys)).ok
 
