@@ -14,6 +14,8 @@ from storage.records import Job
 RECALLED = "recalled"  # in a job's details: its result was taken back, and it stands in nobody's way
 RERUN = "rerun"  # in a job's details: why the result of the job that it supersedes was computed again
 
+SAME_AS = "same_as"  # in a job's details: the job whose series its result turned out to be, so that it was not sent
+
 
 def asked_for(options: PipelineOptions) -> dict[str, Any]:
     """The options that decide what is in a result, as the ledger keeps them with it."""

@@ -21,7 +21,7 @@ import structlog
 from dicom_node.config import Config, DestinationConfig
 from dicom_node.delivery import OPTIONAL_KINDS
 from dicom_node.engine import Engine, EngineError, EngineStopped
-from dicom_node.lineage import RECALLED, RERUN, asked_for, series_out
+from dicom_node.lineage import RECALLED, RERUN, SAME_AS, asked_for, series_out
 from dicom_node.retry import retry_delay_s
 from pipeline.errors import DistrictError, GateRefusal, PipelineError, UnsupportedSeries
 from pipeline.result import ResultSummary, SeriesSummary, read_summary
@@ -297,20 +297,24 @@ class Worker:
     def _complete(self, job: Job) -> Job:
         summary = read_summary(self._spool.result_folder(job.id))
         held = (summary.held.code, summary.held.text) if summary.held else None
-        out = series_out(self._ledger, job)
-        for one in (one for one in summary.series if one.series_uid in out):
-            text = (
-                f"its {one.kind} ({one.encoding}) is the series of job {out[one.series_uid]}: it is not sent from here"
-            )
-            self._ledger.note(job.id, "same_series", text, details={"series_uid": one.series_uid})
-        fresh = [one for one in summary.series if one.series_uid not in out]
+        fresh, details = self._not_out_yet(job, summary)
         return self._ledger.complete_run(
             job.id,
             self._owner,
             deliveries=new_deliveries(fresh, self._config.destinations),
             held=held,
-            details=result_details(summary),
+            details={**result_details(summary), **details},
         )
+
+    def _not_out_yet(self, job: Job, summary: ResultSummary) -> tuple[list[SeriesSummary], Mapping[str, Any]]:
+        """The series that may be sent: one that another job sent, or that was recalled, keeps the bytes of then."""
+        out = series_out(self._ledger, job)
+        known = [one for one in summary.series if one.series_uid in out]
+        for one in known:
+            text = f"its {one.kind} ({one.encoding}) is the series of job {out[one.series_uid]}: not sent from here"
+            self._ledger.note(job.id, "same_series", text, details={"series_uid": one.series_uid})
+        fresh = [one for one in summary.series if one.series_uid not in out]
+        return fresh, {SAME_AS: out[known[0].series_uid]} if known else {}
 
     def _shadow(self, job: Job) -> None:
         """Compare with the second bundle while the result is on its way; whatever happens, the job is as it was."""

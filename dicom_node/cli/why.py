@@ -21,7 +21,7 @@ from dicom_node.cli.common import (
     safe,
 )
 from dicom_node.cli.jobs import recalled_text
-from dicom_node.lineage import RERUN
+from dicom_node.lineage import RERUN, SAME_AS
 from storage.ledger import Ledger
 from storage.records import PROOF_STATES, Delivery, DeliveryState, Event, Job, JobFilter, JobState
 
@@ -124,6 +124,8 @@ def _explain(job: Job, deliveries: list[Delivery]) -> None:
         why = "; ".join(job.details.get(RERUN) or ())
         what = f"computed again ({why}) after" if why else "with slices that came after"
         _say(f"    {what} job {job.supersedes[:8]}{'' if why else ' began'}: use this result, not that one")
+    if same := job.details.get(SAME_AS):
+        _say(f"    its series are those of job {same[:8]}, which sent them or was recalled: nothing was sent twice")
     if recalled := recalled_text(job):
         _say(f"    recalled: {recalled}")
     for destination, successor in sorted((job.details.get("superseded_at") or {}).items()):
