@@ -123,6 +123,9 @@ def pipeline_options(config: Config) -> PipelineOptions:
     )
 
 
+REFERRING_KINDS = frozenset({"sr", "gsps", "pcps"})  # to the planes of one PET series, which another encoding lacks
+
+
 def new_deliveries(series: Sequence[SeriesSummary], destinations: Sequence[DestinationConfig]) -> list[NewDelivery]:
     """The PET series of each destination's encoding first, then the companions that it wants."""
     return [
@@ -140,10 +143,10 @@ def new_deliveries(series: Sequence[SeriesSummary], destinations: Sequence[Desti
 
 
 def _of_kind(series: Sequence[SeriesSummary], kind: str, encoding: str) -> list[SeriesSummary]:
-    """The series of a kind in an encoding; a companion is the same for either, so one of another encoding will do."""
+    """The series of a kind in an encoding; a companion of no PET series in particular will do in another one too."""
     found = [one for one in series if one.kind == kind]
     exact = [one for one in found if one.encoding == encoding]
-    return exact or (found[:1] if kind in OPTIONAL_KINDS else [])
+    return exact or (found[:1] if kind in OPTIONAL_KINDS - REFERRING_KINDS else [])
 
 
 def _kinds(destination: DestinationConfig) -> tuple[str, ...]:

@@ -54,6 +54,12 @@ def test_a_destination_gets_the_report_and_the_states_of_its_own_pet_after_what_
             assert delivery.encoding == encoding
 
 
+def test_a_report_on_the_pet_series_of_another_encoding_is_not_sent() -> None:
+    left_out = [s for s in SERIES if (s.kind, s.encoding) not in (("sr", "pet"), ("gsps", "pet"))]
+    kinds = [d.kind for d in new_deliveries(left_out, [destination(encoding="pet")])]
+    assert kinds == ["pet", "mip", "seg", "uncertainty", "pcps"]
+
+
 def test_a_destination_that_wants_none_gets_none() -> None:
     kinds = {d.kind for d in new_deliveries(SERIES, [destination(send_sr=False)])}
     assert kinds == set(EVERY_KIND) - {"sr"}
