@@ -161,10 +161,11 @@ class ProofLedger(DeliveryLedger):
         The delivery is due at once: its owner compares the report with what was sent.
         """
         with self._write() as session:
-            asked = session.get(CommitmentRow, transaction_uid, with_for_update=True)
-            if asked is None:
+            known = session.get(CommitmentRow, transaction_uid)
+            if known is None:
                 return Report.UNKNOWN
-            row = self._delivery(session, asked.delivery_id)
+            row = self._delivery(session, known.delivery_id)  # locked before its transaction, as everywhere
+            asked = session.get_one(CommitmentRow, transaction_uid, with_for_update=True, populate_existing=True)
             counts = f"{len(committed)} of {row.instances} instances committed, {len(failed)} refused"
             if asked.state not in _OPEN:
                 self._delivery_event(session, row, "commitment_repeated", counts, transaction_uid=transaction_uid)

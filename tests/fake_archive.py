@@ -40,8 +40,8 @@ def none_fails(_request: Request, _number: int) -> Mapping[str, int]:
 
 
 class FakeArchive(FakePacs):
-    """`answer`: "same" reports on the requestor's association, "new" on one of its own to `node_port`, "none" leaves
-    it to the test. `action_status` answers the N-ACTION. `shown` is how many of the stored instances C-FIND tells of
+    """`answer`: "same" reports on the requestor's association, "new" on one of its own to `node_port`, "next" on that
+    of the next request, "none" leaves it to the test. `action_status` answers the N-ACTION. `shown` is how many of the stored instances C-FIND tells of
     at a look (its number: 1, 2, ...); without `counts` the key (0020,1209) stays empty.
     """
 
@@ -50,7 +50,7 @@ class FakeArchive(FakePacs):
         *,
         commits: bool = True,
         finds: bool = True,
-        answer: Literal["same", "new", "none"] = "none",
+        answer: Literal["same", "new", "next", "none"] = "none",
         failing: Failing = none_fails,
         action_status: int = 0x0000,
         shown: Callable[[int, int], int] = lambda stored, _look: stored,
@@ -118,7 +118,10 @@ class FakeArchive(FakePacs):
         with self._lock:
             self.requests.append(request)
             number = len(self.requests)
-        if self._action_status == 0 and self._answer != "none":
+        if self._answer == "next":
+            number -= 1
+            request = self.requests[number - 1]
+        if number and self._action_status == 0 and self._answer != "none":
             self._action_answered.clear()
             reporter = threading.Thread(target=self._report_later, args=(event.assoc, request, number))
             self._reporters.append(reporter)
@@ -132,7 +135,7 @@ class FakeArchive(FakePacs):
     def _report_later(self, assoc: Any, request: Request, number: int) -> None:
         self._action_answered.wait(WAIT_S)
         failed = self._failing(request, number)
-        if self._answer == "same":
+        if self._answer in ("same", "next"):
             self._send_report(assoc, request, failed, (), None)
         else:
             self.report(request, failed=failed)

@@ -77,6 +77,8 @@ def _findings(path: Path, quick: bool) -> Iterator[Finding]:
     for destination in config.destinations:
         if destination.url:
             yield check_web(destination)
+        elif destination.commitment or destination.verify:
+            yield check_proof(config, destination)
 
 
 def _summary(config: Config) -> str:
@@ -186,6 +188,27 @@ def check_peer(config: Config, peer: PeerConfig) -> Finding:
     bad = Verdict.FAIL if needed else Verdict.WARN
     text = f"{peer.ae_title} at {peer.host}:{peer.port}: {'answers C-ECHO' if outcome.ok else outcome.text}"
     return Finding(check=f"peer {peer.name}", verdict=Verdict.OK if outcome.ok else bad, text=text)
+
+
+def check_proof(config: Config, destination: DestinationConfig) -> Finding:
+    """The archive offers the services that shall prove deliveries; without one they end earlier, so it only warns."""
+    from dicom_node.net.commitment import PUSH_MODEL
+    from dicom_node.net.link import Trouble, offered
+    from dicom_node.net.query import STUDY_ROOT_FIND
+
+    name = f"proof {destination.name}"
+    wanted = {PUSH_MODEL: "Storage Commitment"} if destination.commitment else {}
+    wanted |= {STUDY_ROOT_FIND: "C-FIND"} if destination.verify else {}
+    answer = offered(config.peer(destination.peer), list(wanted), calling_ae=config.node.ae_title)
+    if isinstance(answer, Trouble):
+        return Finding(check=name, verdict=Verdict.WARN, text=answer.text)
+    missing = " and ".join(what for sop_class, what in wanted.items() if sop_class not in answer)
+    if missing:
+        return Finding(check=name, verdict=Verdict.WARN, text=f"offers no {missing}: deliveries end without that proof")
+    text = f"offers {' and '.join(wanted.values())}"
+    if destination.commitment:
+        text += f"; its reports must reach {config.node.ae_title} on port {config.node.port}"
+    return Finding(check=name, verdict=Verdict.OK, text=text)
 
 
 def check_web(destination: DestinationConfig) -> Finding:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydicom import Dataset
-from pydicom.uid import UID
-from pynetdicom import AE, evt
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pynetdicom import AE, build_context, evt
 from pynetdicom.association import Association
 from pynetdicom.events import EventHandlerType
 from pynetdicom.presentation import PresentationContext
@@ -159,3 +159,14 @@ def where(peer: PeerConfig) -> str:
 def dimse_status(answer: Dataset) -> int | None:
     """The DIMSE status, or None when the peer timed out, aborted or answered nonsense."""
     return int(answer.Status) if "Status" in answer else None
+
+
+def offered(
+    peer: PeerConfig, classes: Sequence[str], *, calling_ae: str, timeouts: Timeouts | None = None
+) -> frozenset[str] | Trouble:
+    """Which of these SOP classes a peer accepts in uncompressed transfer syntaxes; a `Trouble` when none is known."""
+    contexts = [build_context(sop_class, [ExplicitVRLittleEndian, ImplicitVRLittleEndian]) for sop_class in classes]
+    with Link(peer, contexts, calling_ae, timeouts or Timeouts(), 16382) as link:
+        if link.trouble is None:
+            return frozenset(str(context.abstract_syntax) for context in link.assoc.accepted_contexts)
+        return frozenset() if link.trouble.code == "no_presentation_context" else link.trouble

@@ -148,6 +148,16 @@ def test_without_a_report_in_time_it_is_asked_again_and_the_late_report_counts(d
     assert archive.received.attempts.total() == COUNT  # nothing was sent twice
 
 
+def test_a_report_that_waits_for_our_next_association_is_taken_there(desk: ProofDesk) -> None:
+    with FakeArchive(answer="next") as archive:
+        desk.prove(archive, listen=False, commitment_timeout_s=0.1)
+        desk.until(lambda: desk.state is JobState.DONE)
+    assert (desk.delivery().state, len(archive.requests), archive.answers) == (VISIBLE, 2, [0x0000])
+    first, second = desk.ledger.commitments(desk.delivery().id)
+    assert (first.transaction_uid, first.state) == (archive.requests[0].transaction_uid, CommitmentState.COMMITTED)
+    assert second.state is CommitmentState.ASKED
+
+
 def test_an_archive_that_never_reports_fails_the_delivery_by_name(desk: ProofDesk) -> None:
     with FakeArchive() as archive:
         desk.prove(archive, wait_s=0.0, commitment_timeout_s=0.05, max_attempts=3)
