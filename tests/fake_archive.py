@@ -41,8 +41,9 @@ def none_fails(_request: Request, _number: int) -> Mapping[str, int]:
 
 class FakeArchive(FakePacs):
     """`answer`: "same" reports on the requestor's association, "new" on one of its own to `node_port`, "next" on that
-    of the next request, "none" leaves it to the test. `action_status` answers the N-ACTION. `shown` is how many of the stored instances C-FIND tells of
-    at a look (its number: 1, 2, ...); without `counts` the key (0020,1209) stays empty.
+    of the next request, "none" leaves it to the test. `action_status` answers the N-ACTION. `shown` is how many of
+    the stored instances C-FIND tells of at a look (its number: 1, 2, ...); without `counts` the key (0020,1209) stays
+    empty.
     """
 
     def __init__(
