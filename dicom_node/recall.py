@@ -73,7 +73,7 @@ def recall(
     `destinations` None: at all of them, and the job counts as recalled: its CT series, routed again, is computed
     again. Doing it twice opens nothing twice.
     """
-    job, title = result.job, reason.title
+    job, title = result.job, reason.document_title
     text = f"bundle {result.bundle} is recalled: {title.meaning} ({title.value})"
     told = {"code": title.value, "meaning": title.meaning, "time": clock().isoformat()}
     details = {} if destinations is not None or RECALLED in job.details else {RECALLED: told}

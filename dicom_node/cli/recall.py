@@ -55,7 +55,7 @@ CSV_COLUMNS = (
 
 
 class Why(StrEnum):
-    """What `--why` takes: the codes of the notes' titles (`RejectionReason.title`)."""
+    """What `--why` takes: the codes of the notes' titles (`RejectionReason.document_title`)."""
 
     QUALITY = "113001"
     SAFETY = "113037"

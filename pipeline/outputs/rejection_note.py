@@ -54,7 +54,7 @@ class RejectionReason(StrEnum):
     SAFETY = "safety"
 
     @property
-    def title(self) -> Code:
+    def document_title(self) -> Code:
         """The coded document title."""
         titles: dict[RejectionReason, Code] = {
             RejectionReason.QUALITY: codes.DCM.RejectedForQualityReasons,
@@ -153,7 +153,7 @@ def encode_rejection_note(
         return f"2.25.{uuid5(UID_NAMESPACE, f'{rejected.series_uid}|{reason}|{created.isoformat()}|{what}').int}"
 
     content = hd.ko.KeyObjectSelection(
-        document_title=reason.title,
+        document_title=reason.document_title,
         referenced_objects=references,
         observer_device_context=_observer(),
         description=description,

@@ -148,7 +148,7 @@ def test_patient_safety_is_another_note_with_its_own_title(bench: Bench) -> None
 
 
 def test_the_reasons_of_the_command_are_the_titles_of_the_notes() -> None:
-    assert {why.name: why.value for why in Why} == {one.name: one.title.value for one in RejectionReason}
+    assert {why.name: why.value for why in Why} == {one.name: one.document_title.value for one in RejectionReason}
 
 
 def test_what_waits_is_not_sent_any_more_and_what_is_held_is_cancelled(bench: Bench) -> None:

@@ -17,6 +17,7 @@ from dicom_node.config import DestinationConfig
 from dicom_node.delivery import Deliveries, outbox_files
 from dicom_node.proof import asked_of, goal_of
 from dicom_node.rejections import keep_references, reject_superseded
+from pipeline.outputs.rejection_note import KIND
 from storage.ledger import open_ledger
 from storage.records import REJECTION, DeliveryState, JobState
 
@@ -201,6 +202,10 @@ def test_a_damaged_result_does_not_stop_retention(bench: Bench) -> None:
     (bench.spool.result_folder(old.id) / "pet-sc" / "0001.dcm").write_bytes(b"damaged")
     keep_references(bench.spool, old.id)
     assert bench.spool.references(old.id) == {}
+
+
+def test_the_ledger_and_the_writer_have_one_word_for_a_note() -> None:
+    assert KIND == REJECTION
 
 
 def test_a_note_need_not_be_visible_where_series_must(bench: Bench) -> None:
