@@ -165,8 +165,7 @@ class Node:
         return self._listen(port, deliveries.prover)
 
     def _listen(self, port: int | None, prover: Prover) -> int:
-        asks = any(destination.commitment for destination in self.config.destinations)
-        take_report = prover.take if asks else None
+        take_report = prover.take if self.config.asks_commitment else None
         receiver = Receiver(self.config, self.spool, self.ledger, self.registry, take_report=take_report)
         try:
             bound = receiver.start(port=port)

@@ -45,12 +45,12 @@ def statement(config: Config) -> str:
     """The whole document for one configuration. It holds no path, no secret and no patient."""
     options = pipeline_options(config).output
     samples = make_samples(options)
-    takes = [one for one in accepted(config) if one.use != DROPPED]
-    dropped = len(accepted(config)) - len(takes)
+    granted = accepted(config)
+    takes = [one for one in granted if one.use != DROPPED]
     sends = {one.name: proposed(samples.full.series, options, one) for one in config.destinations if one.peer}
     parts = (
         _cover(config),
-        _overview(takes, dropped, sends, config),
+        _overview(takes, len(granted) - len(takes), sends, config),
         _introduction(),
         _model(config),
         _services(takes, config),
@@ -157,11 +157,11 @@ def _services(takes: Sequence[Accepted], config: Config) -> list[str]:
             map(_proof_row, config.destinations),
         ),
         *text(
-            """A report (N-EVENT-REPORT) is taken on the association of the request, on a later one of ours, or on one
-            that the archive opens to us. Every request has a fresh Transaction UID; items that failed are stored
-            again. Counting is C-FIND (Study Root) at SERIES level for Number of Series Related Instances (0020,1209),
-            at IMAGE level where that stays empty, and QIDO-RS at a DICOMweb destination. A service that a destination
-            does not offer is noted; it fails nothing."""
+            """Where Storage Commitment is asked for, a report (N-EVENT-REPORT) is taken on the association of the
+            request, on a later one of ours, or on one that the archive opens to us. Every request has a fresh
+            Transaction UID; items that failed are stored again. Counting is C-FIND (Study Root) at SERIES level for
+            Number of Series Related Instances (0020,1209), at IMAGE level where that stays empty, and QIDO-RS at a
+            DICOMweb destination. A service that a destination does not offer is noted; it fails nothing."""
         ),
     ]
 

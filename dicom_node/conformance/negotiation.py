@@ -53,7 +53,7 @@ def known_sop_classes() -> tuple[str, ...]:
 def accepted(config: Config) -> tuple[Accepted, ...]:
     """What a peer that may do everything is granted when it proposes everything there is."""
     asked = [build_context(uid, list(ALL_TRANSFER_SYNTAXES)) for uid in known_sop_classes()]
-    granted = contexts_for(asked, may_store=True, may_echo=True, may_report=True)
+    granted = contexts_for(asked, may_store=True, may_echo=True, may_report=config.asks_commitment)
     kept = kept_classes(config)
     return tuple(_accepted(context, kept) for context in granted)
 

@@ -44,18 +44,11 @@ Written = Mapping[str, tuple[Dataset, ...]]  # "pet-sc" -> its instances
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One result: its source and what was written, by "<kind>-<encoding>"."""
+    """One result: its source, and what was written as a reader gets it, by "<kind>-<encoding>"."""
 
     header: Dataset
     series: tuple[EncodedSeries, ...]
-
-    @property
-    def written(self) -> Written:
-        """The data sets as a reader gets them."""
-        return {
-            f"{one.kind}-{one.encoding}": tuple(dcmread(BytesIO(instance.data)) for instance in one.instances)
-            for one in self.series
-        }
+    written: Written
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +105,12 @@ def _sample(number: int, options: OutputOptions) -> Sample:
     )
     if left_out:
         raise RuntimeError(f"the conformance statement's sample is not whole: {'; '.join(left_out)}")
-    return Sample(header=source.header, series=(*made, _rejection(made[number % 2], number)))
+    series = (*made, _rejection(made[number % 2], number))
+    written = {
+        f"{one.kind}-{one.encoding}": tuple(dcmread(BytesIO(instance.data)) for instance in one.instances)
+        for one in series
+    }
+    return Sample(header=source.header, series=series, written=written)
 
 
 def _rejection(pet: EncodedSeries, number: int) -> EncodedSeries:
