@@ -68,7 +68,8 @@ def settle(delivery: Delivery, outcome: SendOutcome, stored: int, destination: D
     as an attempt that failed); attempts used up; again after a growing pause.
     """
     if outcome.ok and stored == delivery.instances:
-        return Verdict(state=DeliveryState.SENT, text=outcome.note)
+        told = f"{stored} of {delivery.instances} instances accepted by {destination.name}; {outcome.note}"
+        return Verdict(state=DeliveryState.SENT, text=told if outcome.note else "")
     if outcome.ok:
         text = f"{stored} of {delivery.instances} instances were in the outbox: the result is not whole"
         return Verdict(state=DeliveryState.FAILED, code="result_incomplete", text=text)

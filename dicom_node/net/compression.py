@@ -19,7 +19,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.encaps import encapsulate
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_file_meta_info
-from pydicom.pixels import get_encoder
+from pydicom.pixels.encoders.base import get_encoder
 from pydicom.uid import (
     UID,
     ExplicitVRLittleEndian,
@@ -95,6 +95,7 @@ def _frames(ds: Dataset, syntax: UID) -> Iterator[bytes]:
     """The encoded frames. One encoder is named for each syntax: which one is installed must not decide the bytes."""
     if syntax == HTJ2KLossless:  # pydicom has no encoder for it
         for frame in ds.pixel_array.reshape(-1, ds.Rows, ds.Columns):
-            yield imagecodecs.htj2k_encode(frame, reversible=True, resolutions=_HTJ2K_LEVELS)
+            yield bytes(imagecodecs.htj2k_encode(frame, reversible=True, resolutions=_HTJ2K_LEVELS))
     else:
-        yield from get_encoder(syntax).iter_encode(ds, encoding_plugin=_PLUGINS[syntax])
+        for encoded in get_encoder(syntax).iter_encode(ds, encoding_plugin=_PLUGINS[syntax]):
+            yield bytes(encoded)
