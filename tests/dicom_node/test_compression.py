@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import get_args
@@ -11,6 +12,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from delivery_desk import COUNT, Desk, config_for
 from fake_pacs import RESULT_CLASSES, FakePacs
 from outputs_samples import Sample, sample_suv, source_of, write_sample_ct, write_series
 from pydicom import Dataset, dcmread
@@ -22,6 +24,7 @@ from result_factory import sop_uids
 from dicom_node.config import DestinationConfig
 from dicom_node.net.compression import EXPLICIT, TRANSFER_SYNTAXES, compress, compressed_file
 from dicom_node.net.scu import Timeouts, send_series
+from storage.records import JobState
 
 QUICK = Timeouts(acse_s=5.0, dimse_s=5.0, network_s=5.0)
 NAMES = tuple(TRANSFER_SYNTAXES)
@@ -180,3 +183,45 @@ def test_no_room_for_compressed_instances_is_transient(files: list[Path], monkey
     with FakePacs(syntaxes=[ExplicitVRLittleEndian, TRANSFER_SYNTAXES["rle"]]) as pacs:
         outcome = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=QUICK, transfer_syntax="rle")
     assert (outcome.code, outcome.permanent, outcome.stored) == ("no_space", False, 0)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(tmp_path / "spool")
+    yield made
+    made.close()
+
+
+def test_a_delivery_is_compressed_for_the_destination_that_asks_for_it(desk: Desk) -> None:
+    rle = TRANSFER_SYNTAXES["rle"]
+    with FakePacs(syntaxes=[ExplicitVRLittleEndian, ImplicitVRLittleEndian, rle]) as pacs:
+        config = config_for(desk.root, pacs, transfer_syntax="rle")
+        desk.finish_job(config)
+        desk.deliver(config)
+        desk.until(lambda: desk.state is JobState.DONE)
+    assert pacs.received.syntaxes == {rle: COUNT}
+    assert pacs.instances == set(sop_uids(desk.files["pet"]))
+
+
+def test_a_retry_sends_what_is_missing_in_the_same_bytes(desk: Desk) -> None:
+    rle = TRANSFER_SYNTAXES["rle"]
+    with FakePacs(syntaxes=[ExplicitVRLittleEndian, rle], abort_after=[2]) as pacs:
+        config = config_for(desk.root, pacs, transfer_syntax="rle")
+        desk.finish_job(config)
+        desk.deliver(config)
+        desk.until(lambda: desk.state is JobState.DONE)
+    assert set(pacs.received.syntaxes) == {rle}
+    assert all(len(digests) == 1 for digests in pacs.received.digests.values())
+    assert pacs.instances == set(sop_uids(desk.files["pet"]))
+
+
+def test_the_history_of_a_job_says_that_an_archive_did_not_take_the_compression(desk: Desk) -> None:
+    with FakePacs() as pacs:
+        config = config_for(desk.root, pacs, transfer_syntax="htj2k")
+        desk.finish_job(config)
+        desk.deliver(config)
+        desk.until(lambda: desk.state is JobState.DONE)
+    told = [event.text for event in desk.ledger.events(desk.job_id) if "sent uncompressed" in event.text]
+    assert len(told) == 1
+    assert f"{COUNT} of {COUNT} instances accepted" in told[0]
+    assert pacs.received.syntaxes == {ExplicitVRLittleEndian: COUNT}
