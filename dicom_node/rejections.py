@@ -30,7 +30,7 @@ from storage.durable import make_folder, write_file
 from storage.errors import IllegalMove
 from storage.ledger import Ledger, utc_now
 from storage.records import PROOF_STATES, REJECTION, Delivery, Event, Job, NewDelivery
-from storage.rejections import REJECTABLE
+from storage.rejections import OPEN_AGAIN, REJECTABLE
 from storage.spool import Spool
 
 log = structlog.get_logger()
@@ -75,9 +75,12 @@ def reject(
     if job.state not in REJECTABLE:
         raise IllegalMove(f"job {job.id}: is {job.state}, nothing of it was sent that could be rejected")
     deliveries = ledger.deliveries(job.id)
+    known = {(d.destination, d.encoding) for d in deliveries if d.kind == REJECTION and d.state not in OPEN_AGAIN}
     notes, unnamed = [], []
     for delivery in arrived(deliveries, ledger.events(job.id), destinations):
         encoding = note_encoding(delivery, reason)
+        if (delivery.destination, encoding) in known:
+            continue
         try:
             series_uid = _note(spool, job, delivery, reason, description, clock)
         except OutputError as error:

@@ -324,6 +324,8 @@ class Ledger(ProofLedger, RejectionLedger):
             row.attempts = 0
             if deliver:
                 again = self._restart_deliveries(session, job_id, _UNSENT_STATES)
+                if not again and "recalled" in row.details:
+                    raise IllegalMove(f"job {job_id}: was recalled, and no rejection note of it waits to be sent again")
                 text = f"retried by an operator: {again} deliveries"
                 self._move(session, row, JobState.DELIVERING, code="retried", text=text)
                 self._settle(session, row)
@@ -341,6 +343,8 @@ class Ledger(ProofLedger, RejectionLedger):
             states = (*_SENT_STATES, *_UNSENT_STATES)
             again = self._restart_deliveries(session, job_id, states, destination=destination)
             if not again:
+                if "recalled" in row.details:
+                    raise IllegalMove(f"job {job_id}: was recalled, and has no rejection note there to send again")
                 raise IllegalMove(f"job {job_id}: has no delivery to {clean(destination) or 'any destination'}")
             text = f"{again} deliveries asked for again by an operator"
             self._move(session, row, JobState.DELIVERING, code="redelivered", text=text)

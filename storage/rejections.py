@@ -18,7 +18,7 @@ from storage.records import PROOF_STATES, REJECTION, DeliveryState, Job, JobStat
 from storage.schema import DeliveryRow, JobRow, job_of
 
 REJECTABLE = frozenset({JobState.DELIVERING, JobState.DONE, JobState.FAILED, JobState.CANCELLED})
-_OPEN_AGAIN = frozenset({DeliveryState.FAILED.value, DeliveryState.CANCELLED.value})
+OPEN_AGAIN = frozenset({DeliveryState.FAILED, DeliveryState.CANCELLED})  # a note in these states did not arrive
 
 
 class RejectionLedger(DeliveryLedger):
@@ -57,7 +57,7 @@ class RejectionLedger(DeliveryLedger):
                 raise IllegalMove(f"job {job_id}: is {job.state}, nothing of it was sent that could be rejected")
             rows = session.scalars(select(DeliveryRow).where(DeliveryRow.job_id == job_id)).all()
             stopped = self._stop_sending(rows, destinations, code, text)
-            known = {(r.destination, r.kind, r.encoding) for r in rows if r.state not in _OPEN_AGAIN}
+            known = {(r.destination, r.kind, r.encoding) for r in rows if DeliveryState(r.state) not in OPEN_AGAIN}
             new = [note for note in notes if (note.destination, note.kind, note.encoding) not in known]
             self._open_deliveries(session, job, new)
             told = plain(details or {})

@@ -254,9 +254,10 @@ def retry(
         spool = Spool(config.storage.root, min_free_bytes=0)
         job = ledger.get(job_id)
         noted = any(delivery.kind == REJECTION for delivery in ledger.deliveries(job_id))
-        if rerun and (job.state is JobState.DONE or noted or RECALLED in job.details):
+        taken_back = noted or RECALLED in job.details
+        if rerun and (job.state is JobState.DONE or taken_back):
             return run_again(ledger, spool, job, changes(job, config, spool))
-        needed = not noted and (rerun or not spool.has_result(job_id))  # retention may have removed it
+        needed = not taken_back and (rerun or not spool.has_result(job_id))  # retention may have removed it
         if needed and ledger.get(job_id).state in RETRIED_STATES:
             spool.discard_result(job_id)  # before the move: a running node may take the job up at once
         return ledger.retry(job_id, rerun=needed)

@@ -162,6 +162,28 @@ def test_what_waits_is_not_sent_any_more_and_what_is_held_is_cancelled(bench: Be
     assert {d.reason_code for d in bench.ledger.deliveries(waiting.id)} == {"recalled"}
 
 
+def test_a_recalled_result_is_neither_retried_nor_computed_in_place(bench: Bench) -> None:
+    job = bench.finished(held=("suv_range", "too hot"))
+    ask(bench, "--bundle", "phantom", "--send-rejections", "--yes")
+    bench.spool.discard_result(job.id)
+    for words in (("retry", job.id), ("redeliver", job.id)):
+        refused = RUNNER.invoke(app, ["jobs", *words, "--config", str(bench.root / "config.toml")])
+        assert refused.exit_code == 1, words
+    assert bench.ledger.get(job.id).state is JobState.CANCELLED
+    assert bench.send() == []
+
+
+def test_a_note_that_has_arrived_is_not_written_anew_when_its_file_is_gone(bench: Bench) -> None:
+    job = bench.finished()
+    bench.send()
+    ask(bench, "--bundle", "phantom", "--send-rejections", "--yes")
+    bench.send()
+    bench.spool.discard_result(job.id)
+    done = ask(bench, "--bundle", "phantom", "--send-rejections", "--yes")
+    assert done.exit_code == 0, done.output
+    assert not bench.spool.result_folder(job.id).exists()
+
+
 def test_show_and_why_tell_that_a_result_was_recalled(bench: Bench) -> None:
     job = bench.finished()
     bench.send()

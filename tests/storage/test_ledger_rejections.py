@@ -134,7 +134,7 @@ def test_redeliver_and_retry_send_a_note_again_and_never_what_it_rejects(ledger:
     ledger.retry(job_id)
     assert send(ledger) == "a rejection"
     assert ledger.claim_delivery("s", lease_s=60) is None
-    with pytest.raises(IllegalMove):
+    with pytest.raises(IllegalMove, match="was recalled"):
         ledger.redeliver(job_id, destination="b")
 
 
