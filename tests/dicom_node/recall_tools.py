@@ -90,3 +90,13 @@ class Bench:
 
     def codes(self, job_id: str) -> list[str]:
         return [event.code for event in self.ledger.events(job_id)]
+
+
+def write_config(bench: Bench) -> None:
+    """The file that the command reads; the same destinations as the bench's."""
+    text = '[storage]\nroot = "spool"\n'
+    for peer in bench.config.peers:
+        text += f'[[peers]]\nname = "{peer.name}"\nae_title = "{peer.ae_title}"\nport = {peer.port}\n'
+    for one in bench.config.destinations:
+        text += f'[[destinations]]\nname = "{one.name}"\npeer = "{one.peer}"\nencoding = "{one.encoding}"\n'
+    (bench.root / "config.toml").write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ import pytest
 from fake_pacs import free_port
 from orthanc import running_orthanc
 from pydicom import dcmread
-from recall_tools import Bench
+from recall_tools import Bench, write_config
 from typer.testing import CliRunner, Result
 
 from dicom_node.cli import app
@@ -31,16 +31,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     write_config(made)
     yield made
     made.ledger.close()
-
-
-def write_config(bench: Bench) -> None:
-    """The file that the command reads; the same destinations as the bench's."""
-    text = '[storage]\nroot = "spool"\n'
-    for peer in bench.config.peers:
-        text += f'[[peers]]\nname = "{peer.name}"\nae_title = "{peer.ae_title}"\nport = {peer.port}\n'
-    for one in bench.config.destinations:
-        text += f'[[destinations]]\nname = "{one.name}"\npeer = "{one.peer}"\nencoding = "{one.encoding}"\n'
-    (bench.root / "config.toml").write_text(text, encoding="utf-8")
 
 
 def ask(bench: Bench, *words: str, answer: str = "") -> Result:
