@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -267,7 +267,7 @@ class Prover:
             text = f"the outbox holds {len(files)} of {delivery.instances} instances: run the job again"
             goal = goal_of(destination)
             return Step(state=DeliveryState.FAILED, goal=goal, code="result_missing", text=text)
-        note = {}
+        declined = False
         if delivery.state is DeliveryState.SENT and destination.commitment:
             mine = [one for one in self._ledger.commitments(delivery.id) if one.attempt == delivery.attempts]
             for one in mine:
@@ -276,15 +276,16 @@ class Prover:
                     return weigh(delivery, one, uids, destination)
             if not any(one.state is CommitmentState.NOT_OFFERED for one in mine):
                 return self._ask(delivery, destination, files, should_stop)
-            note = {"code": "commitment_not_offered", "text": "it shows the series, but offers no Storage Commitment"}
+            declined = True
         if not destination.verify:  # the configuration asks for less than when it was sent
             return Step(state=delivery.state, goal=delivery.state)
         head = dcmread(files[0], stop_before_pixels=True, specific_tags=["StudyInstanceUID", "SeriesInstanceUID"])
         study_uid, series_uid = str(head.StudyInstanceUID), str(head.SeriesInstanceUID)
         outcome = self._count(self._config, destination, study_uid, series_uid, self._timeouts)
         step = judge_count(delivery, outcome, destination)
-        if step.state is DeliveryState.VISIBLE and note:
-            return Step(state=step.state, goal=step.goal, **note)
+        if step.state is DeliveryState.VISIBLE and declined:
+            text = "it shows the series, but offers no Storage Commitment"
+            return replace(step, code="commitment_not_offered", text=text)
         return step
 
     def _ask(

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import Any
 
 import structlog
 from pydicom import Dataset
@@ -31,7 +32,7 @@ from dicom_node.net.status import Outcome, Status, classify, status_text
 
 log = structlog.get_logger()
 
-PUSH_MODEL = STORAGE_COMMITMENT
+PUSH_MODEL: str = STORAGE_COMMITMENT
 PUSH_MODEL_INSTANCE = "1.2.840.10008.1.20.1.1"  # well-known
 REQUEST_COMMITMENT = 1  # Action Type ID
 EVENT_TYPES = (1, 2)  # all committed; failures exist
@@ -201,11 +202,11 @@ def answer_report(event: evt.Event, take: Take) -> int:
 
 def read_report(event: evt.Event) -> CommitmentReport:
     """The report of an N-EVENT-REPORT request (table J.3-2). Raises `ReportError`."""
-    if event.request.EventTypeID not in EVENT_TYPES:  # type: ignore[union-attr]
+    request: Any = event.request  # pynetdicom types it as any DIMSE primitive
+    if request.EventTypeID not in EVENT_TYPES:
         raise ReportError(Status.NO_SUCH_EVENT_TYPE, "its Event Type is neither 1 nor 2")
     try:
-        ds = event.event_information
-        return parse_report(ds)
+        return parse_report(event.event_information)
     except ReportError:
         raise
     except Exception as error:  # pydicom raises whatever it meets in a broken data set
