@@ -2,8 +2,8 @@
 
 One dispatcher thread claims what is due and keeps the leases; each destination has a thread of its own, so that a
 dead one delays no other. A later attempt sends only the instances that are still missing; after a kill everything
-of that delivery is sent again, which is the same bytes under the same UIDs. `settle` is the one place that decides
-what becomes of a delivery. What a destination proves after SENT is in `proof`; the same threads ask for it.
+of that delivery is sent again, which is the same bytes under the same UIDs. `settle.settle` is the one place that
+decides what becomes of a delivery. What a destination proves after SENT is in `proof`; the same threads ask for it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import structlog
 from dicom_node.config import Config, DestinationConfig
 from dicom_node.net.link import Timeouts
 from dicom_node.net.query import CountOutcome
-from dicom_node.net.scu import SendOutcome, is_stored, send_series
+from dicom_node.net.scu import SendOutcome, send_series
 from dicom_node.net.stow import send_series_web
 from dicom_node.proof import SAME_ASSOCIATION_S, Count, Prover, Step, asked_of, count_instances, goal_of, judge_count
-from dicom_node.retry import retry_delay_s
+from dicom_node.settle import Verdict, missing, settle, stored_before
 from storage.errors import StaleState
 from storage.ledger import Ledger, utc_now
 from storage.records import Delivery, DeliveryState, JobFilter, JobState
@@ -33,24 +33,10 @@ from storage.spool import Spool
 
 log = structlog.get_logger()
 
-# A destination that refuses these for good does not fail the job
-OPTIONAL_KINDS = frozenset({"mip", "seg", "uncertainty", "sr", "gsps", "pcps", "rejection"})
-CLASS_REFUSED = frozenset({"no_presentation_context", "sop_class_refused"})  # by C-STORE, by STOW-RS
-CLASS_NOT_SUPPORTED = "0x0122"  # PS3.7 annex C
 POLL_S = 1.0
 RENEW_EVERY_S = 5.0
 MANY = 1_000_000  # all of them
 Send = Callable[..., SendOutcome]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """What becomes of a delivery after one attempt."""
-
-    state: DeliveryState
-    code: str = ""
-    text: str = ""
-    retry_in_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,61 +45,6 @@ class _Claimed:
 
     delivery: Delivery
     stop: threading.Event = field(default_factory=threading.Event)
-
-
-def settle(delivery: Delivery, outcome: SendOutcome, stored: int, destination: DestinationConfig) -> Verdict:
-    """SENT when every instance is with the peer; else PENDING again, FAILED, or CANCELLED for an optional object.
-
-    `stored` counts over all attempts. Rules, in this order: whole; refused for good; told to stop (does not count
-    as an attempt that failed); attempts used up; again after a growing pause.
-    """
-    if outcome.ok and stored == delivery.instances:
-        told = f"{stored} of {delivery.instances} instances accepted by {destination.name}; {outcome.note}"
-        return Verdict(state=DeliveryState.SENT, text=told if outcome.note else "")
-    if outcome.ok:
-        text = f"{stored} of {delivery.instances} instances were in the outbox: the result is not whole"
-        return Verdict(state=DeliveryState.FAILED, code="result_incomplete", text=text)
-    if outcome.permanent and delivery.kind in OPTIONAL_KINDS and _of_a_class_refused(outcome):
-        text = f"skipped, it is optional: {outcome.text}"
-        return Verdict(state=DeliveryState.CANCELLED, code="optional_refused", text=text)
-    if outcome.permanent:
-        return Verdict(state=DeliveryState.FAILED, code=outcome.code, text=outcome.text)
-    if outcome.code == "interrupted":
-        return Verdict(state=DeliveryState.PENDING, code=outcome.code, text=outcome.text, retry_in_s=0.0)
-    if delivery.attempts >= destination.max_attempts:
-        text = f"{outcome.text}; given up after {delivery.attempts} attempts"
-        return Verdict(state=DeliveryState.FAILED, code=outcome.code, text=text)
-    pause = retry_delay_s(
-        max(delivery.attempts, 1), first_s=destination.first_retry_s, longest_s=destination.max_retry_s
-    )
-    if outcome.retry_after_s is not None:
-        pause = max(pause, min(outcome.retry_after_s, destination.max_retry_s))
-    return Verdict(state=DeliveryState.PENDING, code=outcome.code, text=outcome.text, retry_in_s=pause)
-
-
-def _of_a_class_refused(outcome: SendOutcome) -> bool:
-    """Refused because the destination does not take the class, in the negotiation or by the status."""
-    bad = {status for status in outcome.statuses.values() if not is_stored(status)}
-    return outcome.code in CLASS_REFUSED or bad == {CLASS_NOT_SUPPORTED}
-
-
-def missing(delivery: Delivery) -> frozenset[str] | None:
-    """The SOP Instance UIDs that earlier attempts left unsent; None when all have to be sent.
-
-    The ledger keeps the statuses that were not a success. They are trusted only if they account for every
-    instance that is not counted as sent.
-    """
-    left = frozenset(uid for uid, status in delivery.statuses.items() if not is_stored(status))
-    if delivery.sent and left and delivery.sent + len(left) == delivery.instances:
-        return left
-    return None
-
-
-def stored_before(delivery: Delivery) -> dict[str, str]:
-    """The warnings of earlier attempts that a later one, which sends only the rest, must not forget."""
-    if missing(delivery) is None:
-        return {}
-    return {uid: status for uid, status in delivery.statuses.items() if is_stored(status)}
 
 
 def outbox_files(folder: Path) -> list[Path]:

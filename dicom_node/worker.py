@@ -1,7 +1,7 @@
 """The worker: one job at a time from the ledger through the engine into the outbox.
 
 This is one of the two edges where an error becomes *retry*, *held*, *rejected* or *failed* (the other one is
-`delivery.settle`). The rules are in `judge`, one table that a test walks.
+`settle.settle`). The rules are in `judge`, one table that a test walks.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 import structlog
 
 from dicom_node.config import Config, DestinationConfig
-from dicom_node.delivery import OPTIONAL_KINDS
 from dicom_node.engine import Engine, EngineError, EngineStopped
 from dicom_node.lineage import RECALLED, RERUN, SAME_AS, asked_for, series_out
 from dicom_node.retry import retry_delay_s
+from dicom_node.settle import OPTIONAL_KINDS
 from pipeline.errors import DistrictError, GateRefusal, PipelineError, UnsupportedSeries
 from pipeline.result import ResultSummary, SeriesSummary, read_summary
 from pipeline.types import DistrictOptions, GateOptions, OutputOptions, PipelineOptions, Progress, Stage

@@ -13,8 +13,9 @@ from fake_pacs import FakePacs, free_port
 from result_factory import sop_uids
 
 from dicom_node.config import Config, DestinationConfig, PeerConfig, StorageConfig
-from dicom_node.delivery import Deliveries, Verdict, missing, settle
+from dicom_node.delivery import Deliveries
 from dicom_node.net.scu import SendOutcome
+from dicom_node.settle import Verdict, missing, settle
 from storage.records import Delivery, DeliveryState, JobState
 
 

@@ -14,8 +14,8 @@ from orthanc import running_orthanc
 from result_factory import sop_uids
 
 from dicom_node.config import Config, DestinationConfig, StorageConfig, WebConfig
-from dicom_node.delivery import settle
 from dicom_node.net.scu import SendOutcome
+from dicom_node.settle import settle
 from storage.records import Delivery, DeliveryState, JobState
 
 
