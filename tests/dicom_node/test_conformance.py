@@ -23,11 +23,11 @@ from typer.testing import CliRunner
 from dicom_node.cli import app
 from dicom_node.config import Config, PeerConfig, load_config
 from dicom_node.conformance.attributes import attributes_of
-from dicom_node.conformance.document import statement
+from dicom_node.conformance.document import REJECTIONS, statement
 from dicom_node.conformance.negotiation import DROPPED, accepted, known_sop_classes, proposed, verification
 from dicom_node.conformance.sample import Samples, make_samples
 from dicom_node.net.query import count_series_instances
-from dicom_node.net.scp import STORAGE_COMMITMENT
+from dicom_node.net.scp import IMPLEMENTATION_CLASS_UID, STORAGE_COMMITMENT
 from dicom_node.net.scu import Timeouts, echo, send_series
 from dicom_node.node import Node
 from dicom_node.worker import pipeline_options
@@ -165,6 +165,22 @@ def test_of_several_transfer_syntaxes_the_first_of_the_statement_is_chosen(tmp_p
             assert granted(port, [build_context(CTImageStorage, list(reversed(left)))]) == {(CTImageStorage, left[0])}
 
 
+def test_associations_are_rejected_and_identified_as_the_statement_says(tmp_path: Path) -> None:
+    config = config_of(tmp_path, node={"host": "127.0.0.1", "max_associations": 1, "max_pdu": 65536})
+    echo_only = [build_context(verification().sop_class_uid)]
+    with running_node(config) as port:
+        held = AE("PACS").associate("127.0.0.1", port, contexts=echo_only, ae_title="SYNPET")
+        assert held.acceptor.implementation_class_uid == IMPLEMENTATION_CLASS_UID
+        assert held.acceptor.maximum_length == 65536
+        answers = [
+            AE(calling).associate("127.0.0.1", port, contexts=echo_only, ae_title=called).acceptor.primitive
+            for calling, called in (("PACS", "OTHER"), ("STRANGER", "SYNPET"), ("PACS", "SYNPET"))
+        ]
+        held.release()
+    found = [(answer.result, answer.result_source, answer.diagnostic) for answer in answers if answer]
+    assert found == [reason for reason, _ in REJECTIONS[:3]]
+
+
 # ---- what is proposed
 
 
@@ -173,6 +189,7 @@ class Witness:
 
     def __init__(self) -> None:
         self.asked: dict[str, list[str]] = {}
+        self.identities: set[str] = set()
         self._ae = AE("PACS")
         for uid in known_sop_classes():
             self._ae.add_supported_context(uid, list(ALL_TRANSFER_SYNTAXES))
@@ -194,6 +211,7 @@ class Witness:
         return PeerConfig(name="pacs", ae_title="PACS", port=self._server.server_address[1])
 
     def _on_requested(self, event: evt.Event) -> None:
+        self.identities.add(str(event.assoc.requestor.implementation_class_uid))
         for context in event.assoc.requestor.requested_contexts:
             known = self.asked.setdefault(str(context.abstract_syntax), [])
             known += [str(uid) for uid in context.transfer_syntax if str(uid) not in known]
@@ -226,6 +244,7 @@ def test_a_peer_is_asked_for_what_the_statement_says(samples: Samples, tmp_path:
         assert echo(witness.peer(), calling_ae="SYNPET", timeouts=QUICK).ok
         check = verification()
         assert witness.asked == {check.sop_class_uid: list(check.transfer_syntaxes)}
+    assert witness.identities == {IMPLEMENTATION_CLASS_UID}
 
 
 def _objects(said: Sequence[Any]) -> set[str]:
