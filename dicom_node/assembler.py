@@ -147,7 +147,8 @@ class Assembler:
             if series.study_uid == study_uid:
                 series.last_seen = self._clock()
         log.info("segmentation.kept", study_uid=study_uid, sop_instance_uid=uid)
-        details = {"study_uid": study_uid, "accession": header.accession, "calling_ae": calling_ae, "address": address}
+        details = {"study_uid": study_uid, "accession": header.accession, "sop_instance_uid": uid}
+        details |= {"calling_ae": calling_ae, "address": address}
         self._ledger.note("", "segmentation_kept", f"SEG {uid} waits for the study's jobs", details=details)
 
     def _add(self, series: IncomingSeries, path: Path, token: str, header: InstanceHeader, faults: _Faults) -> None:

@@ -26,7 +26,7 @@ from pipeline.outputs.rejection_note import (
     series_to_json,
 )
 from pipeline.result import read_summary
-from storage.durable import make_folder, write_file
+from storage.durable import fsync_folder, link_file, make_folder, write_temp
 from storage.errors import IllegalMove
 from storage.ledger import Ledger, utc_now
 from storage.records import PROOF_STATES, REJECTION, Delivery, Event, Job, NewDelivery
@@ -146,7 +146,14 @@ def _note(
     rejected = _series(spool, job.id, f"{delivery.kind}-{delivery.encoding}")
     note = encode_rejection_note(rejected, reason=reason, description=description, created=clock(), encoding=encoding)
     make_folder(path.parent)
-    write_file(path, (note.instances[0].data,))
+    temp = write_temp(path, (note.instances[0].data,))
+    try:
+        link_file(temp, path)
+        fsync_folder(path.parent)
+    except FileExistsError:  # another process rejects at the same time: its note is the one
+        return read_rejected_series([path]).series_uid
+    finally:
+        temp.unlink()
     return note.series_uid
 
 

@@ -78,6 +78,8 @@ def why(
         )
     for job in found:
         _explain(job, deliveries[job.id])
+        if _seg_came_later(job, found, events):
+            _say(f"    what to do: a SEG came after it; to use that: dicom-node jobs retry --rerun {job.id[:8]}")
     for event in events:
         _print_event(event)
     _print_strays(strays)
@@ -95,6 +97,15 @@ def _strays(ledger: Ledger, found: list[Job], events: list[Event]) -> list[Event
     senders = {"", *(job.info.calling_ae for job in found), *(e.details.get("calling_ae", "") for e in events)}
     near = ledger.events_of_no_study(since=min(times) - NEAR, until=max(times) + NEAR, limit=STRAYS)
     return [event for event in near if event.details.get("calling_ae", "") in senders]
+
+
+def _seg_came_later(job: Job, found: list[Job], events: list[Event]) -> bool:
+    """Whether a DONE job that nothing supersedes had not got a SEG of its study that is here now."""
+    known = job.details.get("segmentations")
+    if job.state is not JobState.DONE or known is None or any(one.supersedes == job.id for one in found):
+        return False
+    came = {event.details.get("sop_instance_uid") for event in events if event.code == "segmentation_kept"}
+    return bool(came - {None, *known})
 
 
 def _jobs(ledger: Ledger, wanted: str) -> list[Job]:
@@ -129,7 +140,7 @@ def _explain(job: Job, deliveries: list[Delivery]) -> None:
     if recalled := recalled_text(job):
         _say(f"    recalled: {recalled}")
     for destination, successor in sorted((job.details.get("superseded_at") or {}).items()):
-        _say(f"    {destination}: rejected there since job {successor[:8]} arrived")
+        _say(f"    {destination}: asked to hide it when job {successor[:8]} had arrived")
     for delivery in deliveries:
         line = (
             f"    {delivery.destination}: {delivery.kind} {delivery.state.value} {delivery.sent}/{delivery.instances}"

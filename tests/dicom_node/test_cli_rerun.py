@@ -103,6 +103,21 @@ def test_a_bundle_that_cannot_be_read_is_said_and_nothing_is_opened(bench: Bench
     assert len(bench.ledger.jobs_of_series("2.25.902")) == 1
 
 
+def test_why_offers_it_when_a_seg_came_after_the_result(bench: Bench) -> None:
+    job = done(bench)
+    bench.ledger.update(job.id, details={"segmentations": ["2.25.50"]})
+
+    def seg_came(uid: str) -> str:
+        details = {"study_uid": "2.25.901", "sop_instance_uid": uid}
+        bench.ledger.note("", "segmentation_kept", "SEG kept", details=details)
+        return RUNNER.invoke(app, ["why", "ACC1", "--config", str(bench.root / "config.toml")]).output
+
+    assert "--rerun" not in seg_came("2.25.50")  # the one that it used
+    assert f"jobs retry --rerun {job.id[:8]}" in seg_came("2.25.51").replace("\n", "")
+    retry(bench, job, "--rerun")
+    assert "--rerun" not in seg_came("2.25.52")
+
+
 def test_a_kill_before_the_new_job_is_queued_leaves_no_job_that_waits_for_ever(bench: Bench) -> None:
     job = done(bench)
     bench.ledger.open_job(job.info, supersedes=job.id)  # and then the power went

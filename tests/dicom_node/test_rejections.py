@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_pacs import FakePacs
@@ -13,11 +14,14 @@ from pydicom import dcmread
 from pydicom.uid import KeyObjectSelectionDocumentStorage
 from recall_tools import Bench
 
+from dicom_node import rejections as rejections_module
 from dicom_node.config import DestinationConfig
 from dicom_node.delivery import Deliveries, outbox_files
+from dicom_node.node import Node
 from dicom_node.proof import asked_of, goal_of
 from dicom_node.rejections import keep_references, reject_superseded
 from pipeline.outputs.rejection_note import KIND
+from pipeline.types import EncodedSeries
 from storage.ledger import open_ledger
 from storage.records import REJECTION, DeliveryState, JobState
 
@@ -195,6 +199,38 @@ def test_what_is_kept_of_a_removed_result_goes_with_the_history(bench: Bench) ->
     )
     assert kept == [f"references/{old.id}.json"]
     assert bench.spool.references(old.id) == {}
+
+
+def test_two_processes_that_reject_at_once_send_one_note(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = bench.finished()
+    bench.send()
+    bench.finished(supersedes=old.id, version="4")
+    bench.send()
+    encode, other = rejections_module.encode_rejection_note, []
+
+    def while_the_other_is_quicker(*args: Any, **kwargs: Any) -> EncodedSeries:
+        if not other:
+            other.append(True)
+            other.append(sweep(bench))
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(rejections_module, "encode_rejection_note", while_the_other_is_quicker)
+    assert sweep(bench) == 0
+    assert other[1] == 2
+    for row in (d for d in bench.ledger.deliveries(old.id) if d.kind == REJECTION):
+        (path,) = outbox_files(bench.spool.result_folder(old.id) / f"rejection-{row.encoding}")
+        assert dcmread(path).SeriesInstanceUID == row.series_uid
+
+
+def test_the_nodes_retention_keeps_what_names_a_result(bench: Bench) -> None:
+    old = bench.finished()
+    bench.send()
+    storage = bench.config.storage.model_copy(update={"keep_results_days": 0.0})
+    node = Node(bench.config.model_copy(update={"storage": storage}))
+    node.ledger, node.spool = bench.ledger, bench.spool
+    node._retention()
+    assert not bench.spool.has_result(old.id)
+    assert set(bench.spool.references(old.id)) == {"pet-sc", "pet-pet", "mip-sc"}
 
 
 def test_a_damaged_result_does_not_stop_retention(bench: Bench) -> None:
