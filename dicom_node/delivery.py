@@ -227,7 +227,7 @@ class Deliveries:
         try:
             if delivery.state is not DeliveryState.SENDING:
                 unknown = CountOutcome(code=outcome.code, text=outcome.text)
-                self.prover.finish(delivery, judge_count(delivery, unknown, destination))
+                self.prover.finish(delivery, judge_count(delivery, unknown, asked_of(destination, delivery.kind)))
                 return
             self._finish(delivery, settle(delivery, outcome, delivery.sent, destination), delivery.sent, {})
         except Exception:  # the ledger itself: the lease runs out, and the sweep makes it PENDING again

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from delivery_desk import COUNT, OWNER, PET, SC, Desk, config_for
 from fake_archive import FakeArchive, Request
+from hypothesis import given
+from hypothesis import strategies as st
 from result_factory import sop_uids
 
 from dicom_node.config import Config, DestinationConfig
@@ -440,6 +442,24 @@ def test_what_a_report_means(
     step = weigh(delivery(**row), report(**reported), UIDS, DESTINATION)
     assert (step.state, step.sent, step.statuses) == (state, sent, statuses)
     assert set(step.settled) == {"2.25.1"}
+
+
+SOME = st.frozensets(st.sampled_from(["1.1", "1.2", "1.3", "9.8", "9.9"]))
+
+
+@given(SOME, SOME, st.integers(1, 4))
+def test_whatever_a_report_says_only_all_instances_are_committed_and_only_the_others_are_sent_again(
+    committed: frozenset[str], failed: frozenset[str], attempts: int
+) -> None:
+    said = report(committed=tuple(committed), failed=dict.fromkeys(failed, "0x0110"))
+    step = weigh(delivery(attempts=attempts), said, UIDS, DESTINATION)
+    kept = UIDS & committed - failed
+    assert (step.state is COMMITTED) == (kept == UIDS)
+    if step.state is not COMMITTED:
+        assert step.statuses is not None
+        assert set(step.statuses) == UIDS - kept
+        assert step.sent == len(kept)
+        assert step.state is (FAILED if attempts >= DESTINATION.max_attempts else PENDING)
 
 
 @pytest.mark.parametrize(
