@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from dicom_node.cli import app
 from dicom_node.config import Config, PeerConfig, load_config
+from dicom_node.conformance.annexes import OBJECTS
 from dicom_node.conformance.attributes import attributes_of
 from dicom_node.conformance.document import REJECTIONS, statement
 from dicom_node.conformance.negotiation import DROPPED, accepted, known_sop_classes, proposed, verification
@@ -259,6 +260,11 @@ def test_the_shipped_configuration_proposes_the_pet_the_picture_and_the_rejectio
 
 
 # ---- what is written
+
+
+def test_every_kind_of_object_that_is_written_has_a_title(samples: Samples) -> None:
+    written = {kind.partition("-")[0] for kind in samples.full.written}
+    assert written == {kind.partition("-")[0] for kind in OBJECTS}
 
 
 def test_every_attribute_that_is_written_has_a_row(samples: Samples) -> None:
