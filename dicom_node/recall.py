@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from dicom_node.lineage import RECALLED
-from dicom_node.rejections import reject
-from pipeline.outputs.rejection_note import RejectionReason
 from storage.errors import IllegalMove
 from storage.ledger import Ledger, utc_now
 from storage.records import REJECTION, Delivery, Job, JobFilter, JobState
 from storage.spool import Spool
+
+if TYPE_CHECKING:
+    from pipeline.outputs.rejection_note import RejectionReason
 
 MANY = 1_000_000  # all of them
 CODE = "recalled"
@@ -73,6 +75,8 @@ def recall(
     `destinations` None: at all of them, and the job counts as recalled: its CT series, routed again, is computed
     again. Doing it twice opens nothing twice.
     """
+    from dicom_node.rejections import reject  # with it come the libraries of images: a list needs none of them
+
     job, title = result.job, reason.document_title
     text = f"bundle {result.bundle} is recalled: {title.meaning} ({title.value})"
     told = {"code": title.value, "meaning": title.meaning, "time": clock().isoformat()}

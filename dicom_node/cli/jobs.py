@@ -31,8 +31,6 @@ from dicom_node.cli.common import (
 from dicom_node.config import Config, load_config
 from dicom_node.errors import RerunRefused
 from dicom_node.lineage import RECALLED, RERUN
-from dicom_node.rerun import changes
-from dicom_node.rerun import rerun as run_again
 from pipeline.errors import PipelineError
 from storage.errors import StorageError
 from storage.ledger import Ledger
@@ -256,6 +254,9 @@ def retry(
         noted = any(delivery.kind == REJECTION for delivery in ledger.deliveries(job_id))
         taken_back = noted or RECALLED in job.details
         if rerun and (job.state is JobState.DONE or taken_back):
+            from dicom_node.rerun import changes  # reads the bundle: torch
+            from dicom_node.rerun import rerun as run_again
+
             return run_again(ledger, spool, job, changes(job, config, spool))
         needed = not taken_back and (rerun or not spool.has_result(job_id))  # retention may have removed it
         if needed and ledger.get(job_id).state in RETRIED_STATES:

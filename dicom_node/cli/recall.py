@@ -28,7 +28,6 @@ from dicom_node.cli.common import (
 from dicom_node.config import load_config
 from dicom_node.lineage import RECALLED
 from dicom_node.recall import Recalled, Result, places, recall, results_of
-from pipeline.outputs.rejection_note import RejectionReason
 from storage.errors import StorageError
 from storage.ledger import Ledger
 from storage.records import Delivery
@@ -90,9 +89,8 @@ def recall_results(
             if not yes:
                 _ask(found, destination)
             spool = Spool(loaded.storage.root, min_free_bytes=0)
-            done = list(
-                _recalled(ledger, spool, found, RejectionReason[why.name], {destination} if destination else None)
-            )
+            only = {destination} if destination else None
+            done = list(_recalled(ledger, spool, found, why, only))
             found = results_of(ledger, name, version, since=first, until=last)
     if as_json:
         print_json([_result_dict(result) for result in found])
@@ -115,9 +113,12 @@ def _ask(found: Sequence[Result], destination: str) -> None:
 
 
 def _recalled(
-    ledger: Ledger, spool: Spool, found: Sequence[Result], reason: RejectionReason, destinations: set[str] | None
+    ledger: Ledger, spool: Spool, found: Sequence[Result], why: Why, destinations: set[str] | None
 ) -> Iterator[Recalled]:
     """One after the other, oldest first; what goes wrong with one is told and leaves the others alone."""
+    from pipeline.outputs.rejection_note import RejectionReason
+
+    reason = RejectionReason[why.name]
     with progress_bar() as bar:
         task = bar.add_task("rejecting", total=len(found))
         for result in reversed(found):

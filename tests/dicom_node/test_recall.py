@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from pipeline.outputs.rejection_note import RejectionReason
 from storage.records import REJECTION, DeliveryState, JobState
 
 RUNNER = CliRunner()
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -194,6 +197,14 @@ def test_a_result_that_cannot_be_named_any_more_is_told_and_the_others_are_rejec
     assert "LOST" in done.output
     assert len(notes(bench, kept.id)) == 4
     assert notes(bench, lost.id) == {}
+
+
+def test_asking_the_ledger_loads_no_library_of_images() -> None:
+    """A list must come at once, also on a slow machine: torch and highdicom take seconds."""
+    heavy = "{'torch', 'SimpleITK', 'highdicom'}"
+    code = f"import sys, dicom_node.cli.app; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_an_unknown_destination_rejects_nothing(bench: Bench) -> None:
