@@ -11,21 +11,25 @@ from reader_study import ENCODINGS, ReaderStudy, make_study, write_files
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A study with its result written as files: one folder for each encoding, and for the companions."""
+    """A study with its results written as files: for each encoding, a folder for each kind of series."""
 
     study: ReaderStudy
-    pet: dict[str, Path]
-    mip: Path
-    seg: Path
+    results: dict[str, dict[str, Path]]
+
+    def files(self, encoding: str, kind: str = "pet") -> list[Path]:
+        """The files of one series in sending order."""
+        return sorted(self.results[encoding][kind].iterdir())
 
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     folder = tmp_path_factory.mktemp("reader-study")
     study = make_study(folder / "ct")
-    pets = {encoding: folder / encoding for encoding in ENCODINGS}
-    for encoding, path in pets.items():
-        write_files(study.pet(encoding), path)
-    (mip,) = write_files(study.mip(), folder / "mip")
-    (seg,) = write_files(study.seg(), folder / "seg")
-    return Written(study=study, pet=pets, mip=mip, seg=seg)
+    results = {
+        encoding: {
+            kind: write_files(series, folder / encoding / kind)[0].parent
+            for kind, series in study.result(encoding).items()
+        }
+        for encoding in ENCODINGS
+    }
+    return Written(study=study, results=results)

@@ -1,13 +1,15 @@
 // Opens studies in OHIF with a headless Chromium and writes what the viewer holds, as JSON, and screenshots.
-// node ohif.mjs JOB.json: {modules, chromium, profile, url, out, pages: [{name, mode, study, volumes, center, roi}]}
+// node ohif.mjs JOB.json: {modules, chromium, profile, url, out, pages: [{name, mode, study, volumes, center, roi, show}]}
 //   volumes: how many volumes the page must have loaded; center: LPS mm that every plane is moved to;
-//   roi: {center, radius_mm} of an ellipse and a probe in the axial PT viewport.
+//   roi: {center, radius_mm} of an ellipse and a probe in the axial PT viewport;
+//   show: modalities that are put into the viewport one after the other.
 import { readFileSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { join } from 'node:path';
 
 const READY_MS = 240_000; // software rendering on a busy machine
 const SETTLE_MS = 4_000;
+const SHOWN_SHARE = 0.55; // of the way from the head: liver and kidneys
 const FLAGS = [
   '--no-sandbox',
   '--use-gl=angle',
@@ -108,11 +110,55 @@ const report = () => {
   };
 };
 
+// Click the button that says this, once it is there.
+const click = label => {
+  const found = [...document.querySelectorAll('button, span')].find(one => one.innerText.trim() === label);
+  found?.click();
+  return Boolean(found);
+};
+
+// Put the series of a modality into the viewport, as a double click on its thumbnail does.
+const showModality = modality => {
+  const { displaySetService, hangingProtocolService, viewportGridService } = window.services;
+  const found = displaySetService.getActiveDisplaySets().find(set => set.Modality === modality);
+  const viewportId = viewportGridService.getActiveViewportId();
+  const { displaySetInstanceUID } = found;
+  const wanted = hangingProtocolService.getViewportsRequireUpdate(viewportId, displaySetInstanceUID, true);
+  viewportGridService.setDisplaySetsForViewports(wanted);
+};
+
+// To a slice at a share of the way from the head, in the stack or volume that is shown.
+const goTo = async share => {
+  const { cornerstoneViewportService, viewportGridService } = window.services;
+  const viewport = cornerstoneViewportService.getCornerstoneViewport(viewportGridService.getActiveViewportId());
+  const slices = viewport.getNumberOfSlices();
+  if (slices > 1) {
+    await window.cornerstone.utilities.jumpToSlice(viewport.element, { imageIndex: Math.round(share * slices) });
+  }
+};
+
+const shownNow = () => {
+  const { cornerstoneViewportService, viewportGridService } = window.services;
+  const viewport = cornerstoneViewportService.getCornerstoneViewport(viewportGridService.getActiveViewportId());
+  return { voi: viewport?.getProperties?.().voiRange ?? null, text: document.body.innerText };
+};
+
+const segmentations = () =>
+  window.services.segmentationService.getSegmentations().flatMap(one =>
+    Object.values(one.segments).map(segment => segment.label)
+  );
+
 const drawRegions = ({ center: [x, y, z], radius_mm: r }) => {
   const { EllipticalROITool, ProbeTool } = window.cornerstoneTools;
   EllipticalROITool.hydrate('ptAXIAL', [[x, y + r, z], [x, y - r, z], [x - r, y, z], [x + r, y, z]]);
   ProbeTool.hydrate('ptAXIAL', [[x, y, z]]);
   window.services.cornerstoneViewportService.getCornerstoneViewport('ptAXIAL').render();
+};
+
+// One viewport over the whole page, as a double click in it does: first it becomes the active one.
+const activate = viewportId => window.services.viewportGridService.setActiveViewportId(viewportId);
+const enlargeTheActive = () => {
+  window.commandsManager.runCommand('toggleOneUp');
 };
 
 // A region lies over CT and PT alike: what is asked is what it says of the PT.
@@ -128,10 +174,28 @@ const regions = () => {
 
 // --- outside ---------------------------------------------------------------------------------------------------------
 
-async function open(browser, { name, mode, study, volumes = 0, center, roi }) {
+// Each of these modalities in turn, with a picture of it.
+async function showEach(page, name, modalities) {
+  const shown = {};
+  for (const modality of modalities) {
+    await page.evaluate(showModality, modality);
+    await sleep(2 * SETTLE_MS);
+    if (['CT', 'PT'].includes(modality)) {
+      await page.evaluate(goTo, SHOWN_SHARE);
+      await sleep(SETTLE_MS);
+    }
+    await page.screenshot({ path: join(job.out, `${name}-${modality}.png`) });
+    shown[modality] = await page.evaluate(shownNow);
+  }
+  return { ...shown, segments: await page.evaluate(segmentations) };
+}
+
+async function open(browser, { name, mode, study, volumes = 0, center, roi, show }) {
   const page = await browser.newPage();
   const errors = [];
+  const logged = [];
   page.on('pageerror', error => errors.push(String(error)));
+  page.on('console', message => message.type() === 'error' && logged.push(message.text()));
   await page.goto(`${job.url}/${mode}?StudyInstanceUIDs=${study}`, { waitUntil: 'domcontentloaded', timeout: READY_MS });
   await waitFor(page, `${name}: viewports`, everyViewportShowsSomething);
   await waitFor(page, `${name}: ${volumes} volumes`, volumesAreLoaded, volumes);
@@ -139,16 +203,26 @@ async function open(browser, { name, mode, study, volumes = 0, center, roi }) {
     await page.evaluate(moveTo, center);
   }
   await sleep(SETTLE_MS);
+  if (mode === 'viewer') {
+    await waitFor(page, `${name}: the tour that a new user gets`, click, 'Skip all');
+  }
   await page.screenshot({ path: join(job.out, `${name}.png`) });
   const found = await page.evaluate(report);
   if (roi) {
     await page.evaluate(drawRegions, roi);
     await sleep(SETTLE_MS);
     found.regions = await page.evaluate(regions);
+    await page.evaluate(activate, 'ptAXIAL');
+    await sleep(SETTLE_MS);
+    await page.evaluate(enlargeTheActive);
+    await sleep(SETTLE_MS);
     await page.screenshot({ path: join(job.out, `${name}-region.png`) });
   }
+  if (show) {
+    found.shown = await showEach(page, name, show);
+  }
   await page.close();
-  return { ...found, errors };
+  return { ...found, errors, logged };
 }
 
 const browser = await puppeteer.launch({

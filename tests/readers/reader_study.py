@@ -14,10 +14,8 @@ import numpy as np
 from pydicom import dcmread
 
 from pipeline.ct_reader import read_ct
-from pipeline.outputs.district_seg import encode_district_seg
-from pipeline.outputs.pet_series import encode_pet_series
-from pipeline.outputs.picture import encode_mip
-from pipeline.provenance import ResultUids
+from pipeline.outputs.encoding import encode_result
+from pipeline.outputs.statistics import district_stats
 from pipeline.types import (
     District,
     DistrictMap,
@@ -36,7 +34,7 @@ ENCODINGS = ("sc", "pet")
 MATRIX = 128
 DESCRIPTION = "PHANTOM WHOLE BODY"
 SUV_TOLERANCE = 0.0005  # half a step of the stored values (docs: quantization)
-OPTIONS = OutputOptions()
+OPTIONS = OutputOptions(mip=True, seg=True, sr=True, presentation_states=True)
 CREATED = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)
 PROVENANCE = Provenance(
     software_version="0",
@@ -72,20 +70,21 @@ class ReaderStudy:
         """What a correct reader has: no negative and no NaN (dicom-output: 0), float32 [z, y, x]."""
         return np.maximum(self.suv.suv, 0)
 
-    def pet(self, encoding: str) -> EncodedSeries:
-        return encode_pet_series(self.suv, encoding=encoding, uids=self._uids(encoding), **self._common())
-
-    def mip(self) -> EncodedSeries:
-        return encode_mip(self.suv, encoding="sc", uids=self._uids("sc"), **self._common())
-
-    def seg(self) -> EncodedSeries:
-        return encode_district_seg(self.districts, uids=self._uids("binary"), **self._common())
-
-    def _common(self) -> dict:
-        return {"source": self.source, "provenance": PROVENANCE, "options": self.options, "created": CREATED}
-
-    def _uids(self, encoding: str) -> ResultUids:
-        return ResultUids(source=self.source, provenance=PROVENANCE, options=self.options, encoding=encoding)
+    def result(self, encoding: str) -> dict[str, EncodedSeries]:
+        """The PET series in this encoding and every companion, by kind: what the node would send."""
+        options = replace(self.options, encodings=(encoding,))
+        series, notes = encode_result(
+            self.suv,
+            self.districts,
+            district_stats(self.suv, self.districts, None),
+            None,
+            source=self.source,
+            provenance=PROVENANCE,
+            options=options,
+            created=CREATED,
+        )
+        assert not notes, notes
+        return {one.kind: one for one in series}
 
 
 def make_study(folder: Path, *, spec: PhantomSpec = SPEC, weight: bool = True) -> ReaderStudy:

@@ -13,13 +13,14 @@ import pytest
 from install_readers import OLD_SIMPLEITK, TARGET
 
 HERE = Path(__file__).parent
+DEBIAN = "/usr/local/bin:/usr/bin:/bin"  # not the environment's own, which may be first on the path
 NODE_TIMEOUT_S = 1500  # every page of OHIF, software rendering, a busy machine
 
 
-def program(name: str, package: str) -> str:
-    """The path of an installed program, beside the interpreter or on the path."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
+def program(name: str, package: str, *, beside: bool = True) -> str:
+    """The path of an installed program: beside the interpreter (unless not wanted), else one of Debian's."""
+    own = Path(sys.executable).parent / name
+    found = str(own) if beside and own.exists() else shutil.which(name, path=DEBIAN)
     return found or pytest.skip(f"{name} is not installed (Debian: apt-get install {package})")
 
 

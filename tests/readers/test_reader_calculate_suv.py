@@ -18,7 +18,7 @@ def ask(paths: list[Path]) -> Any:
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_the_stored_value_is_the_suv(encoding: str, tmp_path: Path) -> None:
     study = make_study(tmp_path / "ct")
-    answer = ask(write_files(study.pet(encoding), tmp_path / "pet"))
+    answer = ask(write_files(study.result(encoding)["pet"], tmp_path / "pet"))
     assert [one["suvbw"] for one in answer["factors"]] == [1, 1, 1]
     assert answer["doses"] == [0, 0, 0]  # a true dose would scale the SUV a second time, an invented one is a lie
 
@@ -26,7 +26,7 @@ def test_the_stored_value_is_the_suv(encoding: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_without_a_weight_it_refuses_and_names_the_weight(encoding: str, tmp_path: Path) -> None:
     study = make_study(tmp_path / "ct", weight=False)
-    answer = ask(write_files(study.pet(encoding), tmp_path / "pet"))
+    answer = ask(write_files(study.result(encoding)["pet"], tmp_path / "pet"))
     assert "PatientWeight" in answer["error"]
     assert answer["doses"] == [0, 0, 0]
 

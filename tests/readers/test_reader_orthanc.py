@@ -30,7 +30,7 @@ def archive(
     request: pytest.FixtureRequest, written: Written, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Orthanc, list[Path]]]:
     """An Orthanc that got every file of the PET series twice, and the files."""
-    files = sorted(written.pet[request.param].iterdir())
+    files = written.files(request.param)
     with running_orthanc(tmp_path_factory.mktemp("orthanc"), modalities={}, dicomweb=True) as orthanc:
         assert [store(orthanc, files), store(orthanc, files)] == [{0x0000}, {0x0000}]
         yield orthanc, files

@@ -29,7 +29,7 @@ IDENTITY = (1, 0, 0, 0, 1, 0, 0, 0, 1)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_simpleitk_reads_suv_and_geometry(encoding: str, written: Written) -> None:
     reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(written.pet[encoding])))
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(written.results[encoding]["pet"])))
     image = reader.Execute()
     grid = written.study.suv.grid
     assert np.abs(sitk.GetArrayFromImage(image) - written.study.shown).max() <= SUV_TOLERANCE
@@ -46,7 +46,11 @@ def read_by_the_old_one(
     out = tmp_path_factory.mktemp("old-simpleitk") / "suv.npy"
     script = [sys.executable, str(HERE / "read_with_simpleitk.py"), str(old_simpleitk())]
     done = subprocess.run(
-        [*script, str(written.pet[request.param]), str(out)], capture_output=True, text=True, check=False, timeout=300
+        [*script, str(written.results[request.param]["pet"]), str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -75,9 +79,17 @@ def test_an_old_simpleitk_reads_the_suv_of_either_encoding(
     assert np.abs(values - written.study.shown).max() <= SUV_TOLERANCE
 
 
+@pytest.mark.parametrize("of_debian", [False, True], ids=["pypi", "debian"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_dcm2niix_writes_suv_affine_and_units(encoding: str, written: Written, tmp_path: Path) -> None:
-    command = [program("dcm2niix", "dcm2niix"), "-f", "out", "-o", str(tmp_path), str(written.pet[encoding])]
+def test_dcm2niix_writes_suv_affine_and_units(encoding: str, of_debian: bool, written: Written, tmp_path: Path) -> None:
+    command = [
+        program("dcm2niix", "dcm2niix", beside=not of_debian),
+        "-f",
+        "out",
+        "-o",
+        str(tmp_path),
+        str(written.results[encoding]["pet"]),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     image = nibabel.load(tmp_path / "out.nii")
@@ -100,7 +112,7 @@ def test_dcm2niix_writes_suv_affine_and_units(encoding: str, written: Written, t
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_pydicom_reads_suv(encoding: str, written: Written) -> None:
-    for path, plane in zip(sorted(written.pet[encoding].iterdir()), written.study.shown, strict=True):
+    for path, plane in zip(written.files(encoding), written.study.shown, strict=True):
         ds = dcmread(path)
         suv = apply_modality_lut(ds.pixel_array, ds)
         assert np.abs(suv - plane).max() <= SUV_TOLERANCE
@@ -108,7 +120,7 @@ def test_pydicom_reads_suv(encoding: str, written: Written) -> None:
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_highdicom_reads_suv_by_the_real_world_value_mapping(encoding: str, written: Written) -> None:
-    paths = sorted(written.pet[encoding].iterdir())
+    paths = written.files(encoding)
     grid = written.study.suv.grid
     volume = hd.get_volume_from_series([dcmread(path) for path in paths], apply_real_world_transform=True)
     volume = volume.to_patient_orientation(hd.PatientOrientationValuesBiped.H.value + "PL")
@@ -119,7 +131,7 @@ def test_highdicom_reads_suv_by_the_real_world_value_mapping(encoding: str, writ
 
 
 def test_highdicom_reads_the_districts_on_the_grid_of_the_pet(written: Written) -> None:
-    seg = hd.seg.segread(written.seg)
+    seg = hd.seg.segread(*written.files("sc", "seg"))
     labels = written.study.districts.labels
     volume = seg.get_volume(combine_segments=True, skip_overlap_checks=True, relabel=False)
     volume = volume.to_patient_orientation("HPL")
