@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from install_readers import OLD_SIMPLEITK, TARGET
+from install_readers import INSTALLED, OLD_SIMPLEITK, TARGET
 
 HERE = Path(__file__).parent
 DEBIAN = "/usr/local/bin:/usr/bin:/bin"  # not the environment's own, which may be first on the path
@@ -26,7 +26,7 @@ def program(name: str, package: str, *, beside: bool = True) -> str:
 
 def node_modules() -> Path:
     """The folder that holds `node_modules`."""
-    if not (TARGET / "node_modules").is_dir():
+    if not (TARGET / INSTALLED).is_file():
         pytest.skip("the node packages of the readers are not installed (make readers; it needs npm)")
     return TARGET
 
