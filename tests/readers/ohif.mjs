@@ -195,7 +195,11 @@ async function open(browser, { name, mode, study, volumes = 0, center, roi, show
   const errors = [];
   const logged = [];
   page.on('pageerror', error => errors.push(String(error)));
-  page.on('console', message => message.type() === 'error' && logged.push(message.text()));
+  page.on('console', message => {
+    if (message.type() === 'error' || message.text().includes('Error Boundary')) {
+      logged.push(message.text());
+    }
+  });
   await page.goto(`${job.url}/${mode}?StudyInstanceUIDs=${study}`, { waitUntil: 'domcontentloaded', timeout: READY_MS });
   await waitFor(page, `${name}: viewports`, everyViewportShowsSomething);
   await waitFor(page, `${name}: ${volumes} volumes`, volumesAreLoaded, volumes);
