@@ -2,23 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
-from reader_study import ENCODINGS, ReaderStudy, make_study, write_files
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """A study with its results written as files: for each encoding, a folder for each kind of series."""
-
-    study: ReaderStudy
-    results: dict[str, dict[str, Path]]
-
-    def files(self, encoding: str, kind: str = "pet") -> list[Path]:
-        """The files of one series in sending order."""
-        return sorted(self.results[encoding][kind].iterdir())
+from reader_study import ENCODINGS, Written, make_study, write_files
 
 
 @pytest.fixture(scope="session")

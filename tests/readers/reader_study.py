@@ -87,6 +87,18 @@ class ReaderStudy:
         return {one.kind: one for one in series}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A study with its results written as files: for each encoding, a folder for each kind of series."""
+
+    study: ReaderStudy
+    results: dict[str, dict[str, Path]]
+
+    def files(self, encoding: str, kind: str = "pet") -> list[Path]:
+        """The files of one series in sending order."""
+        return sorted(self.results[encoding][kind].iterdir())
+
+
 def make_study(folder: Path, *, spec: PhantomSpec = SPEC, weight: bool = True) -> ReaderStudy:
     """Write the CT into `folder` and read it with the node's own reader."""
     phantom = make_phantom(spec)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Written
 from ohif_server import serving_ohif
 from orthanc import Orthanc, running_orthanc
 from pydicom import dcmread
@@ -25,6 +24,7 @@ from reader_study import (
     SPEC,
     SUV_TOLERANCE,
     ReaderStudy,
+    Written,
     make_study,
     write_acquired_pet,
     write_files,

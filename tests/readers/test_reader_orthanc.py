@@ -11,13 +11,12 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
-from conftest import Written
 from orthanc import Orthanc, running_orthanc
 from PIL import Image
 from pydicom import Dataset, dcmread
 from pynetdicom import AE
 from pynetdicom.presentation import build_context
-from reader_study import ENCODINGS
+from reader_study import ENCODINGS, Written
 
 pytestmark = [pytest.mark.orthanc]
 

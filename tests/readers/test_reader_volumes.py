@@ -13,11 +13,10 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import Written
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.pixels import apply_modality_lut
-from reader_study import ENCODINGS, SUV_TOLERANCE
+from reader_study import ENCODINGS, SUV_TOLERANCE, Written
 from reader_tools import HERE, old_simpleitk, program
 
 from pipeline.types import District
