@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from storage.base import LedgerBase, clean
-from storage.errors import NotFound, StaleState
+from storage.errors import NotFound, OtherSeries, StaleState
 from storage.moves import WAITING_DELIVERIES, check_delivery_move
 from storage.records import PROOF_STATES, REJECTION, Delivery, DeliveryState, JobState, NewDelivery
-from storage.schema import CommitmentRow, DeliveryRow, JobRow, compact, delivery_of
+from storage.schema import CommitmentRow, DeliveryRow, EventRow, JobRow, compact, delivery_of
 
 _ENDED_CODES = {
     DeliveryState.SENT: "delivery_sent",
@@ -21,6 +22,24 @@ _ENDED_CODES = {
     DeliveryState.FAILED: "delivery_failed",
 }
 _LEASED = (DeliveryState.SENDING, DeliveryState.SENT, DeliveryState.COMMITTED)
+
+
+def seen_there(details: Iterable[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
+    """Destination, kind and encoding of which a delivery event (its `details`) says that something arrived."""
+    return {
+        (str(one.get("destination")), str(one.get("kind")), str(one.get("encoding")))
+        for one in details
+        if one.get("sent") or one.get("to") in PROOF_STATES
+    }
+
+
+def taken_back_at(details: Mapping[str, Any]) -> set[str]:
+    """The destinations where a job's `details` say that its result is taken back, "" for every one.
+
+    Also those that got no note: nothing had arrived there, or none could be written.
+    """
+    some = {name for key in ("superseded_at", "recalled_at") for name in details.get(key) or ()}
+    return some | ({""} if "recalled" in details else set())
 
 
 class DeliveryLedger(LedgerBase):
@@ -150,18 +169,34 @@ class DeliveryLedger(LedgerBase):
             row.sent_at = row.committed_at = row.visible_at = None
 
     def _open_deliveries(self, session: Session, job: JobRow, wanted: Sequence[NewDelivery]) -> None:
-        """Add the rows that are missing. A row that is there is begun anew only if it now means other bytes."""
+        """Add the rows that are missing. A row that is there is begun anew only if it now means other bytes.
+
+        Raises `OtherSeries` where the row's series was sent: nobody would know of it any more.
+        """
         rows = {(row.destination, row.kind, row.encoding): row for row in _rows_of(session, job.id)}
+        there = self._arrived(session, job.id)
         for new in wanted:
             row = rows.get((new.destination, new.kind, new.encoding))
             if row is None:
                 session.add(_new_row(job.id, new, self._clock()))
                 continue
             other = row.series_uid != new.series_uid or row.instances != new.instances
+            if row.series_uid != new.series_uid and (new.destination, new.kind, new.encoding) in there:
+                raise OtherSeries(
+                    f"job {job.id}: {row.destination} has {row.kind} series {row.series_uid} of it, the result is now "
+                    f"series {new.series_uid}: only a job of its own may send that"
+                )
             row.series_uid, row.instances = new.series_uid, new.instances
             if other or row.state in (DeliveryState.FAILED.value, DeliveryState.CANCELLED.value):
                 self._begin_anew(session, row)
         session.flush()
+
+    def _arrived(self, session: Session, job_id: str) -> set[tuple[str, str, str]]:
+        """Destination, kind and encoding of the deliveries that ever sent anything."""
+        query = select(EventRow.details).where(EventRow.job_id == job_id, EventRow.stage == "delivery")
+        rows = _rows_of(session, job_id)
+        now = {(row.destination, row.kind, row.encoding) for row in rows if row.sent or row.state in PROOF_STATES}
+        return now | seen_there(session.scalars(query))
 
     def _begin_anew(self, session: Session, row: DeliveryRow) -> None:
         """PENDING with a clean slate, from any state."""
@@ -189,9 +224,9 @@ class DeliveryLedger(LedgerBase):
         return len(rows)
 
     def _retired(self, session: Session, job_id: str) -> set[str]:
-        """The destinations that were told to hide the result, "" for every one: there only notes are sent again."""
+        """The destinations where the result is taken back, "" for every one: there only notes are sent again."""
         told = {row.destination for row in _rows_of(session, job_id) if row.kind == REJECTION}
-        return told | ({""} if "recalled" in self._job(session, job_id, lock=False).details else set())
+        return told | taken_back_at(self._job(session, job_id, lock=False).details)
 
     def _cancel_deliveries(self, session: Session, job_id: str) -> None:
         """What was sent stays sent; nobody asks for its proof any more."""

@@ -253,7 +253,8 @@ class Ledger(ProofLedger, RejectionLedger):
 
         RUNNING becomes DELIVERING, or DONE where nothing is to be delivered, or HELD with `held` = (code, text):
         then the deliveries wait. Calling it again, by whomever, changes nothing: a job and a destination have one
-        delivery per kind and encoding, and one that was sent stays sent unless its series UID is another now.
+        delivery per kind and encoding, and one that was sent stays sent. Raises `OtherSeries` if its series UID is
+        another now: the ledger would forget what it sent.
         """
         with self._write() as session:
             row = self._job(session, job_id)
@@ -324,8 +325,10 @@ class Ledger(ProofLedger, RejectionLedger):
             row.attempts = 0
             if deliver:
                 again = self._restart_deliveries(session, job_id, _UNSENT_STATES)
-                if not again and "recalled" in row.details:
-                    raise IllegalMove(f"job {job_id}: was recalled, and no rejection note of it waits to be sent again")
+                if not again and self._retired(session, job_id):
+                    raise IllegalMove(
+                        f"job {job_id}: was recalled or replaced, and no rejection note of it waits to be sent again"
+                    )
                 text = f"retried by an operator: {again} deliveries"
                 self._move(session, row, JobState.DELIVERING, code="retried", text=text)
                 self._settle(session, row)
@@ -343,8 +346,11 @@ class Ledger(ProofLedger, RejectionLedger):
             states = (*_SENT_STATES, *_UNSENT_STATES)
             again = self._restart_deliveries(session, job_id, states, destination=destination)
             if not again:
-                if "recalled" in row.details:
-                    raise IllegalMove(f"job {job_id}: was recalled, and has no rejection note there to send again")
+                retired = self._retired(session, job_id)
+                if retired & {"", destination} or (retired and not destination):
+                    raise IllegalMove(
+                        f"job {job_id}: was recalled or replaced there, and has no rejection note to send again"
+                    )
                 raise IllegalMove(f"job {job_id}: has no delivery to {clean(destination) or 'any destination'}")
             text = f"{again} deliveries asked for again by an operator"
             self._move(session, row, JobState.DELIVERING, code="redelivered", text=text)
@@ -379,12 +385,15 @@ class Ledger(ProofLedger, RejectionLedger):
     def forget_before(self, when: datetime) -> int:
         """Delete the events older than `when`, except those of jobs that are not at their end. Returns how many.
 
-        Storage Commitment transactions of that age go with them: no archive reports so late.
+        Storage Commitment transactions of such jobs and of that age go with them: no archive reports so late.
         """
         living = select(JobRow.id).where(JobRow.state.not_in([state.value for state in FINAL_JOB_STATES]))
+        open_deliveries = select(DeliveryRow.id).where(DeliveryRow.job_id.in_(living))
         with self._write() as session:
             session.execute(
-                delete(CommitmentRow).where(CommitmentRow.asked < when).execution_options(synchronize_session=False)
+                delete(CommitmentRow)
+                .where(CommitmentRow.asked < when, CommitmentRow.delivery_id.not_in(open_deliveries))
+                .execution_options(synchronize_session=False)
             )
             found = session.execute(
                 delete(EventRow)

@@ -18,6 +18,7 @@ from storage.records import PROOF_STATES, REJECTION, DeliveryState, Job, JobStat
 from storage.schema import DeliveryRow, JobRow, job_of
 
 REJECTABLE = frozenset({JobState.DELIVERING, JobState.DONE, JobState.FAILED, JobState.CANCELLED})
+STOPPABLE = REJECTABLE | {JobState.HELD}  # notes of a HELD job wait for its release, like the rest of it
 OPEN_AGAIN = frozenset({DeliveryState.FAILED, DeliveryState.CANCELLED})  # a note in these states did not arrive
 
 
@@ -53,7 +54,7 @@ class RejectionLedger(DeliveryLedger):
         """
         with self._write() as session:
             job = self._job(session, job_id)
-            if JobState(job.state) not in REJECTABLE:
+            if JobState(job.state) not in STOPPABLE:
                 raise IllegalMove(f"job {job_id}: is {job.state}, nothing of it was sent that could be rejected")
             rows = session.scalars(select(DeliveryRow).where(DeliveryRow.job_id == job_id)).all()
             stopped = self._stop_sending(rows, destinations, code, text)
@@ -84,7 +85,7 @@ class RejectionLedger(DeliveryLedger):
 
     def _go_on(self, session: Session, job: JobRow, code: str, text: str, *, opened: int, changed: bool) -> None:
         details = {"notes": opened, "study_uid": job.study_uid, "accession": job.accession}
-        if opened and job.state != JobState.DELIVERING.value:
+        if opened and JobState(job.state) not in (JobState.DELIVERING, JobState.HELD):
             self._move(session, job, JobState.DELIVERING, code=code, text=text, details=details)
         elif changed:
             self._event(session, job.id, code, text, details=details)

@@ -167,3 +167,31 @@ def test_superseding_jobs_are_those_with_a_result_that_move_or_moved_lately(ledg
     send(ledger)
     assert [job.id for job in ledger.superseding(since=past)] == [second]
     assert ledger.superseding(since=future) == []
+
+
+@pytest.mark.parametrize("told", [{"superseded_at": {"a": "0" * 32}}, {"recalled_at": {"a": {"code": "113001"}}}])
+def test_a_destination_that_was_told_without_a_note_gets_the_result_never_again(
+    ledger: Ledger, told: dict[str, object]
+) -> None:
+    job_id = completed(ledger, "a", "b")
+    reject(ledger, job_id, destinations={"a"}, details=told)  # never tried there: no note
+    assert send(ledger) == "b pet"
+    assert ledger.get(job_id).state is JobState.DONE
+    with pytest.raises(IllegalMove, match="recalled or replaced there"):
+        ledger.redeliver(job_id, destination="a")
+    ledger.redeliver(job_id)
+    assert send(ledger) == "b pet"
+    assert states(ledger, job_id) == {"a pet": DeliveryState.CANCELLED, "b pet": DeliveryState.SENT}
+
+
+def test_a_held_job_stays_held_and_sends_nothing_where_it_was_rejected(ledger: Ledger) -> None:
+    job = ledger.open_job(SeriesInfo(study_uid="1.2", series_uid="1.2.3"))
+    ledger.move(job.id, JobState.QUEUED, code="chosen", text="")
+    assert ledger.claim("w", lease_s=60)
+    ledger.complete_run(job.id, "w", deliveries=[pet("a"), pet("b")], held=("suv_range", "too hot"))
+    assert reject(ledger, job.id, NOTE, destinations={"a"}) == 1
+    assert ledger.get(job.id).state is JobState.HELD
+    assert ledger.claim_delivery("s", lease_s=60) is None
+    ledger.release(job.id)
+    assert {send(ledger), send(ledger)} == {"a rejection", "b pet"}
+    assert ledger.claim_delivery("s", lease_s=60) is None
