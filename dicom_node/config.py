@@ -260,10 +260,14 @@ class WebConfig(_Table):
     @field_validator("url")
     @classmethod
     def _service(cls, value: str) -> str:
-        parts = urlsplit(value)
+        try:
+            parts = urlsplit(value)
+            port = parts.port
+        except ValueError:  # its text repeats the value, and so a password
+            raise ValueError("not an address; a port is 1 to 65535") from None
         if value and (parts.scheme not in ("http", "https") or not parts.hostname):
             raise ValueError("the address of a DICOMweb service begins with https:// (or http://) and a host")
-        if parts.port == 0:  # `port` itself raises when it is no port number
+        if port == 0:
             raise ValueError("a port is 1 to 65535")
         if value.rstrip("/").endswith("/studies"):
             raise ValueError("the service's address, without /studies")
@@ -289,6 +293,14 @@ class WebConfig(_Table):
             raise ValueError("either username and password_file, or token_file")
         if self.client_key_file and not self.client_cert_file:
             raise ValueError("client_key_file is the key of a client_cert_file")
+        if self.ca_file and not self.verify_tls:
+            raise ValueError(
+                "ca_file says whom to trust, and verify_tls = false trusts everybody: leave one of them out"
+            )
+        if self.url.startswith("http://"):
+            for key in ("ca_file", "client_cert_file", "client_key_file", "verify_tls"):
+                if getattr(self, key) != WebConfig.model_fields[key].default:
+                    raise ValueError(f"{key} is for https, and the url is plain http")
         if self.url.startswith("http://") and not self.allow_http and not _is_loopback(address.hostname):
             raise ValueError("patient data over plain http: use https, or say allow_http = true")
         return self
@@ -460,10 +472,18 @@ def _fault_lines(error: ValidationError, raw: dict[str, Any]) -> list[str]:
         if fault["type"] == "extra_forbidden":
             lines.append(f"{key} is not a key; {_near(fault['loc'])}")
         else:
-            shown = f" = {fault['input']!r}" if not isinstance(fault["input"], dict) else ""
+            shown = f" = {fault['input']!r}" if _may_be_shown(fault["loc"], fault["input"]) else ""
             message = fault["msg"].removeprefix("Value error, ")
             lines.append(f"{key}{shown}: {message}" if key else message)
     return lines
+
+
+def _may_be_shown(loc: tuple[int | str, ...], value: Any) -> bool:
+    """Whether a wrong value can hold no secret: an address can have a password or a token in it, a table any key."""
+    key = str(loc[-1]) if loc else ""
+    if isinstance(value, dict | list) or any(word in key for word in ("password", "token", "secret")):
+        return False
+    return not ("url" in key and re.search("[@?#]", str(value)))
 
 
 def _key(loc: tuple[int | str, ...], raw: dict[str, Any]) -> str:

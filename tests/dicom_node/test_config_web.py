@@ -27,6 +27,13 @@ REFUSED = {
         "either username and password_file, or token_file",
     ),
     "a key without its certificate": (f'{URL}\nclient_key_file = "k"', "client_key_file is the key of"),
+    "a CA and no verification": (f'{URL}\nca_file = "c"\nverify_tls = false', "verify_tls = false trusts everybody"),
+    "a CA for plain http": ('url = "http://localhost"\nca_file = "c"', "ca_file is for https"),
+    "a certificate for plain http": (
+        'url = "http://localhost"\nclient_cert_file = "c"',
+        "client_cert_file is for https",
+    ),
+    "no verification of plain http": ('url = "http://localhost"\nverify_tls = false', "verify_tls is for https"),
     "a password in the file": (f'{URL}\npassword = "secret"', "did you mean 'password_file'?"),
     "tiny batches": (f"{URL}\nbatch_bytes = 10", "[destinations.web].batch_bytes = 10"),
 }
@@ -46,10 +53,29 @@ def test_a_wrong_web_destination_is_refused_with_the_rule(case: str, tmp_path: P
     assert expected in str(caught.value)
 
 
-def test_a_password_in_the_url_is_refused_and_not_repeated(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no user") as caught:
-        load(tmp_path, 'url = "https://node:s3cret@pacs.example/dicom-web"')
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ('url = "https://node:s3cret@pacs.example/dicom-web"', "no user"),
+        ('url = "ftp://node:s3cret@pacs.example/dicom-web"', "begins with https://"),
+        ('url = "node:s3cret@pacs.example/dicom-web"', "begins with https://"),
+        ('url = "https://node:s3cret@pacs.example/studies"', "without /studies"),
+        ('url = "https://node:s3cret@pacs.example:99999"', "not an address"),
+        ('url = "https://node:s3cret/@pacs.example"', "not an address"),  # its "port" is the password
+        ('url = "https://node:s3cret@[pacs.example"', "not an address"),
+        ('url = "ftp://pacs.example?token=s3cret"', "begins with https://"),
+        (f'{URL}\ntoken_file = ["s3cret"]', "token_file"),
+    ],
+)
+def test_a_secret_of_a_wrong_destination_is_refused_and_not_repeated(keys: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        load(tmp_path, keys)
     assert "s3cret" not in str(caught.value)
+
+
+def test_a_wrong_address_without_a_secret_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ftp://pacs\.example"):
+        load(tmp_path, 'url = "ftp://pacs.example"')
 
 
 def test_secrets_are_files_beside_the_configuration(tmp_path: Path) -> None:
