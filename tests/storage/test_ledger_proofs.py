@@ -206,10 +206,22 @@ def test_a_start_takes_back_the_questions_of_an_earlier_life_and_no_others(
 def test_old_transactions_are_forgotten_with_the_events(ledger: Ledger, clock: Any, delivering: Make) -> None:
     delivering()
     row = asked(ledger)
+    ledger.finish_proof(row.id, "s", state=VISIBLE, goal=VISIBLE)
     clock.tick(10)
     ledger.forget_before(clock())
     assert ledger.commitments(row.id) == []
     assert ledger.take_report("2.25.1", committed=UIDS, failed={}) is Report.UNKNOWN
+
+
+def test_an_old_transaction_of_a_job_that_is_not_at_its_end_still_takes_its_report(
+    ledger: Ledger, clock: Any, delivering: Make
+) -> None:
+    delivering()
+    row = wait(ledger, asked(ledger), clock)
+    clock.tick(10)
+    ledger.forget_before(clock())
+    assert [one.transaction_uid for one in ledger.commitments(row.id)] == ["2.25.1"]
+    assert ledger.take_report("2.25.1", committed=UIDS, failed={}) is Report.KEPT
 
 
 def test_deliveries_of_the_first_release_end_at_sent(tmp_path) -> None:
