@@ -20,7 +20,7 @@ from reader_study import ENCODINGS, Written
 
 pytestmark = [pytest.mark.orthanc]
 
-RENDERED_MAX_SUV = 5.0  # the first window, LINEAR_EXACT
+RENDERED_MAX_SUV = 5.0  # the first window
 RENDERED_TOLERANCE = 1.03  # of 255: Orthanc cuts off the fraction, and the stored SUV is up to half a step away
 
 
