@@ -297,11 +297,11 @@ class WebConfig(_Table):
             raise ValueError(
                 "ca_file says whom to trust, and verify_tls = false trusts everybody: leave one of them out"
             )
-        if self.url.startswith("http://"):
+        if address.scheme == "http":
             for key in ("ca_file", "client_cert_file", "client_key_file", "verify_tls"):
                 if getattr(self, key) != WebConfig.model_fields[key].default:
                     raise ValueError(f"{key} is for https, and the url is plain http")
-        if self.url.startswith("http://") and not self.allow_http and not _is_loopback(address.hostname):
+        if address.scheme == "http" and not self.allow_http and not _is_loopback(address.hostname):
             raise ValueError("patient data over plain http: use https, or say allow_http = true")
         return self
 

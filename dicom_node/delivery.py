@@ -258,12 +258,7 @@ class Deliveries:
         left = missing(claimed.delivery)
         before = claimed.delivery.sent if left is not None else 0
         send = self._sender(destination)
-        outcome = send(
-            files,
-            only=left,
-            transfer_syntax=destination.transfer_syntax,
-            should_stop=partial(self._shall_stop, claimed),
-        )
+        outcome = send(files, only=left, should_stop=partial(self._shall_stop, claimed))
         return outcome, before + outcome.stored
 
     def _sender(self, destination: DestinationConfig) -> Send:
@@ -273,6 +268,7 @@ class Deliveries:
         return partial(
             self._send,
             peer=self._config.peer(destination.peer),
+            transfer_syntax=destination.transfer_syntax,
             calling_ae=self._config.node.ae_title,
             timeouts=self._timeouts,
             max_pdu=self._config.node.max_pdu,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 from pydicom import dcmread
@@ -24,7 +24,10 @@ from dicom_node.config import WebConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the service answers. `cut`: it closes the connection instead; `silent`: it says nothing until it stops."""
+    """What the service answers. `cut`: it closes the connection instead; `silent`: it says nothing until it stops.
+
+    `drip`: a byte every 20 ms of a header or of a body without length, 500 times.
+    """
 
     status: int = 200
     body: bytes = b""
@@ -32,6 +35,7 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     cut: bool = False
     silent: bool = False
+    drip: Literal["", "head", "body"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +185,9 @@ def _handler(web: FakeWeb) -> type[BaseHTTPRequestHandler]:
             if answer.cut or answer.silent:
                 self.close_connection = True
                 return
+            if answer.drip:
+                self._drip(b"HTTP/1.1 200 OK\r\nX: " if answer.drip == "head" else b"HTTP/1.1 200 OK\r\n\r\n")
+                return
             self.send_response(answer.status)
             for name, value in answer.headers.items():
                 self.send_header(name, value)
@@ -189,6 +196,14 @@ def _handler(web: FakeWeb) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Length", str(len(answer.body)))
             self.end_headers()
             self.wfile.write(answer.body)
+
+        def _drip(self, head: bytes) -> None:
+            self.close_connection = True
+            self.wfile.write(head)
+            for _ in range(500):
+                if web.stopped.wait(0.02):
+                    return
+                self.wfile.write(b" ")
 
         def log_message(self, format: str, *args: Any) -> None:
             """Silent."""

@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from time import monotonic
 from urllib.parse import urlsplit
 
+import requests
 from dicomweb_client import DICOMwebClient
 
 from dicom_node.config import WebConfig
 from dicom_node.net.query import CountOutcome
-from dicom_node.net.web import WebFailure, first_value, web_session
+from dicom_node.net.web import WebFailure, first_value, not_dicomweb, web_session
 
 SOP_INSTANCE, SERIES_INSTANCE, SERIES_INSTANCES = "00080018", "0020000E", "00201209"
+_NOT_FOUND = 404
 _PAGE = 1000
 _MOST = 100_000  # instances of one series that are counted one by one
 
@@ -25,7 +27,8 @@ def count_series_instances(service: WebConfig, study_uid: str, series_uid: str) 
     """How many instances of the series the service shows; 0 when it does not show the series.
 
     Number of Series Related Instances (0020,1209) is the answer; where a service leaves it out its instances are
-    searched for, and each SOP Instance UID counts once.
+    searched for, and each SOP Instance UID counts once. Status 404 says that there is no search, or no such study:
+    a service that finds studies means the study.
     """
     began = monotonic()
     try:
@@ -33,9 +36,12 @@ def count_series_instances(service: WebConfig, study_uid: str, series_uid: str) 
             count = _told(client, study_uid, series_uid)
             if count is None:
                 count = _counted(client, study_uid, series_uid)
-    except WebFailure as failure:
-        code = "not_offered" if failure.code == "service_not_found" else failure.code
+    except WebFailure as error:
+        failure = check_service(service) if error.status == _NOT_FOUND else error
         seconds = monotonic() - began
+        if failure is None:
+            return CountOutcome(count=0, seconds=seconds)
+        code = "not_offered" if failure.code == "service_not_found" else failure.code
         return CountOutcome(code=code, text=failure.text, permanent=failure.permanent, seconds=seconds)
     return CountOutcome(count=count, seconds=monotonic() - began)
 
@@ -58,7 +64,12 @@ def search_client(service: WebConfig) -> Iterator[DICOMwebClient]:
         client = DICOMwebClient(service.url, session=session, permissive_uid=True, timeout=timeout)
         client.set_http_retry_params(retry=False)  # the ledger decides on another try
         client.host = urlsplit(service.url).netloc  # it becomes the Host header, to which the port belongs
-        yield client
+        try:
+            yield client
+        except requests.RequestException:  # of which JSONDecodeError is a ValueError as well
+            raise
+        except (ValueError, RecursionError, AttributeError, TypeError) as error:  # JSON, but not that of DICOMweb
+            raise not_dicomweb(service) from error
 
 
 def _told(client: DICOMwebClient, study_uid: str, series_uid: str) -> int | None:

@@ -4,7 +4,7 @@ The bytes of the files are what is posted (PS3.18 section 10.5), streamed in req
 `batch_bytes`; `dicomweb-client` would decode and encode every data set anew. What happened is a value, as in `scu`.
 
 SendOutcome codes: those of `web.WebFailure`, and "" (every instance was stored), interrupted, instance_unreadable,
-no_space, instances_refused, instances_deferred, sop_class_refused (of nothing but the SOP class or transfer syntax).
+instances_refused, instances_deferred, sop_class_refused (of nothing but the SOP class or transfer syntax).
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import requests
 from pydicom.errors import InvalidDicomError
 
 from dicom_node.config import WebConfig
-from dicom_node.net.compression import EXPLICIT, compressed_file
-from dicom_node.net.part10 import Part10, read_part10, to_compress
+from dicom_node.net.answers import AnswerError
+from dicom_node.net.part10 import Part10, read_part10
 from dicom_node.net.scu import NOT_SENT, SendOutcome, is_stored
 from dicom_node.net.status import Outcome, classify, status_text
 from dicom_node.net.web import WebFailure, first_value, http_failure, unreadable, values, web_session, where
-from storage.errors import NoSpace
 
 NO_RESPONSE = "no_response"  # sent, and nobody knows what became of it
 FAILED_SOP, REFERENCED_SOP = "00081198", "00081199"  # sequences of the answer (PS3.18 annex I.2)
@@ -57,25 +56,21 @@ def send_series_web(
     service: WebConfig,
     *,
     only: Collection[str] | None = None,
-    transfer_syntax: str = EXPLICIT,
     on_sent: Callable[[int], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> SendOutcome:
     """Store the files, in the order given; `only` names the SOP Instance UIDs still missing.
 
-    There is no negotiation in DICOMweb: with a `transfer_syntax` of `compression.TRANSFER_SYNTAXES` images go out
-    compressed, and a service that does not take that refuses them. `on_sent(n)` is called after each request with
-    the number of instances that the service has. `should_stop` is asked before each instance; a stop is a transient
-    outcome ("interrupted") and cuts the request that is on the way.
+    There is no negotiation in DICOMweb: the files go out as they are, uncompressed. `on_sent(n)` is called after each
+    request with the number of instances that the service has. `should_stop` is asked before each instance; a stop is
+    a transient outcome ("interrupted") and cuts the request that is on the way.
     """
     began = monotonic()
     try:
-        instances = [_instance(part, transfer_syntax) for part in map(read_part10, files) if _wanted(part, only)]
+        instances = [_instance(part) for part in map(read_part10, files) if _wanted(part, only)]
     except (OSError, InvalidDicomError, AttributeError) as error:
         text = f"a result file cannot be read: {type(error).__name__}"
         return SendOutcome(code="instance_unreadable", text=text, permanent=True)
-    except NoSpace as error:
-        return SendOutcome(code="no_space", text=f"no room for the compressed instances: {error}")
     statuses = {instance.uid: NOT_SENT for instance in instances}
     try:
         with web_session(service) as session:
@@ -100,10 +95,8 @@ def _wanted(part: Part10, only: Collection[str] | None) -> bool:
     return only is None or part.sop_instance_uid in only
 
 
-def _instance(part: Part10, transfer_syntax: str) -> _Instance:
-    compress = to_compress(part, transfer_syntax)
-    path = compressed_file(part.path, transfer_syntax) if compress else part.path
-    return _Instance(part.sop_instance_uid, path, path.stat().st_size)
+def _instance(part: Part10) -> _Instance:
+    return _Instance(part.sop_instance_uid, part.path, part.path.stat().st_size)
 
 
 def _store_all(
@@ -128,7 +121,7 @@ def _store_all(
                 limit = sum(one.size for one in batch) // 2
                 continue
             raise
-        except requests.RequestException:
+        except (requests.RequestException, AnswerError):
             statuses.update(dict.fromkeys((one.uid for one in batch), NO_RESPONSE))
             raise
         statuses.update(_batch_statuses(answer, [one.uid for one in batch]))
@@ -191,7 +184,7 @@ def _post(
         raise http_failure(service, response)
     try:
         answer = response.json()
-    except requests.exceptions.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of 5000 digits, or brackets without end
         answer = None
     if isinstance(answer, list):  # some services wrap it, as in an answer to a search
         answer = next(iter(answer), None)
@@ -230,10 +223,12 @@ def _word(status: int) -> str:
 
 
 def _number(ds: Any, tag: str, default: int) -> int:
+    """A value of VR US; `default` where it is none."""
     try:
-        return int(first_value(ds, tag))
-    except (TypeError, ValueError):
+        number = int(first_value(ds, tag))
+    except (TypeError, ValueError, OverflowError):
         return default
+    return number if 0 <= number <= 0xFFFF else default
 
 
 def _settled(statuses: Mapping[str, str], service: WebConfig) -> SendOutcome:

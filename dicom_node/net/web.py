@@ -4,8 +4,8 @@
         session.post(f"{service.url}/studies", ...)
 
 WebFailure codes. Permanent, an operator's matter: secret_unreadable, tls_untrusted, tls_failed, unauthorized,
-forbidden, service_not_found, redirected, request_refused, request_too_large, answer_unreadable. Worth another try:
-connection_failed, no_response, service_busy, server_error.
+forbidden, service_not_found, redirected, request_refused, request_too_large, answer_unreadable, answer_too_large.
+Worth another try: connection_failed, no_response, service_busy, server_error.
 """
 
 from __future__ import annotations
@@ -26,14 +26,18 @@ from dicomweb_client.session_utils import create_session
 from requests.auth import AuthBase, HTTPBasicAuth
 
 from dicom_node.config import WebConfig
+from dicom_node.net.answers import MOST_BYTES, AnswerError, AnswerTooLarge, BoundedAdapter
 
 
 class WebFailure(Exception):
     """A request to a DICOMweb service came to nothing. `text` is a sentence for a person, without patient data."""
 
-    def __init__(self, code: str, text: str, *, permanent: bool, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, code: str, text: str, *, permanent: bool, retry_after_s: float | None = None, status: int | None = None
+    ) -> None:
         super().__init__(text)
         self.code, self.text, self.permanent, self.retry_after_s = code, text, permanent, retry_after_s
+        self.status = status  # of HTTP, where there was one
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +75,23 @@ def web_session(service: WebConfig) -> Iterator[requests.Session]:
     """A session with our credentials, for one piece of work.
 
     Whatever `requests` raises inside leaves as `WebFailure`, which also says when a file of secrets cannot be read.
+    An answer has to be whole within the request's read timeout and `answers.MOST_BYTES`.
     """
     session = create_session()
     try:
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, BoundedAdapter())
         session.auth = _auth(service)
         session.trust_env = False  # no proxy, CA or .netrc of the environment: the configuration has it all
         session.max_redirects = 0  # a redirected POST would come as a GET, and the data go elsewhere
         session.verify = _ca(service) if service.verify_tls else False
         session.cert = _client_cert(service)
         yield session
+    except AnswerTooLarge as error:
+        text = f"{where(service)} answered with more than {MOST_BYTES // 1_000_000} MB"
+        raise WebFailure("answer_too_large", text, permanent=True) from error
+    except AnswerError as error:
+        raise not_dicomweb(service) from error
     except requests.RequestException as error:
         raise _failure(service, error) from error
     finally:
@@ -98,7 +110,7 @@ def http_failure(service: WebConfig, response: requests.Response) -> WebFailure:
     meaning = STATUSES.get(status, default)
     text = f"{where(service)} {meaning.text} (HTTP {status})"
     after = _retry_after_s(response.headers.get("Retry-After", "")) if not meaning.permanent else None
-    return WebFailure(meaning.code, text, permanent=meaning.permanent, retry_after_s=after)
+    return WebFailure(meaning.code, text, permanent=meaning.permanent, retry_after_s=after, status=status)
 
 
 def unreadable(service: WebConfig, response: requests.Response) -> WebFailure:
@@ -106,6 +118,11 @@ def unreadable(service: WebConfig, response: requests.Response) -> WebFailure:
     media = response.headers.get("Content-Type", "no content").partition(";")[0][:64]
     text = f"{where(service)} {_NO_ANSWER.text} (HTTP {response.status_code}, {media!a})"
     return WebFailure(_NO_ANSWER.code, text, permanent=True)
+
+
+def not_dicomweb(service: WebConfig) -> WebFailure:
+    """The same of an answer of which nothing more is known."""
+    return WebFailure(_NO_ANSWER.code, f"{where(service)} {_NO_ANSWER.text}", permanent=True)
 
 
 def values(ds: Any, tag: str) -> list[Any]:
@@ -189,7 +206,7 @@ def _failure(service: WebConfig, error: requests.RequestException) -> WebFailure
         text = f"{at} did not answer within {service.answer_timeout_s:g} s"
         return WebFailure("no_response", text, permanent=False)
     if isinstance(error, requests.exceptions.JSONDecodeError):
-        return WebFailure(_NO_ANSWER.code, f"{at} {_NO_ANSWER.text}", permanent=True)
+        return not_dicomweb(service)
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             text = f"{at}: its certificate is not trusted: {cause.verify_message}"
@@ -221,8 +238,8 @@ def _retry_after_s(value: str) -> float | None:
         return float(value)
     try:
         then = parsedate_to_datetime(value)
-    except ValueError:
+        if then.tzinfo is None:
+            then = then.replace(tzinfo=UTC)
+        return max(0.0, (then - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError):  # no date, or one that no calendar has
         return None
-    if then.tzinfo is None:
-        then = then.replace(tzinfo=UTC)
-    return max(0.0, (then - datetime.now(UTC)).total_seconds())

@@ -20,6 +20,7 @@ REFUSED = {
     "the resource instead of the service": ('url = "https://pacs.example/studies"', "without /studies"),
     "a query": (URL.replace('/"', '?x=1"'), "no user, query or fragment in the url"),
     "plain http to another machine": ('url = "http://pacs.example/dicom-web"', "patient data over plain http"),
+    "plain http in capitals": ('url = "HTTP://pacs.example/dicom-web"', "patient data over plain http"),
     "a user without a password": (f'{URL}\nusername = "node"', "username and password_file belong together"),
     "a password without a user": (f'{URL}\npassword_file = "p"', "username and password_file belong together"),
     "a password and a token": (

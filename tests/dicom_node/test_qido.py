@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fake_web import Answer, FakeWeb
 
+from dicom_node.net.answers import MOST_BYTES
 from dicom_node.net.qido import check_service, count_series_instances
 
 STUDY, SERIES = "1.2.3", "1.2.3.4"
@@ -69,6 +70,10 @@ def test_a_series_that_is_not_shown_counts_nothing(found: list[dict[str, Any]]) 
         (Answer(status=302, headers={"Location": "/login"}), "redirected", True),
         (Answer(body=b"<html>", media_type="text/html"), "answer_unreadable", True),
         (Answer(cut=True), "connection_failed", False),
+        (Answer(body=b"[" * 100_000), "answer_unreadable", True),
+        (Answer(body=b"[" + b"9" * 5000 + b"]"), "answer_unreadable", True),
+        (Answer(body=b"7"), "answer_unreadable", True),
+        (Answer(body=b" " * (MOST_BYTES + 1)), "answer_too_large", True),
     ],
 )
 def test_a_search_that_fails_has_a_name(answer: Answer, code: str, permanent: bool) -> None:
@@ -76,6 +81,27 @@ def test_a_search_that_fails_has_a_name(answer: Answer, code: str, permanent: bo
         counted = count_series_instances(web.service(), STUDY, SERIES)
     assert (counted.code, counted.permanent, counted.count) == (code, permanent, None)
     assert len(web.gets) == 1  # no tries that the ledger does not know of
+
+
+def only_studies(path: str, _query: Query) -> Any:
+    return [{"0020000D": element("UI", "1.2.9")}] if path.endswith("/studies") else Answer(status=404)
+
+
+def test_a_404_of_a_service_that_finds_studies_means_that_the_series_is_not_shown() -> None:
+    with FakeWeb(found=only_studies) as web:
+        counted = count_series_instances(web.service(), STUDY, SERIES)
+    assert (counted.ok, counted.count) == (True, 0)
+    assert web.gets[1:] == ["/dicom-web/studies?limit=1"]
+
+
+@pytest.mark.parametrize(("status", "code"), [(404, "not_offered"), (503, "service_busy"), (401, "unauthorized")])
+def test_a_404_of_a_service_that_finds_no_studies_is_what_that_search_says(status: int, code: str) -> None:
+    def found(path: str, _query: Query) -> Answer:
+        return Answer(status=status if path.endswith("/studies") else 404)
+
+    with FakeWeb(found=found) as web:
+        counted = count_series_instances(web.service(), STUDY, SERIES)
+    assert (counted.code, counted.count) == (code, None)
 
 
 def test_a_check_with_nothing_found_is_good() -> None:

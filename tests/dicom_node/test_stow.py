@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
 import ssl
 import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import trustme
@@ -16,6 +18,7 @@ from fake_web import Answer, FakeWeb, Posted, store_everything, stored
 from result_factory import sop_uids, write_instances
 
 from dicom_node.config import WebConfig
+from dicom_node.net.answers import MOST_BYTES
 from dicom_node.net.qido import check_service
 from dicom_node.net.scu import SendOutcome
 from dicom_node.net.stow import _Multipart, send_series_web
@@ -31,7 +34,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 def in_twos(service: WebConfig, files: list[Path]) -> WebConfig:
     """So that the instances go in three requests; far below what a configuration may say."""
-    return service.model_copy(update={"batch_bytes": 2 * files[0].stat().st_size})
+    return service.model_copy(update={"batch_bytes": 2 * max(path.stat().st_size for path in files)})
 
 
 def verdict(outcome: SendOutcome) -> tuple[str, bool]:
@@ -58,14 +61,6 @@ def test_a_request_is_read_from_the_files_in_small_blocks(tmp_path: Path) -> Non
     blocks = [len(block) for block in body]
     assert sum(blocks) == len(body) > 2_000_000
     assert max(blocks) <= 65536
-
-
-def test_compressed_instances_keep_their_uids(files: list[Path]) -> None:
-    with FakeWeb() as web:
-        assert send_series_web(files, web.service(), transfer_syntax="rle").ok
-    (posted,) = web.posts
-    assert posted.uids == sop_uids(files)
-    assert all(b"1.2.840.10008.1.2.5" in data[:1024] for data in posted.instances.values())
 
 
 # ---- what the answer says of each instance
@@ -154,6 +149,60 @@ def test_a_success_that_names_no_instance_is_none(files: list[Path], answer: Ans
     assert outcome.stored == 0
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(body=b"[" * 100_000),
+        Answer(body=b'{"00081199": ' + b"9" * 5000 + b"}"),
+        Answer(body=b"{}", headers={"Content-Encoding": "gzip"}),
+    ],
+    ids=["brackets without end", "a number without end", "not packed as it says"],
+)
+def test_an_answer_that_no_parser_takes_costs_nothing_that_was_stored(files: list[Path], answer: Answer) -> None:
+    with FakeWeb(lambda posted: store_everything(posted) if posted.number == 1 else answer) as web:
+        outcome = send_series_web(files, in_twos(web.service(), files))
+    assert verdict(outcome) == ("answer_unreadable", PERMANENT)
+    assert [outcome.statuses[uid] for uid in sop_uids(files)[:2]] == ["0x0000"] * 2
+
+
+@pytest.mark.parametrize("reason", ["-1", "65536", "Infinity"])
+def test_a_failure_reason_that_is_no_status_counts_as_a_processing_failure(files: list[Path], reason: str) -> None:
+    bad = sop_uids(files)[0]
+
+    def answer(posted: Posted) -> Answer:
+        good = stored(posted.uids, status=202, failed={bad: 4711})
+        return Answer(status=202, body=good.body.replace(b"4711", reason.encode()))
+
+    with FakeWeb(answer) as web:
+        outcome = send_series_web(files, web.service())
+    assert (verdict(outcome), outcome.statuses[bad]) == (("instances_deferred", TRANSIENT), "0x0110")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(body=b" " * (MOST_BYTES + 1)),
+        Answer(body=gzip.compress(bytes(MOST_BYTES + 1)), headers={"Content-Encoding": "gzip"}),
+    ],
+    ids=["plain", "packed"],
+)
+def test_an_answer_without_measure_is_not_put_into_memory(files: list[Path], answer: Answer) -> None:
+    with FakeWeb(lambda posted: store_everything(posted) if posted.number == 1 else answer) as web:
+        outcome = send_series_web(files, in_twos(web.service(), files))
+    assert verdict(outcome) == ("answer_too_large", PERMANENT)
+    assert outcome.text.endswith("answered with more than 16 MB")
+    words = [outcome.statuses[uid] for uid in sop_uids(files)]
+    assert words == ["0x0000"] * 2 + ["no_response"] * 2 + ["not_sent"] * 2
+
+
+def test_an_answer_that_is_packed_is_read(files: list[Path]) -> None:
+    def packed(posted: Posted) -> Answer:
+        return Answer(body=gzip.compress(stored(posted.uids).body), headers={"Content-Encoding": "gzip"})
+
+    with FakeWeb(packed) as web:
+        assert send_series_web(files, web.service()).stored == COUNT
+
+
 # ---- what an HTTP status says of all of them
 
 
@@ -200,7 +249,7 @@ def test_a_busy_service_says_when_to_come_again(files: list[Path], value: str, l
     assert least <= after <= most
 
 
-@pytest.mark.parametrize("value", ["", "soon", "-5", "Wed, 99 Oct 2015"])
+@pytest.mark.parametrize("value", ["", "soon", "-5", "Wed, 99 Oct 2015", f"Wed, 21 Oct {'9' * 30} 07:28:00 GMT"])
 def test_a_retry_after_that_is_none_is_ignored(files: list[Path], value: str) -> None:
     with FakeWeb(lambda _: Answer(status=429, headers={"Retry-After": value})) as web:
         assert send_series_web(files, web.service()).retry_after_s is None
@@ -249,6 +298,14 @@ def test_a_service_that_does_not_answer_is_given_up(files: list[Path]) -> None:
         outcome = send_series_web(files, web.service(answer_timeout_s=0.2))
         assert outcome.text == f"http://127.0.0.1:{web.port}/dicom-web did not answer within 0.2 s"
     assert verdict(outcome) == ("no_response", TRANSIENT)
+
+
+@pytest.mark.parametrize("drip", ["head", "body"])
+def test_a_service_that_drips_its_answer_is_given_up(files: list[Path], drip: Literal["head", "body"]) -> None:
+    with FakeWeb(lambda _: Answer(drip=drip)) as web:
+        outcome = send_series_web(files, web.service(answer_timeout_s=0.4))
+    assert verdict(outcome) == ("no_response", TRANSIENT)
+    assert outcome.text.endswith("did not answer within 0.4 s")
 
 
 def test_nobody_at_the_port_is_transient(files: list[Path]) -> None:
@@ -406,6 +463,15 @@ def test_a_cut_connection_over_tls_is_tried_again(files: list[Path], authority: 
     with FakeWeb(lambda _: Answer(cut=True), tls=authority.server()) as web:
         outcome = send_series_web(files, web.service(ca_file=authority.file))
     assert verdict(outcome) == ("connection_failed", TRANSIENT)
+
+
+@pytest.mark.parametrize("drip", ["head", "body"])
+def test_a_service_that_drips_over_tls_is_given_up(
+    files: list[Path], authority: Authority, drip: Literal["head", "body"]
+) -> None:
+    with FakeWeb(lambda _: Answer(drip=drip), tls=authority.server()) as web:
+        outcome = send_series_web(files, web.service(ca_file=authority.file, answer_timeout_s=0.4))
+    assert verdict(outcome) == ("no_response", TRANSIENT)
 
 
 def test_a_service_that_asks_who_calls_is_told(files: list[Path], authority: Authority, tmp_path: Path) -> None:
