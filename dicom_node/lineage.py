@@ -12,6 +12,7 @@ from storage.ledger import Ledger
 from storage.records import Job
 
 RECALLED = "recalled"  # in a job's details: its result was taken back, and it stands in nobody's way
+RECALLED_AT = "recalled_at"  # in a job's details: the destinations where it was taken back, not everywhere
 RERUN = "rerun"  # in a job's details: why the result of the job that it supersedes was computed again
 
 SAME_AS = "same_as"  # in a job's details: the job whose series its result turned out to be, so that it was not sent

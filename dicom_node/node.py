@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -24,7 +24,7 @@ import structlog
 
 from dicom_node import __version__
 from dicom_node.assembler import Assembler
-from dicom_node.config import Config
+from dicom_node.config import Config, StorageConfig
 from dicom_node.delivery import Deliveries
 from dicom_node.engine import Engine, EngineError
 from dicom_node.engine.local import LocalEngine
@@ -203,7 +203,16 @@ class Node:
 
     def _retention(self) -> None:
         keep, now = self.config.storage, utc_now()
-        gone = self.spool.apply_retention(
+        gone: list[str] = []
+        try:
+            gone = self._remove_old(keep, now)
+        finally:  # also when the disk fails: the ledger must not grow for that
+            events = self.ledger.forget_before(now - timedelta(days=keep.keep_events_days))
+            if gone or events:
+                log.info("node.retention", removed=len(gone), events=events)
+
+    def _remove_old(self, keep: StorageConfig, now: datetime) -> list[str]:
+        return self.spool.apply_retention(
             timedelta(days=keep.keep_inputs_days),
             timedelta(days=keep.keep_results_days),
             now,
@@ -214,9 +223,6 @@ class Node:
             before_result=lambda job_id: keep_references(self.spool, job_id),
             keep_references=timedelta(days=keep.keep_events_days),
         )
-        events = self.ledger.forget_before(now - timedelta(days=keep.keep_events_days))
-        if gone or events:
-            log.info("node.retention", removed=len(gone), events=events)
 
     def _is_final(self, job_id: str) -> bool:
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from dicom_node.lineage import RECALLED
+from dicom_node.lineage import RECALLED, RECALLED_AT
 from storage.errors import IllegalMove
 from storage.ledger import Ledger, utc_now
 from storage.records import REJECTION, Delivery, Job, JobFilter, JobState
@@ -73,18 +73,24 @@ def recall(
     """Reject one result wherever it may have arrived; what is not sent yet is not sent any more.
 
     `destinations` None: at all of them, and the job counts as recalled: its CT series, routed again, is computed
-    again. Doing it twice opens nothing twice.
+    again. Otherwise it is taken back there, and a HELD job stays HELD. Doing it twice opens nothing twice.
+
+    Raises:
+        OSError, StorageError: not now, for a full disk say; doing it again does it.
     """
     from dicom_node.rejections import reject  # with it come the libraries of images: a list needs none of them
 
     job, title = result.job, reason.document_title
     text = f"bundle {result.bundle} is recalled: {title.meaning} ({title.value})"
     told = {"code": title.value, "meaning": title.meaning, "time": clock().isoformat()}
-    details = {} if destinations is not None or RECALLED in job.details else {RECALLED: told}
+    if destinations is None:
+        details = {} if RECALLED in job.details else {RECALLED: told}
+    else:
+        details = {RECALLED_AT: {**dict.fromkeys(destinations, told), **(job.details.get(RECALLED_AT) or {})}}
     try:
-        if job.state is JobState.HELD:
-            ledger.move(job.id, JobState.CANCELLED, code=CODE, text=text, expected={JobState.HELD}, details=details)
-            return Recalled(result=result)
+        if job.state is JobState.HELD and destinations is None:
+            held = {JobState.HELD}
+            job = ledger.move(job.id, JobState.CANCELLED, code=CODE, text=text, expected=held, details=details)
         done = reject(
             ledger,
             spool,

@@ -26,11 +26,12 @@ from pipeline.outputs.rejection_note import (
     series_to_json,
 )
 from pipeline.result import read_summary
+from storage.deliveries import seen_there
 from storage.durable import fsync_folder, link_file, make_folder, write_temp
-from storage.errors import IllegalMove
+from storage.errors import IllegalMove, NoSpace
 from storage.ledger import Ledger, utc_now
 from storage.records import PROOF_STATES, REJECTION, Delivery, Event, Job, NewDelivery
-from storage.rejections import OPEN_AGAIN, REJECTABLE
+from storage.rejections import OPEN_AGAIN, REJECTABLE, STOPPABLE
 from storage.spool import Spool
 
 log = structlog.get_logger()
@@ -71,9 +72,12 @@ def reject(
 
     Raises:
         IllegalMove: nothing of the job can have been sent.
+        OSError, NoSpace: a note cannot be written now; what was sent stays without notes until it is done again.
     """
-    if job.state not in REJECTABLE:
+    if job.state not in STOPPABLE:
         raise IllegalMove(f"job {job.id}: is {job.state}, nothing of it was sent that could be rejected")
+    # first, so that nothing sets out after we have looked at what may be there
+    ledger.reject_result(job.id, (), destinations=destinations, code=code, text=text)
     deliveries = ledger.deliveries(job.id)
     known = {(d.destination, d.encoding) for d in deliveries if d.kind == REJECTION and d.state not in OPEN_AGAIN}
     notes, unnamed = [], []
@@ -116,18 +120,23 @@ def arrived(
         for event in events
         if event.stage == "delivery"
     }
+    there = seen_there(event.details for event in events if event.stage == "delivery")
     return [
         delivery
         for delivery in deliveries
         if delivery.kind != REJECTION
         and (destinations is None or delivery.destination in destinations)
-        and (delivery.sent or delivery.reason_code not in REFUSED_CODES)
         and (
-            delivery.state in PROOF_STATES
-            or delivery.attempts > 0
-            or (delivery.destination, delivery.kind, delivery.encoding) in tried
+            delivery.sent
+            or delivery.state in PROOF_STATES
+            or _key(delivery) in there
+            or (delivery.reason_code not in REFUSED_CODES and (delivery.attempts > 0 or _key(delivery) in tried))
         )
     ]
+
+
+def _key(delivery: Delivery) -> tuple[str, str, str]:
+    return delivery.destination, delivery.kind, delivery.encoding
 
 
 def _note(
@@ -170,19 +179,27 @@ def _series(spool: Spool, job_id: str, name: str) -> RejectedSeries:
 
 
 def keep_references(spool: Spool, job_id: str) -> None:
-    """Before retention removes a result: keep what names its series, so that it can be rejected for a year."""
+    """Before a result is removed: keep what names its series, so that it can be rejected for a year.
+
+    Raises:
+        OSError, NoSpace: not now; the result must stay.
+    """
     folder = spool.result_folder(job_id)
-    if not spool.has_result(job_id):
+    if not spool.has_result(job_id) or spool.has_references(job_id):
         return
     try:
         texts = {
             series.folder: series_to_json(read_rejected_series(outbox_files(folder / series.folder)))
             for series in read_summary(folder).series
         }
+        spool.keep_references(job_id, texts)
     except OutputError as error:  # a damaged result must not fill the disk for ever
         log.warning("rejection.no_references", job_id=job_id, reason=error.text)
-        return
-    spool.keep_references(job_id, texts)
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from error
+    except (OSError, NoSpace) as error:
+        log.warning("rejection.references_later", job_id=job_id, reason=type(error).__name__)
+        raise
 
 
 # ---- results that a later one replaces
@@ -201,7 +218,10 @@ def reject_superseded(config: Config, ledger: Ledger, spool: Spool, *, clock: Ca
         pets = {d.destination: d for d in ledger.deliveries(job.id) if d.kind == "pet"}
         there = {name for name, delivery in pets.items() if name in wanted and delivery.proven}
         for old in _replaced(ledger, job) if there else ():
-            opened += _replace(ledger, spool, job, old, there, clock)
+            try:
+                opened += _replace(ledger, spool, job, old, there, clock)
+            except (OSError, NoSpace) as error:  # it passes: the next call does it, and the other jobs go on
+                log.warning("rejection.later", job_id=old.id, reason=type(error).__name__)
     return opened
 
 

@@ -124,7 +124,7 @@ def _recalled(
         for result in reversed(found):
             try:
                 yield recall(ledger, spool, result, reason, destinations=destinations)
-            except StorageError as error:  # a full disk, a job that somebody else moved
+            except (StorageError, OSError) as error:  # a full or failing disk, a job that somebody else moved
                 yield Recalled(result=result, fault=str(error))
             bar.advance(task)
 

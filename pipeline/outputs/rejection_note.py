@@ -35,7 +35,7 @@ from pipeline.types import EncodedInstance, EncodedSeries, OutputOptions, Source
 KIND = "rejection"
 SERIES_NUMBER = 9090  # behind all results of ours
 SERIES_DESCRIPTION = "SYNTHETIC FDG PET - REJECTED, DO NOT USE"
-_UNREADABLE = (OSError, EOFError, InvalidDicomError, *HEADER_FAULTS)
+_UNREADABLE = (EOFError, InvalidDicomError, *HEADER_FAULTS)  # not OSError: the file may be whole, and read later
 _NO_POSITION = (0.0, 0.0, 0.0)
 # What a note needs of the series that it rejects, and what the white list of all results can copy from it
 _KEPT = (
@@ -99,6 +99,7 @@ def read_rejected_series(paths: Sequence[Path]) -> RejectedSeries:
 
     Raises:
         OutputError: there is no file, or one that is no DICOM object of the series (code result_unreadable).
+        OSError: a file cannot be read now.
     """
     try:
         uids = tuple(str(dcmread(path, specific_tags=["SOPInstanceUID"]).SOPInstanceUID) for path in paths)

@@ -155,6 +155,36 @@ def test_what_waits_is_not_sent_any_more_and_what_is_held_is_cancelled(bench: Be
     assert {d.reason_code for d in bench.ledger.deliveries(waiting.id)} == {"recalled"}
 
 
+def test_a_recall_at_one_destination_is_kept_there_also_without_a_note(bench: Bench) -> None:
+    job = bench.finished()
+    done = ask(bench, "--bundle", "phantom", "--send-rejections", "--yes", "--destination", "pacs")
+    assert done.exit_code == 0, done.output
+    assert notes(bench, job.id) == {}
+    assert set(bench.send()) == {"other pet", "other mip"}
+    bench.ledger.redeliver(job.id)
+    assert set(bench.send()) == {"other pet", "other mip"}
+    refused = RUNNER.invoke(
+        app, ["jobs", "redeliver", job.id, "--destination", "pacs", "--config", str(bench.root / "config.toml")]
+    )
+    assert refused.exit_code == 1
+    assert "recalled" in refused.output
+
+
+def test_a_held_result_recalled_at_one_destination_stays_held_for_the_others(bench: Bench) -> None:
+    job = bench.finished(held=("suv_range", "too hot"))
+    again = ("--bundle", "phantom", "--send-rejections", "--yes", "--destination", "pacs")
+    assert ask(bench, *again).exit_code == 0
+    told = bench.ledger.get(job.id).details["recalled_at"]
+    assert told["pacs"]["code"] == "113001"
+    assert ask(bench, *again).exit_code == 0
+    held = bench.ledger.get(job.id)
+    assert (held.state, held.details["recalled_at"]) == (JobState.HELD, told)
+    assert bench.codes(job.id).count("recalled") == 2  # what waited was stopped; the mark was left
+    bench.ledger.release(job.id)
+    assert set(bench.send()) == {"other pet", "other mip"}
+    assert bench.ledger.get(job.id).state is JobState.DONE
+
+
 def test_a_recalled_result_is_neither_retried_nor_computed_in_place(bench: Bench) -> None:
     job = bench.finished(held=("suv_range", "too hot"))
     ask(bench, "--bundle", "phantom", "--send-rejections", "--yes")

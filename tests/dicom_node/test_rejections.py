@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -20,10 +21,11 @@ from dicom_node.delivery import Deliveries, outbox_files
 from dicom_node.node import Node
 from dicom_node.proof import asked_of, goal_of
 from dicom_node.rejections import keep_references, reject_superseded
-from pipeline.outputs.rejection_note import KIND
+from pipeline.outputs.rejection_note import KIND, RejectionReason
 from pipeline.types import EncodedSeries
+from storage.errors import NoSpace
 from storage.ledger import open_ledger
-from storage.records import REJECTION, DeliveryState, JobState
+from storage.records import REJECTION, Delivery, DeliveryState, Job, JobState
 
 
 @pytest.fixture
@@ -106,7 +108,7 @@ def test_a_kill_between_the_note_and_the_ledger_sends_the_same_note(
     bench.finished(supersedes=old.id, version="4")
     bench.send()
     with monkeypatch.context() as broken:
-        broken.setattr(bench.ledger, "reject_result", lambda *_, **__: 1 / 0)
+        broken.setattr(bench.ledger, "reject_result", lambda _, notes, **__: 1 / 0 if notes else 0)
         with pytest.raises(ZeroDivisionError):
             sweep(bench)
     written = {path: path.read_bytes() for path in bench.spool.result_folder(old.id).glob("rejection-*/*.dcm")}
@@ -295,3 +297,109 @@ def test_a_pacs_that_takes_no_key_objects_leaves_the_job_done_and_the_ledger_say
         assert told == [(DeliveryState.CANCELLED, "optional_refused")] * 2
         assert sweep(bench) == 0  # it is not asked again and again
         bench.ledger.close()
+
+
+def test_what_waits_cannot_set_out_between_the_look_and_the_notes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = bench.finished()
+    look, set_out = rejections_module.arrived, []
+
+    def while_a_sender_claims(*args: Any) -> list[Delivery]:
+        found = look(*args)
+        set_out.append(bench.ledger.claim_delivery("sender", lease_s=60))
+        return found
+
+    monkeypatch.setattr(rejections_module, "arrived", while_a_sender_claims)
+    take_back(bench, old)
+    assert set_out == [None]
+    assert {d.state for d in bench.ledger.deliveries(old.id)} == {DeliveryState.CANCELLED}
+
+
+def take_back(bench: Bench, job: Job) -> int:
+    done = rejections_module.reject(
+        bench.ledger, bench.spool, job, reason=RejectionReason.QUALITY, description="", code="recalled", text="recalled"
+    )
+    return done.opened
+
+
+def test_a_class_refused_when_sent_again_does_not_hide_that_the_series_is_there(bench: Bench) -> None:
+    old = bench.finished()
+    bench.send()
+    bench.ledger.redeliver(old.id)
+    while (row := bench.ledger.claim_delivery("s", lease_s=60)) is not None:
+        bench.ledger.finish_delivery(
+            row.id, "s", state=DeliveryState.FAILED, sent=0, statuses={}, code="no_presentation_context"
+        )
+    assert take_back(bench, bench.ledger.get(old.id)) == 4
+
+
+def test_a_class_refused_from_the_first_gets_no_note(bench: Bench) -> None:
+    old = bench.finished()
+    while (row := bench.ledger.claim_delivery("s", lease_s=60)) is not None:
+        bench.ledger.finish_delivery(
+            row.id, "s", state=DeliveryState.FAILED, sent=0, statuses={}, code="no_presentation_context"
+        )
+    assert take_back(bench, bench.ledger.get(old.id)) == 0
+
+
+def test_a_fault_of_the_disk_that_passes_costs_no_rejection(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = bench.finished()
+    bench.send()
+    bench.finished(supersedes=old.id, version="4")
+    bench.send()
+    with monkeypatch.context() as broken:
+        broken.setattr(rejections_module, "read_rejected_series", out_of_files)
+        assert sweep(bench) == 0
+    assert "superseded_at" not in bench.ledger.get(old.id).details
+    assert sweep(bench) == 2
+
+
+def out_of_files(*_: object) -> None:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_a_full_disk_keeps_the_result_it_cannot_name_and_the_history_is_still_shortened(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = bench.finished(series_uid="2.25.1"), bench.finished(series_uid="2.25.2")
+    bench.send()
+    keep_references(bench.spool, second.id)  # and then the disk was full
+    storage = bench.config.storage.model_copy(update={"keep_results_days": 0.0, "keep_events_days": 1.0})
+    node = Node(bench.config.model_copy(update={"storage": storage}))
+    node.ledger, node.spool = bench.ledger, bench.spool
+
+    def full(*_: object) -> None:
+        raise NoSpace("No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bench.spool, "keep_references", full)
+        node._retention()
+    assert bench.spool.has_result(first.id)
+    assert not bench.spool.has_result(second.id)
+    assert bench.ledger.events(first.id) == []  # the bench's clock is long ago
+    node._retention()
+    assert not bench.spool.has_result(first.id)
+    assert set(bench.spool.references(first.id)) == {"pet-sc", "pet-pet", "mip-sc"}
+
+
+def test_a_result_whose_file_cannot_be_read_now_stays_and_a_failing_retention_still_forgets(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = bench.finished()
+    bench.send()
+    with monkeypatch.context() as broken:
+        broken.setattr(rejections_module, "read_rejected_series", out_of_files)
+        with pytest.raises(OSError, match="Too many open files"):
+            keep_references(bench.spool, old.id)
+    storage = bench.config.storage.model_copy(update={"keep_events_days": 1.0})
+    node = Node(bench.config.model_copy(update={"storage": storage}))
+    node.ledger, node.spool = bench.ledger, bench.spool
+    monkeypatch.setattr(bench.spool, "apply_retention", out_of_files_in)
+    with pytest.raises(OSError, match="Too many open files"):
+        node._retention()
+    assert not bench.ledger.search_events(since=bench.now - timedelta(days=1))
+
+
+def out_of_files_in(*_: object, **__: object) -> None:
+    out_of_files()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -14,6 +15,7 @@ from pydicom.uid import KeyObjectSelectionDocumentStorage
 from test_outputs_validators import complaints, tool
 
 from pipeline.errors import OutputError
+from pipeline.outputs import rejection_note
 from pipeline.outputs.rejection_note import (
     KIND,
     RejectedSeries,
@@ -125,7 +127,7 @@ def test_an_object_that_is_no_image_is_referenced_as_a_composite_object(rejected
 def test_files_that_are_no_series_are_refused_by_code(tmp_path: Path) -> None:
     broken = tmp_path / "0001.dcm"
     broken.write_bytes(b"x" * 200)
-    for paths in ([], [broken], [tmp_path / "gone.dcm"]):
+    for paths in ([], [broken]):
         with pytest.raises(OutputError) as refused:
             read_rejected_series(paths)
         assert refused.value.code == "result_unreadable"
@@ -144,3 +146,26 @@ def test_the_kind_is_the_ledgers_word(rejected: RejectedSeries) -> None:
         rejected, reason=RejectionReason.QUALITY, description="recalled", created=CREATED, encoding="kos-x"
     )
     assert (made.kind, made.encoding, len(made.instances)) == (KIND, "kos-x", 1)
+
+
+def test_a_file_that_cannot_be_read_now_is_not_called_malformed(
+    pet: EncodedSeries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_series(pet, tmp_path / "pet")
+    opened = rejection_note.dcmread
+    times: list[Path] = []
+
+    def too_many_files(path: Path, **options: object) -> Dataset:
+        times.append(path)
+        if len(times) == 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opened(path, **options)
+
+    monkeypatch.setattr(rejection_note, "dcmread", too_many_files)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_rejected_series(paths)
+    assert read_rejected_series(paths).series_uid == pet.series_uid
+    paths[0].write_bytes(b"no DICOM")
+    with pytest.raises(OutputError) as found:
+        read_rejected_series(paths)
+    assert found.value.code == "result_unreadable"
