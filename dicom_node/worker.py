@@ -26,7 +26,7 @@ from dicom_node.settle import OPTIONAL_KINDS
 from pipeline.errors import DistrictError, GateRefusal, PipelineError, UnsupportedSeries
 from pipeline.result import ResultSummary, SeriesSummary, read_summary
 from pipeline.types import DistrictOptions, GateOptions, OutputOptions, PipelineOptions, Progress, Stage
-from storage.errors import LedgerError, NoSpace, NotFound, StaleState
+from storage.errors import LedgerError, NoSpace, NotFound, OtherSeries, StaleState
 from storage.ledger import Ledger, utc_now
 from storage.records import Job, JobFilter, JobState, NewDelivery
 from storage.spool import Spool
@@ -69,6 +69,8 @@ def judge(error: Exception) -> Verdict:
             return Verdict(code="input_gone", text="the series is not in the spool any more", permanent=True)
         case NoSpace():
             return Verdict(code="no_space", text="the disk is full")
+        case OtherSeries():
+            return Verdict(code="other_series", text=str(error), permanent=True)
         case _:
             return Verdict(code="internal_error", text=f"{type(error).__name__} in the worker: see the log")
 
@@ -250,8 +252,10 @@ class Worker:
         except EngineStopped as error:
             self._given_back(job, error)
         except Exception as error:  # the edge
-            if not isinstance(error, PipelineError | EngineError):
+            if not isinstance(error, PipelineError | EngineError | OtherSeries):
                 log.exception("job.error")
+            if isinstance(error, OtherSeries):  # the outbox must not pass for what was sent
+                self._spool.discard_result(job.id)
             self._failed(job, judge(error))
         else:
             log.info("job.completed", state=done.state.value, seconds=round(monotonic() - began, 3))

@@ -32,6 +32,7 @@ from dicom_node.config import Config, load_config
 from dicom_node.errors import RerunRefused
 from dicom_node.lineage import RECALLED, RERUN
 from pipeline.errors import PipelineError
+from storage.deliveries import taken_back_at
 from storage.errors import StorageError
 from storage.ledger import Ledger
 from storage.records import PROOF_STATES, REJECTION, Delivery, Job, JobFilter, JobState
@@ -245,21 +246,31 @@ def retry(
     """Run a FAILED, REJECTED or CANCELLED job again; finished results are only sent again, with the same bytes.
 
     With --rerun also a DONE job, or one that was recalled, if what its result is made of has changed since (the
-    bundle, a corrected SEG, the options): as a new job, whose series supersedes the old one.
+    bundle, a corrected SEG, the options): as a new job, whose series supersedes the old one. So too a FAILED or
+    CANCELLED one of which something was sent.
     """
 
     def again(ledger: Ledger, config: Config, job_id: str) -> Job:
         spool = Spool(config.storage.root, min_free_bytes=0)
         job = ledger.get(job_id)
-        noted = any(delivery.kind == REJECTION for delivery in ledger.deliveries(job_id))
-        taken_back = noted or RECALLED in job.details
+        deliveries = ledger.deliveries(job_id)
+        noted = any(delivery.kind == REJECTION for delivery in deliveries)
+        taken_back = noted or bool(taken_back_at(job.details))
         if rerun and (job.state is JobState.DONE or taken_back):
             from dicom_node.rerun import changes  # reads the bundle: torch
             from dicom_node.rerun import rerun as run_again
 
             return run_again(ledger, spool, job, changes(job, config, spool))
         needed = not taken_back and (rerun or not spool.has_result(job_id))  # retention may have removed it
-        if needed and ledger.get(job_id).state in RETRIED_STATES:
+        if needed and job.state in RETRIED_STATES:
+            if deliveries:
+                from dicom_node.rejections import arrived, keep_references
+                from dicom_node.rerun import changes
+                from dicom_node.rerun import rerun as run_again
+
+                keep_references(spool, job_id)
+                if arrived(deliveries, ledger.events(job_id)) and (why := changes(job, config, spool)):
+                    return run_again(ledger, spool, job, why)  # in place, the series that is out would be forgotten
             spool.discard_result(job_id)  # before the move: a running node may take the job up at once
         return ledger.retry(job_id, rerun=needed)
 

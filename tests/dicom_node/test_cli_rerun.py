@@ -13,7 +13,8 @@ from dicom_node.assembler import Assembler
 from dicom_node.cli import app
 from dicom_node.incoming import source_digest
 from dicom_node.net.associations import AssociationRegistry
-from storage.records import Job, JobState, SeriesInfo
+from dicom_node.rejections import keep_references
+from storage.records import DeliveryState, Job, JobState, SeriesInfo
 
 RUNNER = CliRunner()
 UIDS = ("2.25.902.1", "2.25.902.2", "2.25.902.3")
@@ -129,3 +130,42 @@ def test_a_kill_before_the_new_job_is_queued_leaves_no_job_that_waits_for_ever(b
         now[0] += 10_000.0
     left = bench.ledger.jobs_of_series("2.25.902")[0]
     assert left.state is JobState.REJECTED
+
+
+def half_delivered(bench: Bench) -> Job:
+    """A FAILED job with its CT: "pacs" has its series, "other" refused them."""
+    job = bench.finished()
+    give_ct(bench, job.id)
+    while (row := bench.ledger.claim_delivery("s", lease_s=60)) is not None:
+        there = row.destination == "pacs"
+        state = DeliveryState.SENT if there else DeliveryState.FAILED
+        bench.ledger.finish_delivery(row.id, "s", state=state, sent=row.instances if there else 0, statuses={})
+    return bench.ledger.get(job.id)
+
+
+@pytest.mark.parametrize("words", [("--rerun",), ()])
+def test_a_job_of_which_something_was_sent_is_computed_again_as_a_job_of_its_own(
+    bench: Bench, words: tuple[str, ...]
+) -> None:
+    job = half_delivered(bench)
+    assert job.state is JobState.FAILED
+    before = bench.ledger.deliveries(job.id)
+    if not words:  # retention
+        keep_references(bench.spool, job.id)
+        bench.spool.discard_result(job.id)
+    answer = retry(bench, job, *words)
+    assert answer.exit_code == 0, answer.output
+    new, old = bench.ledger.jobs_of_series("2.25.902")
+    assert (new.state, new.supersedes, old.state) == (JobState.QUEUED, job.id, JobState.FAILED)
+    assert bench.ledger.deliveries(job.id) == before
+    assert set(bench.spool.references(job.id)) == {"pet-sc", "pet-pet", "mip-sc"}
+
+
+def test_where_nothing_has_changed_it_is_computed_in_place(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = half_delivered(bench)
+    monkeypatch.setattr("dicom_node.rerun.changes", lambda *_: ())
+    answer = retry(bench, job, "--rerun")
+    assert answer.exit_code == 0, answer.output
+    assert [one.id for one in bench.ledger.jobs_of_series("2.25.902")] == [job.id]
+    assert bench.ledger.get(job.id).state is JobState.QUEUED
+    assert not bench.spool.has_result(job.id)
