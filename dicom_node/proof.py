@@ -25,6 +25,7 @@ from dicom_node.net.part10 import read_part10
 from dicom_node.net.query import CountOutcome, count_series_instances
 from dicom_node.net.status import Status
 from dicom_node.retry import retry_delay_s
+from dicom_node.settle import OPTIONAL_KINDS
 from storage.errors import StaleState
 from storage.ledger import Ledger, utc_now
 from storage.proofs import Report
@@ -34,7 +35,7 @@ log = structlog.get_logger()
 
 SAME_ASSOCIATION_S = 2.0  # how long the association of a request stays open for the report
 DUPLICATE_TRANSACTION = "0x0131"  # a Failure Reason about the request, not about the instance (PS3.3 C.14.1.1)
-Count = Callable[[Config, DestinationConfig, str, str, Timeouts], CountOutcome]
+Count = Callable[[Config, DestinationConfig, str, str, Timeouts, Callable[[], bool]], CountOutcome]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +147,10 @@ def judge_ask(delivery: Delivery, uid: str, outcome: AskOutcome, destination: De
 
 
 def judge_count(delivery: Delivery, outcome: CountOutcome, destination: DestinationConfig) -> Step:
-    """VISIBLE when exactly the instances that we sent are shown; what cannot be asked stays where it is."""
+    """VISIBLE when exactly the instances that we sent are shown; what cannot be asked stays where it is.
+
+    So does an optional companion that is stored and never shown: some archives list no presentation states.
+    """
     goal = goal_of(destination)
     if outcome.ok and outcome.count == delivery.instances:
         return Step(state=DeliveryState.VISIBLE, goal=DeliveryState.VISIBLE)
@@ -156,20 +160,31 @@ def judge_count(delivery: Delivery, outcome: CountOutcome, destination: Destinat
     code = outcome.code or "not_visible"
     text = outcome.text or f"it shows {outcome.count} of {delivery.instances} instances"
     checks = delivery.checks + 1
+    if code == "interrupted":
+        return Step(state=delivery.state, goal=goal, retry_in_s=0.0)
     if outcome.permanent:
         return Step(state=DeliveryState.FAILED, goal=goal, code=code, text=text)
     if checks >= destination.max_attempts:
-        return Step(state=DeliveryState.FAILED, goal=goal, code=code, text=f"{text}; given up after {checks} looks")
+        text = f"{text}; given up after {checks} looks"
+        if outcome.ok and delivery.kind in OPTIONAL_KINDS:
+            text = f"{text}; it is stored, and optional"
+            return Step(state=delivery.state, goal=delivery.state, code=code, text=text)
+        return Step(state=DeliveryState.FAILED, goal=goal, code=code, text=text)
     pause = _pause(checks, destination)
     return Step(state=delivery.state, goal=goal, code=code, text=text, retry_in_s=pause, counted=True)
 
 
 def count_instances(
-    config: Config, destination: DestinationConfig, study_uid: str, series_uid: str, timeouts: Timeouts
+    config: Config,
+    destination: DestinationConfig,
+    study_uid: str,
+    series_uid: str,
+    timeouts: Timeouts,
+    should_stop: Callable[[], bool],
 ) -> CountOutcome:
     """What a destination shows of a series, asked in its own protocol."""
     if destination.url:
-        return qido.count_series_instances(destination, study_uid, series_uid)
+        return qido.count_series_instances(destination, study_uid, series_uid, should_stop=should_stop)
     return count_series_instances(
         config.peer(destination.peer),
         study_uid,
@@ -177,6 +192,7 @@ def count_instances(
         calling_ae=config.node.ae_title,
         timeouts=timeouts,
         max_pdu=config.node.max_pdu,
+        should_stop=should_stop,
     )
 
 
@@ -281,7 +297,7 @@ class Prover:
             return Step(state=delivery.state, goal=delivery.state)
         head = dcmread(files[0], stop_before_pixels=True, specific_tags=["StudyInstanceUID", "SeriesInstanceUID"])
         study_uid, series_uid = str(head.StudyInstanceUID), str(head.SeriesInstanceUID)
-        outcome = self._count(self._config, destination, study_uid, series_uid, self._timeouts)
+        outcome = self._count(self._config, destination, study_uid, series_uid, self._timeouts, should_stop)
         step = judge_count(delivery, outcome, destination)
         if step.state is DeliveryState.VISIBLE and declined:
             text = "it shows the series, but offers no Storage Commitment"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, Literal
 
 from fake_pacs import FakePacs
@@ -17,6 +18,8 @@ from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, build_role, evt
 from pynetdicom.dimse_messages import N_ACTION_RSP
+from pynetdicom.dimse_primitives import N_EVENT_REPORT
+from pynetdicom.dsutils import encode
 
 COMMITMENT, COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1", "1.2.840.10008.1.20.1.1"
 FIND = "1.2.840.10008.5.1.4.1.2.2.1"
@@ -40,7 +43,8 @@ def none_fails(_request: Request, _number: int) -> Mapping[str, int]:
 
 
 class FakeArchive(FakePacs):
-    """`answer`: "same" reports on the requestor's association, "new" on one of its own to `node_port`, "next" on that
+    """`answer`: "early" reports on the requestor's association and waits for the answer before it answers the request
+    itself, "same" reports there afterwards, "new" on one of its own to `node_port`, "next" on that
     of the next request, "none" leaves it to the test. `action_status` answers the N-ACTION. `shown` is how many of
     the stored instances C-FIND tells of at a look (its number: 1, 2, ...); without `counts` the key (0020,1209) stays
     empty.
@@ -51,7 +55,7 @@ class FakeArchive(FakePacs):
         *,
         commits: bool = True,
         finds: bool = True,
-        answer: Literal["same", "new", "next", "none"] = "none",
+        answer: Literal["early", "same", "new", "next", "none"] = "none",
         failing: Failing = none_fails,
         action_status: int = 0x0000,
         shown: Callable[[int, int], int] = lambda stored, _look: stored,
@@ -122,12 +126,28 @@ class FakeArchive(FakePacs):
         if self._answer == "next":
             number -= 1
             request = self.requests[number - 1]
-        if number and self._action_status == 0 and self._answer != "none":
+        if self._answer == "early":
+            self._report_first(event, request)
+        elif number and self._action_status == 0 and self._answer != "none":
             self._action_answered.clear()
             reporter = threading.Thread(target=self._report_later, args=(event.assoc, request, number))
             self._reporters.append(reporter)
             reporter.start()
         return self._action_status, None
+
+    def _report_first(self, event: evt.Event, request: Request) -> None:
+        """By the messages themselves: the association's own thread is here, which `send_n_event_report` waits for."""
+        message = N_EVENT_REPORT()
+        message.MessageID, message.EventTypeID = 7, 1
+        message.AffectedSOPClassUID, message.AffectedSOPInstanceUID = COMMITMENT, COMMITMENT_INSTANCE
+        ds = Dataset()
+        ds.TransactionUID = request.transaction_uid
+        ds.ReferencedSOPSequence = DicomSequence([_item(request, uid) for uid in request.references])
+        syntax = event.context.transfer_syntax
+        message.EventInformation = BytesIO(encode(ds, syntax == ImplicitVRLittleEndian, True) or b"")
+        event.assoc.dimse.send_msg(message, event.context.context_id)
+        _, answer = event.assoc.dimse.get_msg(block=True)
+        self.answers.append(None if answer is None else int(answer.Status))
 
     def _on_sent(self, event: evt.Event) -> None:
         if isinstance(event.message, N_ACTION_RSP):

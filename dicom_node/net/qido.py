@@ -1,11 +1,11 @@
 """What a DICOMweb service shows: QIDO-RS (PS3.18 section 10.6), to count a series and to see whether it answers at all.
 
-CountOutcome codes: "" (it was counted), not_offered (it has no search), and those of `web.WebFailure`.
+CountOutcome codes: "" (it was counted), not_offered (it has no search), interrupted, and those of `web.WebFailure`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 from urllib.parse import urlsplit
@@ -23,19 +23,21 @@ _PAGE = 1000
 _MOST = 100_000  # instances of one series that are counted one by one
 
 
-def count_series_instances(service: WebConfig, study_uid: str, series_uid: str) -> CountOutcome:
+def count_series_instances(
+    service: WebConfig, study_uid: str, series_uid: str, *, should_stop: Callable[[], bool] = lambda: False
+) -> CountOutcome:
     """How many instances of the series the service shows; 0 when it does not show the series.
 
     Number of Series Related Instances (0020,1209) is the answer; where a service leaves it out its instances are
     searched for, and each SOP Instance UID counts once. Status 404 says that there is no search, or no such study:
-    a service that finds studies means the study.
+    a service that finds studies means the study. `should_stop` is asked before each page.
     """
     began = monotonic()
     try:
         with search_client(service) as client:
             count = _told(client, study_uid, series_uid)
             if count is None:
-                count = _counted(client, study_uid, series_uid)
+                count = _counted(client, study_uid, series_uid, should_stop)
     except WebFailure as error:
         failure = check_service(service) if error.status == _NOT_FOUND else error
         seconds = monotonic() - began
@@ -84,10 +86,12 @@ def _told(client: DICOMwebClient, study_uid: str, series_uid: str) -> int | None
     return max(numbers, default=None)
 
 
-def _counted(client: DICOMwebClient, study_uid: str, series_uid: str) -> int:
+def _counted(client: DICOMwebClient, study_uid: str, series_uid: str, should_stop: Callable[[], bool]) -> int:
     """Page by page, until a page brings nothing new: some services do not know `offset` and repeat themselves."""
     seen: set[str] = set()
     while len(seen) < _MOST:
+        if should_stop():
+            raise WebFailure("interrupted", "stopped while counting", permanent=False)
         page = client.search_for_instances(study_uid, series_uid, limit=_PAGE, offset=len(seen))
         new = {str(first_value(one, SOP_INSTANCE)) for one in page} - seen
         if not new:

@@ -71,7 +71,7 @@ def desk(tmp_path: Path) -> Iterator[ProofDesk]:
     made.close()
 
 
-@pytest.mark.parametrize("answer", ["same", "new"])
+@pytest.mark.parametrize("answer", ["early", "same", "new"])
 def test_a_series_is_committed_and_visible_and_then_the_job_is_done(desk: ProofDesk, answer: Any) -> None:
     with FakeArchive(answer=answer) as archive:
         desk.prove(archive, wait_s=5.0)
@@ -488,6 +488,11 @@ def test_what_a_request_for_commitment_leads_to(
         ({"checks": 2}, {"code": "connection_failed"}, FAILED, VISIBLE, None),
         ({"state": COMMITTED}, {"code": "not_offered", "permanent": True}, COMMITTED, COMMITTED, None),
         ({}, {"code": "association_rejected", "permanent": True}, FAILED, VISIBLE, None),
+        ({}, {"code": "interrupted"}, SENT, VISIBLE, 0.0),
+        ({"kind": "gsps", "checks": 1}, {"count": 0}, SENT, VISIBLE, 15.0),
+        ({"kind": "gsps", "checks": 2}, {"count": 0}, SENT, SENT, None),  # optional: the job goes on without
+        ({"kind": "gsps", "state": COMMITTED, "checks": 2}, {"count": 0}, COMMITTED, COMMITTED, None),
+        ({"kind": "gsps", "checks": 2}, {"code": "connection_failed"}, FAILED, VISIBLE, None),
     ],
 )
 def test_what_a_count_means(

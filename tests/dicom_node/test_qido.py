@@ -55,6 +55,12 @@ def test_a_service_that_repeats_its_first_page_does_not_hold_us_up() -> None:
     assert len(web.gets) == 3
 
 
+def test_a_stop_ends_the_counting_before_the_next_page() -> None:
+    with FakeWeb(found=lambda path, query: instances(1, 2) if path.endswith("/instances") else [series()]) as web:
+        counted = count_series_instances(web.service(), STUDY, SERIES, should_stop=lambda: len(web.gets) >= 2)
+    assert (counted.code, counted.permanent, counted.count, len(web.gets)) == ("interrupted", False, None, 2)
+
+
 @pytest.mark.parametrize("found", [[], [series("1.2.3.5", **{"00201209": element("IS", 9)})]])
 def test_a_series_that_is_not_shown_counts_nothing(found: list[dict[str, Any]]) -> None:
     with FakeWeb(found=lambda path, query: found) as web:
