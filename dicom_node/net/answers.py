@@ -46,7 +46,7 @@ class BoundedAdapter(HTTPAdapter):
 
 
 class _Bounded(HTTPConnection):
-    def getresponse(self) -> HTTPResponse:
+    def getresponse(self) -> HTTPResponse:  # type: ignore[override]  # as urllib3 itself
         with _cut_after(self.sock, self.timeout):
             return _read_whole(super().getresponse())
 
