@@ -15,6 +15,7 @@ RECALLED = "recalled"  # in a job's details: its result was taken back, and it s
 RECALLED_AT = "recalled_at"  # in a job's details: the destinations where it was taken back, not everywhere
 RERUN = "rerun"  # in a job's details: why the result of the job that it supersedes was computed again
 
+OTHER_SERIES = "other_series"  # the reason of a job whose result, computed in place, was not the series that it sent
 SAME_AS = "same_as"  # in a job's details: the job whose series its result turned out to be, so that it was not sent
 
 

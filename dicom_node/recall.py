@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dicom_node.lineage import RECALLED, RECALLED_AT
 from storage.errors import IllegalMove
@@ -84,9 +84,10 @@ def recall(
     text = f"bundle {result.bundle} is recalled: {title.meaning} ({title.value})"
     told = {"code": title.value, "meaning": title.meaning, "time": clock().isoformat()}
     if destinations is None:
-        details = {} if RECALLED in job.details else {RECALLED: told}
+        details: dict[str, Any] = {} if RECALLED in job.details else {RECALLED: told}
     else:
-        details = {RECALLED_AT: {**dict.fromkeys(destinations, told), **(job.details.get(RECALLED_AT) or {})}}
+        there: dict[str, Any] = dict.fromkeys(destinations, told)
+        details = {RECALLED_AT: {**there, **(job.details.get(RECALLED_AT) or {})}}
     try:
         if job.state is JobState.HELD and destinations is None:
             held = {JobState.HELD}

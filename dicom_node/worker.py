@@ -20,7 +20,7 @@ import structlog
 
 from dicom_node.config import Config, DestinationConfig
 from dicom_node.engine import Engine, EngineError, EngineStopped
-from dicom_node.lineage import RECALLED, RERUN, SAME_AS, asked_for, series_out
+from dicom_node.lineage import OTHER_SERIES, RECALLED, RERUN, SAME_AS, asked_for, series_out
 from dicom_node.retry import retry_delay_s
 from dicom_node.settle import OPTIONAL_KINDS
 from pipeline.errors import DistrictError, GateRefusal, PipelineError, UnsupportedSeries
@@ -70,7 +70,7 @@ def judge(error: Exception) -> Verdict:
         case NoSpace():
             return Verdict(code="no_space", text="the disk is full")
         case OtherSeries():
-            return Verdict(code="other_series", text=str(error), permanent=True)
+            return Verdict(code=OTHER_SERIES, text=str(error), permanent=True)
         case _:
             return Verdict(code="internal_error", text=f"{type(error).__name__} in the worker: see the log")
 

@@ -30,7 +30,7 @@ from dicom_node.cli.common import (
 )
 from dicom_node.config import Config, load_config
 from dicom_node.errors import RerunRefused
-from dicom_node.lineage import RECALLED, RERUN
+from dicom_node.lineage import OTHER_SERIES, RECALLED, RERUN
 from pipeline.errors import PipelineError
 from storage.deliveries import taken_back_at
 from storage.errors import StorageError
@@ -269,8 +269,12 @@ def retry(
                 from dicom_node.rerun import rerun as run_again
 
                 keep_references(spool, job_id)
-                if arrived(deliveries, ledger.events(job_id)) and (why := changes(job, config, spool)):
-                    return run_again(ledger, spool, job, why)  # in place, the series that is out would be forgotten
+                if arrived(deliveries, ledger.events(job_id)):
+                    why = changes(job, config, spool)
+                    if job.reason_code == OTHER_SERIES:
+                        why = why or ("its result is another series now",)
+                    if why:  # in place, the series that is out would be forgotten
+                        return run_again(ledger, spool, job, why)
             spool.discard_result(job_id)  # before the move: a running node may take the job up at once
         return ledger.retry(job_id, rerun=needed)
 

@@ -169,3 +169,15 @@ def test_where_nothing_has_changed_it_is_computed_in_place(bench: Bench, monkeyp
     assert [one.id for one in bench.ledger.jobs_of_series("2.25.902")] == [job.id]
     assert bench.ledger.get(job.id).state is JobState.QUEUED
     assert not bench.spool.has_result(job.id)
+
+
+def test_a_result_that_turned_out_to_be_another_series_gets_a_job_of_its_own(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = half_delivered(bench)
+    monkeypatch.setattr("dicom_node.rerun.changes", lambda *_: ())
+    retry(bench, job, "--rerun")
+    assert bench.ledger.claim("w", lease_s=60)
+    bench.ledger.fail_run(job.id, "w", code="other_series", text="another", permanent=True, max_attempts=3)
+    assert retry(bench, job).exit_code == 0
+    assert bench.ledger.jobs_of_series("2.25.902")[0].supersedes == job.id
