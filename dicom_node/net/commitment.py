@@ -10,8 +10,7 @@ those of `link`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -21,9 +20,7 @@ from pydicom import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import build_context, evt
-from pynetdicom.association import Association
 from pynetdicom.dimse_messages import N_EVENT_REPORT_RSP
-from pynetdicom.dimse_primitives import N_EVENT_REPORT
 from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.presentation import PresentationContext
 
@@ -135,10 +132,9 @@ def _reference(part: Part10) -> Dataset:
 
 def _ask(link: Link, parts: Sequence[Part10], transaction_uid: str, peer: PeerConfig) -> Trouble | None:
     try:
-        with _early_reports(link.assoc):
-            answer, _ = link.assoc.send_n_action(
-                action_information(parts, transaction_uid), REQUEST_COMMITMENT, PUSH_MODEL, PUSH_MODEL_INSTANCE
-            )
+        answer, _ = link.assoc.send_n_action(
+            action_information(parts, transaction_uid), REQUEST_COMMITMENT, PUSH_MODEL, PUSH_MODEL_INSTANCE
+        )
     except (ValueError, RuntimeError):  # the association ended in between
         answer = Dataset()
     status = dimse_status(answer)
@@ -150,29 +146,6 @@ def _ask(link: Link, parts: Sequence[Part10], transaction_uid: str, peer: PeerCo
     if status in NOT_OFFERED_STATUSES:
         return Trouble("not_offered", text, True)
     return Trouble("commitment_refused", text, status == NOT_AUTHORIZED)
-
-
-@contextmanager
-def _early_reports(assoc: Association) -> Iterator[None]:
-    """Answer the reports that come before the response to our request; some archives wait for that answer.
-
-    pynetdicom takes whatever message comes first for the response, and would end the association.
-    """
-    dimse: Any = assoc.dimse
-    get_msg = dimse.get_msg
-
-    def get(block: bool = False) -> tuple[int | None, Any]:
-        context_id, message = get_msg(block)
-        while block and isinstance(message, N_EVENT_REPORT) and message.is_valid_request:
-            assoc._serve_request(message, context_id)  # as its reactor would, which is paused meanwhile
-            context_id, message = get_msg(block)
-        return context_id, message
-
-    dimse.get_msg = get
-    try:
-        yield
-    finally:
-        dimse.get_msg = get_msg
 
 
 class _Served:

@@ -12,6 +12,8 @@ from delivery_desk import COUNT, OWNER, PET, SC, Desk, config_for
 from fake_archive import FakeArchive, Request
 from hypothesis import given
 from hypothesis import strategies as st
+from pydicom import Dataset, dcmread
+from pynetdicom import evt
 from result_factory import sop_uids
 
 from dicom_node.config import Config, DestinationConfig
@@ -197,6 +199,29 @@ def test_an_archive_that_offers_nothing_stops_at_sent_with_the_reason(desk: Proo
     assert (desk.delivery().state, desk.delivery().goal) == (SENT, SENT)
     assert desk.delivery().reason_code == "verify_not_offered"
     assert "commitment_not_offered" in desk.events()
+
+
+class Selective(FakeArchive):
+    """Shows nothing of the series in `hidden`."""
+
+    hidden = ""
+
+    def _on_find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        if event.identifier.SeriesInstanceUID != self.hidden:
+            yield from super()._on_find(event)
+
+
+def test_a_companion_that_the_archive_never_shows_does_not_fail_the_job(desk: ProofDesk) -> None:
+    with Selective() as archive:
+        config = config_for(desk.root, archive, max_attempts=2)
+        desk.finish_job(config, {"pet": SC, "mip": SC})
+        archive.hidden = str(dcmread(desk.files["mip"][0]).SeriesInstanceUID)
+        desk.run(archive, config, listen=False)
+        desk.until(lambda: desk.state is JobState.DONE)
+    pet, mip = desk.delivery(0), desk.delivery(1)
+    assert (pet.kind, pet.state, pet.reason_code) == ("pet", VISIBLE, "")
+    assert (mip.kind, mip.state, mip.goal, mip.reason_code) == ("mip", SENT, SENT, "not_visible")
+    assert "0 of 4 instances; given up after 2 looks; it is stored, and optional" in mip.reason
 
 
 def test_commitment_alone_ends_at_committed_or_where_it_is_not_offered_at_sent(desk: ProofDesk) -> None:
