@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint serve bundle clean
+.PHONY: setup readers viewer-pictures demo test lint serve bundle clean
 
 setup: $(STAMP)
 
@@ -26,7 +26,18 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+# OHIF, calculate-suv and an old SimpleITK for the tests (node packages need npm; without it those tests skip)
+readers: setup
+	$(BIN)/python tests/readers/install_readers.py
+
+# The pictures of docs/viewers.md, as the test of OHIF leaves them
+VIEWER_PICTURES := tmtv-sc tmtv-pet tmtv-sc-region tmtv-weightless-region viewer-sc-OT beside-a-real-pet-ours-first
+viewer-pictures: readers
+	mkdir -p docs/images/viewers runs
+	$(BIN)/python -m pytest tests/readers/test_reader_ohif.py --basetemp=runs/viewers
+	cp $(VIEWER_PICTURES:%=runs/viewers/ohif0/%.png) docs/images/viewers/
+
+test: lint readers
 	$(BIN)/python -m pytest
 
 serve: setup

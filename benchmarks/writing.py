@@ -1,6 +1,6 @@
 """How long a synthetic PET series takes to encode: our writer beside two plain ways, in the same run.
 
-    python benchmarks/writing.py [--slices 100] [--size 400] [--rounds 3]
+    python benchmarks/writing.py [--slices 400] [--size 400] [--rounds 3]
 
 Rounds are interleaved, so that a busy machine disturbs all three alike; read the ratios, not the seconds. The plain
 ways get the same quantized pixels: "pydicom" builds and encodes a fresh data set per slice, "highdicom" makes one
@@ -32,7 +32,7 @@ CT_CLASS = "1.2.840.10008.5.1.4.1.1.2"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slices", type=int, default=100)
+    parser.add_argument("--slices", type=int, default=400)
     parser.add_argument("--size", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()

@@ -21,7 +21,7 @@ from pydicom.uid import SegmentationStorage
 
 from dicom_node.config import Config
 from dicom_node.headers import BadInstance, InstanceHeader, read_header
-from dicom_node.incoming import CHOSEN, STANDING, IncomingSeries, gaps_text, source_digest
+from dicom_node.incoming import CHOSEN, IncomingSeries, gaps_text, source_digest, stands
 from dicom_node.net.associations import AssociationRegistry, sender_of
 from dicom_node.selection import Decision, EarlierChoice, SeriesSummary, choose, matches, summarize, unfit
 from storage.errors import IllegalMove, NotFound, StaleState
@@ -147,7 +147,8 @@ class Assembler:
             if series.study_uid == study_uid:
                 series.last_seen = self._clock()
         log.info("segmentation.kept", study_uid=study_uid, sop_instance_uid=uid)
-        details = {"study_uid": study_uid, "accession": header.accession, "calling_ae": calling_ae, "address": address}
+        details = {"study_uid": study_uid, "accession": header.accession, "sop_instance_uid": uid}
+        details |= {"calling_ae": calling_ae, "address": address}
         self._ledger.note("", "segmentation_kept", f"SEG {uid} waits for the study's jobs", details=details)
 
     def _add(self, series: IncomingSeries, path: Path, token: str, header: InstanceHeader, faults: _Faults) -> None:
@@ -300,7 +301,7 @@ class Assembler:
         for series in members:
             if series.earlier is not None:
                 series.earlier = self._ledger.get(series.earlier.id)  # it may have ended meanwhile
-        for series in [s for s in members if s.earlier is not None and s.earlier.state in CHOSEN]:
+        for series in [s for s in members if s.succeeds is not None and s.succeeds.state in CHOSEN]:
             members.remove(series)
             if self._quiet([series], intake.quiet_period_s) and not self._awaits_slices(series):
                 self._finish_successor(series)
@@ -363,7 +364,7 @@ class Assembler:
         return Decision(series_uid=series.series_uid, action="reject", code=code, text=text) if code else None
 
     def _earlier_choices(self, study_uid: str) -> list[EarlierChoice]:
-        jobs = [job for job in self._ledger.jobs_of_study(study_uid) if job.state in STANDING]
+        jobs = [job for job in self._ledger.jobs_of_study(study_uid) if stands(job)]
         superseded = {job.supersedes for job in jobs}
         return [
             EarlierChoice(
@@ -383,6 +384,12 @@ class Assembler:
         refusal = self._incomplete(series)
         if refusal is not None:
             self._finish(series, refusal)
+            return
+        if source_digest(header.sop_instance_uid for header in series.instances) == earlier.source_digest:
+            text = f"all {series.count} instances are those of job {earlier.id}, whose input was removed since"
+            self._finish(
+                series, Decision(series_uid=series.series_uid, action="reject", code="duplicate_series", text=text)
+            )
             return
         new = len(series.headers.keys() - series.inherited.keys())
         text = f"{new} late slices join the {len(series.inherited)} of job {earlier.id}"

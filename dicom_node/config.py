@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import tomllib
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -41,6 +42,13 @@ AeTitle = Annotated[str, AfterValidator(_ae_title)]
 Name = Annotated[str, AfterValidator(_name)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
+
+
+def _is_loopback(host: str | None) -> bool:
+    try:
+        return host == "localhost" or ip_address(host or "").is_loopback
+    except ValueError:
+        return False
 
 
 class _Table(BaseModel):
@@ -205,10 +213,15 @@ class OutputConfig(_Table):
     mip: bool = True
     seg: bool = False
     uncertainty: bool = False
+    sr: bool = False
+    presentation_states: bool = False
     series_number: int = Field(default=9001, ge=1, le=2_000_000_000)
     uncertainty_series_number: int = Field(default=9010, ge=1, le=2_000_000_000)
     seg_series_number: int = Field(default=9020, ge=1, le=2_000_000_000)
     mip_series_number: int = Field(default=9030, ge=1, le=2_000_000_000)
+    sr_series_number: int = Field(default=9040, ge=1, le=2_000_000_000)
+    gsps_series_number: int = Field(default=9050, ge=1, le=2_000_000_000)
+    pcps_series_number: int = Field(default=9060, ge=1, le=2_000_000_000)
     series_description: str = Field(default="SYNTHETIC FDG PET SUVbw - AI, RESEARCH ONLY", max_length=64)
     institution_name: str = Field(default="", max_length=64)
     emit_patient_position: bool = False
@@ -225,18 +238,103 @@ class OutputConfig(_Table):
         return value
 
 
-class DestinationConfig(_Table):
-    """[[destinations]]: where results go."""
+_WEB_FILES = ("password_file", "token_file", "ca_file", "client_cert_file", "client_key_file")
+
+
+class WebConfig(_Table):
+    """The keys of a destination that is a DICOMweb service (docs/dicomweb.md). Secrets are files, read at each use."""
+
+    url: str = ""
+    username: str = ""
+    password_file: Path | None = None
+    token_file: Path | None = None
+    ca_file: Path | None = None
+    client_cert_file: Path | None = None
+    client_key_file: Path | None = None
+    verify_tls: bool = True
+    allow_http: bool = False
+    connect_timeout_s: Seconds = 10.0
+    answer_timeout_s: Seconds = 60.0
+    batch_bytes: int = Field(default=32_000_000, ge=1_000_000, le=1_000_000_000)
+
+    @field_validator("url")
+    @classmethod
+    def _service(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            port = parts.port
+        except ValueError:  # its text repeats the value, and so a password
+            raise ValueError("not an address; a port is 1 to 65535") from None
+        if value and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError("the address of a DICOMweb service begins with https:// (or http://) and a host")
+        if port == 0:
+            raise ValueError("a port is 1 to 65535")
+        if value.rstrip("/").endswith("/studies"):
+            raise ValueError("the service's address, without /studies")
+        return value.rstrip("/")
+
+    @field_validator(*_WEB_FILES, mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+    @model_validator(mode="after")
+    def _web_keys_agree(self) -> Self:
+        if not self.url:
+            for key in sorted(self.model_fields_set & WebConfig.model_fields.keys()):
+                if getattr(self, key) != WebConfig.model_fields[key].default:
+                    raise ValueError(f"{key} is for a destination with a url")
+        address = urlsplit(self.url)
+        if address.username is not None or address.query or address.fragment:  # here, where the value is not shown
+            raise ValueError("no user, query or fragment in the url: use username and password_file, or token_file")
+        if bool(self.username) != bool(self.password_file):
+            raise ValueError("username and password_file belong together")
+        if self.username and self.token_file:
+            raise ValueError("either username and password_file, or token_file")
+        if self.client_key_file and not self.client_cert_file:
+            raise ValueError("client_key_file is the key of a client_cert_file")
+        if self.ca_file and not self.verify_tls:
+            raise ValueError(
+                "ca_file says whom to trust, and verify_tls = false trusts everybody: leave one of them out"
+            )
+        if address.scheme == "http":
+            for key in ("ca_file", "client_cert_file", "client_key_file", "verify_tls"):
+                if getattr(self, key) != WebConfig.model_fields[key].default:
+                    raise ValueError(f"{key} is for https, and the url is plain http")
+        if address.scheme == "http" and not self.allow_http and not _is_loopback(address.hostname):
+            raise ValueError("patient data over plain http: use https, or say allow_http = true")
+        return self
+
+
+class DestinationConfig(WebConfig):
+    """[[destinations]]: where results go: to a peer by DIMSE, or to a url by DICOMweb."""
 
     name: Name
-    peer: Name
+    peer: str = ""
     encoding: Literal["sc", "pet"] = "sc"
+    transfer_syntax: Literal["explicit", "rle", "jpeg-ls", "htj2k", "j2k"] = "explicit"
     send_mip: bool = True
     send_seg: bool = True
     send_uncertainty: bool = True
+    send_sr: bool = True
+    send_presentation_states: bool = True
+    reject_superseded: bool = False
+    commitment: bool = False
+    commitment_timeout_s: Seconds = 3600.0
+    verify: bool = True
     max_attempts: int = Field(default=12, ge=1)
     first_retry_s: Seconds = 30.0
     max_retry_s: Seconds = 3600.0
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if bool(self.peer) == bool(self.url):
+            raise ValueError("a destination has either a peer (DIMSE) or a url (DICOMweb)")
+        if self.commitment and self.url:
+            raise ValueError("commitment is a DIMSE service: a url has none, and verify counts by QIDO-RS")
+        if self.transfer_syntax != "explicit" and self.url:
+            raise ValueError("transfer_syntax is negotiated over DIMSE: a url gets the files as they are")
+        return self
 
 
 class EngineConfig(_Table):
@@ -294,7 +392,7 @@ class Config(_Table):
                 raise ValueError(f"{what}: the name {twice[0]!r} is used twice")
         known = {p.name for p in self.peers}
         for destination in self.destinations:
-            if destination.peer not in known:
+            if destination.peer and destination.peer not in known:
                 raise ValueError(f"destinations.{destination.name}.peer: no peer is named {destination.peer!r}")
         return self
 
@@ -303,8 +401,13 @@ class Config(_Table):
         """The ledger's database: what is configured, else an SQLite file in the storage root."""
         return self.storage.database_url or default_url(self.storage.root)
 
+    @property
+    def asks_commitment(self) -> bool:
+        """Whether archives may bring Storage Commitment reports: some destination is asked for them."""
+        return any(destination.commitment for destination in self.destinations)
+
     def peer(self, name: str) -> PeerConfig:
-        """The peer with this name; a destination's peer always exists."""
+        """The peer with this name; a destination's peer, if it has one, always exists."""
         return next(p for p in self.peers if p.name == name)
 
 
@@ -353,7 +456,13 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
             "totalsegmentator_weights": folder(config.pipeline.totalsegmentator_weights),
         }
     )
-    return config.model_copy(update={"storage": storage, "pipeline": pipeline})
+    destinations = tuple(_with_absolute_secrets(destination, base) for destination in config.destinations)
+    return config.model_copy(update={"storage": storage, "pipeline": pipeline, "destinations": destinations})
+
+
+def _with_absolute_secrets(destination: DestinationConfig, base: Path) -> DestinationConfig:
+    files = {key: getattr(destination, key) for key in _WEB_FILES}
+    return destination.model_copy(update={key: (base / path).resolve() for key, path in files.items() if path})
 
 
 def _fault_lines(error: ValidationError, raw: dict[str, Any]) -> list[str]:
@@ -363,10 +472,18 @@ def _fault_lines(error: ValidationError, raw: dict[str, Any]) -> list[str]:
         if fault["type"] == "extra_forbidden":
             lines.append(f"{key} is not a key; {_near(fault['loc'])}")
         else:
-            shown = f" = {fault['input']!r}" if not isinstance(fault["input"], dict) else ""
+            shown = f" = {fault['input']!r}" if _may_be_shown(fault["loc"], fault["input"]) else ""
             message = fault["msg"].removeprefix("Value error, ")
             lines.append(f"{key}{shown}: {message}" if key else message)
     return lines
+
+
+def _may_be_shown(loc: tuple[int | str, ...], value: Any) -> bool:
+    """Whether a wrong value can hold no secret: an address can have a password or a token in it, a table any key."""
+    key = str(loc[-1]) if loc else ""
+    if isinstance(value, dict | list) or any(word in key for word in ("password", "token", "secret")):
+        return False
+    return not ("url" in key and re.search("[@?#]", str(value)))
 
 
 def _key(loc: tuple[int | str, ...], raw: dict[str, Any]) -> str:

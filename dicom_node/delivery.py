@@ -2,8 +2,8 @@
 
 One dispatcher thread claims what is due and keeps the leases; each destination has a thread of its own, so that a
 dead one delays no other. A later attempt sends only the instances that are still missing; after a kill everything
-of that delivery is sent again, which is the same bytes under the same UIDs. `settle` is the one place that decides
-what becomes of a delivery.
+of that delivery is sent again, which is the same bytes under the same UIDs. `settle.settle` is the one place that
+decides what becomes of a delivery. What a destination proves after SENT is in `proof`; the same threads ask for it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from time import monotonic
 
 import structlog
 
-from dicom_node.config import Config, DestinationConfig, PeerConfig
-from dicom_node.net.scu import SendOutcome, Timeouts, is_stored, send_series
-from dicom_node.retry import retry_delay_s
+from dicom_node.config import Config, DestinationConfig
+from dicom_node.net.link import Timeouts
+from dicom_node.net.query import CountOutcome
+from dicom_node.net.scu import SendOutcome, send_series
+from dicom_node.net.stow import send_series_web
+from dicom_node.proof import SAME_ASSOCIATION_S, Count, Prover, Step, asked_of, count_instances, goal_of, judge_count
+from dicom_node.settle import Verdict, missing, settle, stored_before
 from storage.errors import StaleState
 from storage.ledger import Ledger, utc_now
 from storage.records import Delivery, DeliveryState, JobFilter, JobState
@@ -28,22 +33,10 @@ from storage.spool import Spool
 
 log = structlog.get_logger()
 
-# A destination that refuses these for good does not fail the job
-OPTIONAL_KINDS = frozenset({"mip", "seg", "uncertainty"})
 POLL_S = 1.0
 RENEW_EVERY_S = 5.0
 MANY = 1_000_000  # all of them
 Send = Callable[..., SendOutcome]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """What becomes of a delivery after one attempt."""
-
-    state: DeliveryState
-    code: str = ""
-    text: str = ""
-    retry_in_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,52 +47,13 @@ class _Claimed:
     stop: threading.Event = field(default_factory=threading.Event)
 
 
-def settle(delivery: Delivery, outcome: SendOutcome, stored: int, destination: DestinationConfig) -> Verdict:
-    """SENT when every instance is with the peer; else PENDING again, FAILED, or CANCELLED for an optional object.
-
-    `stored` counts over all attempts. Rules, in this order: whole; refused for good; told to stop (does not count
-    as an attempt that failed); attempts used up; again after a growing pause.
-    """
-    if outcome.ok and stored == delivery.instances:
-        return Verdict(state=DeliveryState.SENT)
-    if outcome.ok:
-        text = f"{stored} of {delivery.instances} instances were in the outbox: the result is not whole"
-        return Verdict(state=DeliveryState.FAILED, code="result_incomplete", text=text)
-    if outcome.permanent and outcome.code == "no_presentation_context" and delivery.kind in OPTIONAL_KINDS:
-        text = f"skipped, it is optional: {outcome.text}"
-        return Verdict(state=DeliveryState.CANCELLED, code="optional_refused", text=text)
-    if outcome.permanent:
-        return Verdict(state=DeliveryState.FAILED, code=outcome.code, text=outcome.text)
-    if outcome.code == "interrupted":
-        return Verdict(state=DeliveryState.PENDING, code=outcome.code, text=outcome.text, retry_in_s=0.0)
-    if delivery.attempts >= destination.max_attempts:
-        text = f"{outcome.text}; given up after {delivery.attempts} attempts"
-        return Verdict(state=DeliveryState.FAILED, code=outcome.code, text=text)
-    pause = retry_delay_s(
-        max(delivery.attempts, 1), first_s=destination.first_retry_s, longest_s=destination.max_retry_s
-    )
-    return Verdict(state=DeliveryState.PENDING, code=outcome.code, text=outcome.text, retry_in_s=pause)
-
-
-def missing(delivery: Delivery) -> frozenset[str] | None:
-    """The SOP Instance UIDs that earlier attempts left unsent; None when all have to be sent.
-
-    The ledger keeps the statuses that were not a success. They are trusted only if they account for every
-    instance that is not counted as sent.
-    """
-    left = frozenset(uid for uid, status in delivery.statuses.items() if not is_stored(status))
-    if delivery.sent and left and delivery.sent + len(left) == delivery.instances:
-        return left
-    return None
-
-
 def outbox_files(folder: Path) -> list[Path]:
     """The instances of one result series in sending order: the writer numbers them by InstanceNumber."""
     return sorted(folder.glob("*.dcm"), key=lambda path: (len(path.name), path.name))
 
 
 class Deliveries:
-    """The threads that deliver. `send` is `send_series`, or another sender in a test."""
+    """The threads that deliver. `send` (to a peer) and `send_web` (to a url) are other senders in a test."""
 
     def __init__(
         self,
@@ -109,11 +63,15 @@ class Deliveries:
         *,
         owner: str,
         send: Send = send_series,
+        send_web: Send = send_series_web,
         clock: Callable[[], datetime] = utc_now,
         poll_s: float = POLL_S,
+        count: Count = count_instances,
+        report_wait_s: float = SAME_ASSOCIATION_S,
     ) -> None:
         self._config, self._ledger, self._spool = config, ledger, spool
-        self._owner, self._send, self._clock, self._poll_s = owner, send, clock, poll_s
+        self._owner, self._send, self._send_web = owner, send, send_web
+        self._clock, self._poll_s = clock, poll_s
         self._timeouts = Timeouts(
             acse_s=config.node.acse_timeout_s,
             dimse_s=config.node.dimse_timeout_s,
@@ -126,6 +84,17 @@ class Deliveries:
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._threads: list[threading.Thread] = []
+        self.prover = Prover(
+            config,
+            ledger,
+            self._files,
+            owner=owner,
+            timeouts=self._timeouts,
+            wake=self.wake,
+            clock=clock,
+            wait_s=report_wait_s,
+            count=count,
+        )
 
     def start(self) -> None:
         self._threads = [threading.Thread(target=self._dispatch, name="delivery-dispatch", daemon=True)]
@@ -137,7 +106,11 @@ class Deliveries:
             thread.start()
 
     def reclaim(self) -> None:
-        """At start: what an earlier life of this owner was sending is due again, from its first instance."""
+        """At start: what an earlier life of this owner was sending is due again, from its first instance.
+
+        What it was asking proof for is asked again; a report that it still waited for is waited for.
+        """
+        self._ledger.reclaim_proofs(self._owner)
         for job in self._ledger.find(JobFilter(states=(JobState.DELIVERING,), limit=MANY)):
             for delivery in self._ledger.deliveries(job.id):
                 if delivery.state is DeliveryState.SENDING:
@@ -193,12 +166,19 @@ class Deliveries:
             self._wake.clear()
 
     def _claim_one(self) -> bool:
-        delivery = self._ledger.claim_delivery(self._owner, lease_s=self._config.engine.lease_s)
+        lease_s = self._config.engine.lease_s
+        delivery = self._ledger.claim_delivery(self._owner, lease_s=lease_s)
+        if delivery is None:
+            delivery = self._ledger.claim_proof(self._owner, lease_s=lease_s)
         if delivery is None:
             return False
         lane = self._lanes.get(delivery.destination)
         if lane is None:
             text = f"the configuration has no destination {delivery.destination!r} any more"
+            if delivery.state is not DeliveryState.SENDING:  # it has the instances: nobody is left to ask for proof
+                step = Step(state=delivery.state, goal=delivery.state, code="unknown_destination", text=text)
+                self.prover.finish(delivery, step)
+                return True
             verdict = Verdict(state=DeliveryState.FAILED, code="unknown_destination", text=text)
             self._finish(delivery, verdict, delivery.sent, {})
             return True
@@ -219,55 +199,83 @@ class Deliveries:
 
     def _drive(self, name: str) -> None:
         destination = self._destinations[name]
-        peer = self._config.peer(destination.peer)
         while (claimed := self._lanes[name].get()) is not None:
             try:
-                self._attempt(claimed, destination, peer)
+                if claimed.delivery.state is DeliveryState.SENDING:
+                    self._attempt(claimed, destination)
+                else:
+                    self.prover.step(claimed.delivery, destination, partial(self._shall_stop, claimed))
             except Exception as error:  # the edge
                 log.exception("delivery.broken", job_id=claimed.delivery.job_id, destination=name)
                 self._broken(claimed.delivery, destination, error)
             finally:
                 with self._lock:
-                    self._in_hand.pop(claimed.delivery.id, None)
+                    if self._in_hand.get(claimed.delivery.id) is claimed:  # its proof may be in hand already
+                        del self._in_hand[claimed.delivery.id]
+                self._wake.set()  # what was sent can be proven at once
+
+    def _shall_stop(self, claimed: _Claimed) -> bool:
+        return claimed.stop.is_set() or self._stopping.is_set()
+
+    def _files(self, delivery: Delivery) -> list[Path]:
+        return outbox_files(self._spool.result_folder(delivery.job_id) / f"{delivery.kind}-{delivery.encoding}")
 
     def _broken(self, delivery: Delivery, destination: DestinationConfig, error: Exception) -> None:
         """What nobody expected is tried again, as often as any other trouble; only the kind of error is told."""
-        outcome = SendOutcome(code="internal_error", text=f"{type(error).__name__} while sending: see the log")
+        doing = "sending" if delivery.state is DeliveryState.SENDING else "asking for proof"
+        outcome = SendOutcome(code="internal_error", text=f"{type(error).__name__} while {doing}: see the log")
         try:
+            if delivery.state is not DeliveryState.SENDING:
+                unknown = CountOutcome(code=outcome.code, text=outcome.text)
+                self.prover.finish(delivery, judge_count(delivery, unknown, asked_of(destination, delivery.kind)))
+                return
             self._finish(delivery, settle(delivery, outcome, delivery.sent, destination), delivery.sent, {})
         except Exception:  # the ledger itself: the lease runs out, and the sweep makes it PENDING again
             log.exception("delivery.not_settled", job_id=delivery.job_id, destination=delivery.destination)
 
-    def _attempt(self, claimed: _Claimed, destination: DestinationConfig, peer: PeerConfig) -> None:
+    def _attempt(self, claimed: _Claimed, destination: DestinationConfig) -> None:
         delivery = claimed.delivery
-        if claimed.stop.is_set() or self._stopping.is_set():  # a silent peer would hold the node's end up
+        if self._shall_stop(claimed):  # a silent peer would hold the node's end up
             outcome = SendOutcome(code="interrupted", text="the node is stopping, or the job was cancelled")
-            self._finish(delivery, settle(delivery, outcome, delivery.sent, destination), delivery.sent, {})
+            verdict = settle(delivery, outcome, delivery.sent, destination)
+            self._finish(delivery, verdict, delivery.sent, delivery.statuses)
             return
-        files = outbox_files(self._spool.result_folder(delivery.job_id) / f"{delivery.kind}-{delivery.encoding}")
+        files = self._files(delivery)
         if len(files) != delivery.instances:
             text = f"the outbox holds {len(files)} of {delivery.instances} instances: run the job again"
             self._finish(
                 delivery, Verdict(state=DeliveryState.FAILED, code="result_missing", text=text), delivery.sent, {}
             )
             return
-        outcome, stored = self._send_missing(claimed, files, peer)
-        self._finish(delivery, settle(delivery, outcome, stored, destination), stored, outcome.statuses, outcome)
+        outcome, stored = self._send_missing(claimed, files, destination)
+        statuses = {**stored_before(delivery), **outcome.statuses}
+        self._finish(delivery, settle(delivery, outcome, stored, destination), stored, statuses, outcome)
 
-    def _send_missing(self, claimed: _Claimed, files: Sequence[Path], peer: PeerConfig) -> tuple[SendOutcome, int]:
-        """The outcome, and how many instances the peer has now over all attempts."""
+    def _send_missing(
+        self, claimed: _Claimed, files: Sequence[Path], destination: DestinationConfig
+    ) -> tuple[SendOutcome, int]:
+        """The outcome, and how many instances the destination has now over all attempts."""
         left = missing(claimed.delivery)
         before = claimed.delivery.sent if left is not None else 0
-        outcome = self._send(
-            files,
-            peer,
+        send = self._sender(destination)
+        outcome = send(files, only=left, should_stop=partial(self._shall_stop, claimed))
+        return outcome, before + outcome.stored
+
+    def _sender(self, destination: DestinationConfig) -> Send:
+        """By STOW-RS to a url, else by C-STORE to a peer."""
+        if destination.url:
+            return partial(self._send_web, service=destination)
+        return partial(
+            self._send,
+            peer=self._config.peer(destination.peer),
+            transfer_syntax=destination.transfer_syntax,
             calling_ae=self._config.node.ae_title,
             timeouts=self._timeouts,
             max_pdu=self._config.node.max_pdu,
-            only=left,
-            should_stop=lambda: claimed.stop.is_set() or self._stopping.is_set(),
         )
-        return outcome, before + outcome.stored
+
+    def _goal(self, delivery: Delivery) -> DeliveryState:
+        return goal_of(asked_of(self._destinations[delivery.destination], delivery.kind))
 
     def _finish(
         self,
@@ -301,6 +309,7 @@ class Deliveries:
                 text=verdict.text,
                 next_attempt=again,
                 counted=verdict.code != "interrupted",
+                goal=self._goal(delivery) if verdict.state is _SENT else _SENT,
             )
         except StaleState:
             bound.info("delivery.discarded", reason="cancelled, or taken over after the lease ran out")
@@ -312,6 +321,7 @@ class Deliveries:
             bound.warning(event, code=verdict.code, reason=verdict.text, retry_in_s=verdict.retry_in_s)
 
 
+_SENT = DeliveryState.SENT
 _EVENTS = {
     DeliveryState.SENT: "delivery.sent",
     DeliveryState.PENDING: "delivery.deferred",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dicom_node.headers import InstanceHeader, SeriesGeometry, geometry_of
+from dicom_node.lineage import RECALLED
 from storage.records import Job, JobState, SeriesInfo
 
 # a job of the series in one of these states stands; in any other it was given up and the series has a new chance
@@ -15,6 +16,11 @@ STANDING = frozenset({JobState.QUEUED, JobState.RUNNING, JobState.DELIVERING, Jo
 CHOSEN = STANDING - {JobState.HELD}
 
 _SHOWN_GAPS = 5
+
+
+def stands(job: Job) -> bool:
+    """Whether the series has what it came for: not when its result was recalled."""
+    return job.state in STANDING and RECALLED not in job.details
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,7 +65,7 @@ class IncomingSeries:
     @property
     def succeeds(self) -> Job | None:
         """The standing job whose series got late slices."""
-        return self.earlier if self.earlier is not None and self.earlier.state in STANDING else None
+        return self.earlier if self.earlier is not None and stands(self.earlier) else None
 
     @property
     def geometry(self) -> SeriesGeometry:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -24,7 +24,7 @@ import structlog
 
 from dicom_node import __version__
 from dicom_node.assembler import Assembler
-from dicom_node.config import Config
+from dicom_node.config import Config, StorageConfig
 from dicom_node.delivery import Deliveries
 from dicom_node.engine import Engine, EngineError
 from dicom_node.engine.local import LocalEngine
@@ -33,6 +33,8 @@ from dicom_node.log import configure_logging
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receive import Receiver
 from dicom_node.notify import Notifier
+from dicom_node.proof import Prover
+from dicom_node.rejections import keep_references, reject_superseded
 from dicom_node.schedule import Schedule
 from dicom_node.worker import Worker, pipeline_options
 from storage.errors import NotFound
@@ -45,6 +47,7 @@ log = structlog.get_logger()
 DRAIN_S = 30.0  # below systemd's default TimeoutStopSec of 90 s
 SWEEP_EVERY_S = 60.0
 RETENTION_EVERY_S = 3600.0
+REJECT_EVERY_S = 10.0  # a series that a later one replaces is hidden so soon after the later one has arrived
 
 
 class Node:
@@ -159,10 +162,11 @@ class Node:
         schedule = self._schedule()
         schedule.start()
         parts.callback(schedule.stop)
-        return self._listen(port)
+        return self._listen(port, deliveries.prover)
 
-    def _listen(self, port: int | None) -> int:
-        receiver = Receiver(self.config, self.spool, self.ledger, self.registry)
+    def _listen(self, port: int | None, prover: Prover) -> int:
+        take_report = prover.take if self.config.asks_commitment else None
+        receiver = Receiver(self.config, self.spool, self.ledger, self.registry, take_report=take_report)
         try:
             bound = receiver.start(port=port)
         except OSError as error:
@@ -183,6 +187,7 @@ class Node:
         schedule = Schedule()
         schedule.every(SWEEP_EVERY_S, "sweep", self._sweep)
         schedule.every(RETENTION_EVERY_S, "retention", self._retention)
+        schedule.every(REJECT_EVERY_S, "rejections", self._reject_superseded)
         if self._notifier.watchdog_s:
             schedule.every(self._notifier.watchdog_s / 2, "watchdog", self._sign_of_life)
         return schedule
@@ -193,9 +198,21 @@ class Node:
         if swept:
             log.warning("node.swept", jobs=swept)
 
+    def _reject_superseded(self) -> None:
+        reject_superseded(self.config, self.ledger, self.spool)
+
     def _retention(self) -> None:
         keep, now = self.config.storage, utc_now()
-        gone = self.spool.apply_retention(
+        gone: list[str] = []
+        try:
+            gone = self._remove_old(keep, now)
+        finally:  # also when the disk fails: the ledger must not grow for that
+            events = self.ledger.forget_before(now - timedelta(days=keep.keep_events_days))
+            if gone or events:
+                log.info("node.retention", removed=len(gone), events=events)
+
+    def _remove_old(self, keep: StorageConfig, now: datetime) -> list[str]:
+        return self.spool.apply_retention(
             timedelta(days=keep.keep_inputs_days),
             timedelta(days=keep.keep_results_days),
             now,
@@ -203,10 +220,9 @@ class Node:
             is_over=lambda study_uid: all(
                 job.state in FINAL_JOB_STATES for job in self.ledger.jobs_of_study(study_uid)
             ),
+            before_result=lambda job_id: keep_references(self.spool, job_id),
+            keep_references=timedelta(days=keep.keep_events_days),
         )
-        events = self.ledger.forget_before(now - timedelta(days=keep.keep_events_days))
-        if gone or events:
-            log.info("node.retention", removed=len(gone), events=events)
 
     def _is_final(self, job_id: str) -> bool:
         try:

@@ -1,7 +1,7 @@
 """The worker: one job at a time from the ledger through the engine into the outbox.
 
 This is one of the two edges where an error becomes *retry*, *held*, *rejected* or *failed* (the other one is
-`delivery.settle`). The rules are in `judge`, one table that a test walks.
+`settle.settle`). The rules are in `judge`, one table that a test walks.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any
 import structlog
 
 from dicom_node.config import Config, DestinationConfig
-from dicom_node.delivery import OPTIONAL_KINDS
 from dicom_node.engine import Engine, EngineError, EngineStopped
+from dicom_node.lineage import OTHER_SERIES, RECALLED, RERUN, SAME_AS, asked_for, series_out
 from dicom_node.retry import retry_delay_s
+from dicom_node.settle import OPTIONAL_KINDS
 from pipeline.errors import DistrictError, GateRefusal, PipelineError, UnsupportedSeries
 from pipeline.result import ResultSummary, SeriesSummary, read_summary
 from pipeline.types import DistrictOptions, GateOptions, OutputOptions, PipelineOptions, Progress, Stage
-from storage.errors import LedgerError, NoSpace, NotFound, StaleState
+from storage.errors import LedgerError, NoSpace, NotFound, OtherSeries, StaleState
 from storage.ledger import Ledger, utc_now
 from storage.records import Job, JobFilter, JobState, NewDelivery
 from storage.spool import Spool
@@ -68,6 +69,8 @@ def judge(error: Exception) -> Verdict:
             return Verdict(code="input_gone", text="the series is not in the spool any more", permanent=True)
         case NoSpace():
             return Verdict(code="no_space", text="the disk is full")
+        case OtherSeries():
+            return Verdict(code=OTHER_SERIES, text=str(error), permanent=True)
         case _:
             return Verdict(code="internal_error", text=f"{type(error).__name__} in the worker: see the log")
 
@@ -104,10 +107,15 @@ def pipeline_options(config: Config) -> PipelineOptions:
             mip=output.mip,
             seg=output.seg,
             uncertainty=output.uncertainty,
+            sr=output.sr,
+            presentation_states=output.presentation_states,
             series_number=output.series_number,
             uncertainty_series_number=output.uncertainty_series_number,
             seg_series_number=output.seg_series_number,
             mip_series_number=output.mip_series_number,
+            sr_series_number=output.sr_series_number,
+            gsps_series_number=output.gsps_series_number,
+            pcps_series_number=output.pcps_series_number,
             series_description=output.series_description,
             institution_name=output.institution_name,
             emit_patient_position=output.emit_patient_position,
@@ -115,6 +123,9 @@ def pipeline_options(config: Config) -> PipelineOptions:
             omit_patient_size=output.omit_patient_size,
         ),
     )
+
+
+REFERRING_KINDS = frozenset({"sr", "gsps", "pcps"})  # to the planes of one PET series, which another encoding lacks
 
 
 def new_deliveries(series: Sequence[SeriesSummary], destinations: Sequence[DestinationConfig]) -> list[NewDelivery]:
@@ -134,14 +145,21 @@ def new_deliveries(series: Sequence[SeriesSummary], destinations: Sequence[Desti
 
 
 def _of_kind(series: Sequence[SeriesSummary], kind: str, encoding: str) -> list[SeriesSummary]:
-    """The series of a kind in an encoding; a companion is the same for either, so one of another encoding will do."""
+    """The series of a kind in an encoding; a companion of no PET series in particular will do in another one too."""
     found = [one for one in series if one.kind == kind]
     exact = [one for one in found if one.encoding == encoding]
-    return exact or (found[:1] if kind in OPTIONAL_KINDS else [])
+    return exact or (found[:1] if kind in OPTIONAL_KINDS - REFERRING_KINDS else [])
 
 
 def _kinds(destination: DestinationConfig) -> tuple[str, ...]:
-    wanted = {"mip": destination.send_mip, "seg": destination.send_seg, "uncertainty": destination.send_uncertainty}
+    wanted = {
+        "mip": destination.send_mip,
+        "seg": destination.send_seg,
+        "uncertainty": destination.send_uncertainty,
+        "sr": destination.send_sr,
+        "gsps": destination.send_presentation_states,
+        "pcps": destination.send_presentation_states,
+    }
     return "pet", *(kind for kind, sent in wanted.items() if sent)
 
 
@@ -234,8 +252,10 @@ class Worker:
         except EngineStopped as error:
             self._given_back(job, error)
         except Exception as error:  # the edge
-            if not isinstance(error, PipelineError | EngineError):
+            if not isinstance(error, PipelineError | EngineError | OtherSeries):
                 log.exception("job.error")
+            if isinstance(error, OtherSeries):  # the outbox must not pass for what was sent
+                self._spool.discard_result(job.id)
             self._failed(job, judge(error))
         else:
             log.info("job.completed", state=done.state.value, seconds=round(monotonic() - began, 3))
@@ -250,10 +270,12 @@ class Worker:
         folder = self._spool.result_folder(job.id)
         shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)  # left by a killed run
         watch = _Watch(self._ledger, job.id, self._owner, self._config.engine.lease_s, lambda: self._stop_at)
+        options = self._options_for(job)
+        self._ledger.update(job.id, details=_made_of(options))
         self._engine.run(
             job.id,
             paths,
-            self._options_for(job),
+            options,
             folder,
             self._first_created(job),
             on_progress=watch.on_progress,
@@ -269,20 +291,37 @@ class Worker:
         return replace(self._options, districts=replace(self._options.districts, segmentations=found))
 
     def _first_created(self, job: Job) -> datetime:
-        """When these instances first became a job: a repeated run writes the same bytes under the same UIDs."""
+        """When these instances first became a job: a repeated run writes the same bytes under the same UIDs.
+
+        A result that is made of something else, or in the place of one that was taken back, has a time of its own.
+        """
+        if RERUN in job.details:
+            return job.created
         same = [one for one in self._ledger.jobs_of_series(job.info.series_uid) if _same_source(one, job)]
+        same = [one for one in same if RECALLED not in one.details]
         return min((one.created for one in same), default=job.created)
 
     def _complete(self, job: Job) -> Job:
         summary = read_summary(self._spool.result_folder(job.id))
         held = (summary.held.code, summary.held.text) if summary.held else None
+        fresh, details = self._not_out_yet(job, summary)
         return self._ledger.complete_run(
             job.id,
             self._owner,
-            deliveries=new_deliveries(summary.series, self._config.destinations),
+            deliveries=new_deliveries(fresh, self._config.destinations),
             held=held,
-            details=result_details(summary),
+            details={**result_details(summary), **details},
         )
+
+    def _not_out_yet(self, job: Job, summary: ResultSummary) -> tuple[list[SeriesSummary], Mapping[str, Any]]:
+        """The series that may be sent: one that another job sent, or that was recalled, keeps the bytes of then."""
+        out = series_out(self._ledger, job)
+        known = [one for one in summary.series if one.series_uid in out]
+        for one in known:
+            text = f"its {one.kind} ({one.encoding}) is the series of job {out[one.series_uid]}: not sent from here"
+            self._ledger.note(job.id, "same_series", text, details={"series_uid": one.series_uid})
+        fresh = [one for one in summary.series if one.series_uid not in out]
+        return fresh, {SAME_AS: out[known[0].series_uid]} if known else {}
 
     def _shadow(self, job: Job) -> None:
         """Compare with the second bundle while the result is on its way; whatever happens, the job is as it was."""
@@ -423,6 +462,12 @@ def _not_worth_a_job() -> Iterator[None]:
         yield
     except LedgerError as error:
         log.warning("job.progress_lost", reason=str(error))
+
+
+def _made_of(options: PipelineOptions) -> Mapping[str, Any]:
+    """What a later `jobs retry --rerun` compares with."""
+    uids = [path.name.removesuffix(".dcm") for path in options.districts.segmentations]
+    return {"asked_for": asked_for(options), "segmentations": uids}
 
 
 def _same_source(one: Job, other: Job) -> bool:

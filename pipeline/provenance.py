@@ -23,9 +23,12 @@ from pipeline.types import OutputOptions, Provenance, SourceSeries
 # The name space of this product's UIDs. Never change it: every result already in a PACS would change its name.
 UID_NAMESPACE = UUID("6f1d5a0e-2c7b-4f3e-9b52-8d0c64a1e7f3")
 
-# Which encodings are written, and whether a MIP, a SEG or the uncertainty is, does not change what is in any one of
-# them; the series numbers of the SEG and of the uncertainty are in their own UIDs.
-NOT_IN_KEY = ("encodings", "mip", "seg", "seg_series_number", "uncertainty", "uncertainty_series_number")
+# Which encodings and which companions are written does not change what is in any one of them; the series numbers of
+# the companions after the MIP are in their own UIDs.
+NOT_IN_KEY = (
+    *("encodings", "mip", "seg", "seg_series_number", "uncertainty", "uncertainty_series_number"),
+    *("sr", "sr_series_number", "presentation_states", "gsps_series_number", "pcps_series_number"),
+)
 
 
 def software_version() -> str:

@@ -22,14 +22,10 @@ from pipeline.gate import settled
 from pipeline.gate.input import check_input, check_scan
 from pipeline.gate.output import check_output
 from pipeline.geometry import grid_at_spacing, resample, resample_on
-from pipeline.outputs.district_seg import ENCODING as SEG_ENCODING
-from pipeline.outputs.district_seg import encode_district_seg
-from pipeline.outputs.pet_series import encode_pet_series
-from pipeline.outputs.picture import encode_mip, overview_png
+from pipeline.outputs.encoding import encode_result
+from pipeline.outputs.picture import overview_png
 from pipeline.outputs.statistics import district_stats
-from pipeline.outputs.uncertainty_series import ENCODING as UNCERTAINTY_ENCODING
-from pipeline.outputs.uncertainty_series import encode_uncertainty_series
-from pipeline.provenance import ResultUids, software_version
+from pipeline.provenance import software_version
 from pipeline.result import ResultSummary, SeriesSummary, read_summary, write_result
 from pipeline.stitching import reach, stitch
 from pipeline.synthesis import depends_on_district, network_input, place_windows, synthesize
@@ -39,7 +35,6 @@ from pipeline.types import (
     CtVolume,
     District,
     DistrictMap,
-    EncodedSeries,
     FloatVolume,
     Grid,
     JobVolumes,
@@ -64,8 +59,6 @@ __all__ = [
     "synthesize_volume",
     "write_result",
 ]
-
-MIP_ENCODING = "sc"  # the picture is a secondary capture whatever the PET series is
 
 
 def synthesize_series(
@@ -139,8 +132,18 @@ def synthesize_series(
             notes = (*notes, UNSEEN_NOTE)
     with stages.stage(Stage.WRITE):
         provenance = _provenance(bundle, networks, districts, settings, compute, tuple(fallbacks))
-        series = _encode(suv, districts, deviation, ct, provenance, options, created, on_progress)
         stats = district_stats(suv, districts, deviation)
+        series, left_out = encode_result(
+            suv,
+            districts,
+            stats,
+            deviation,
+            source=ct.source,
+            provenance=provenance,
+            options=options.output,
+            created=created,
+            on_progress=on_progress,
+        )
         picture = overview_png(ct, districts, suv)
     if keep is not None:
         keep(JobVolumes(ct=ct, hu=hu, districts=districts, suv=suv))
@@ -150,7 +153,7 @@ def synthesize_series(
         provenance=provenance,
         overview_png=picture,
         stage_seconds=stages.seconds,
-        notes=(*ct.source.notes, *districts.notes, *notes, *remarks, *fallbacks),
+        notes=(*ct.source.notes, *districts.notes, *notes, *remarks, *fallbacks, *left_out),
         held=held,
     )
 
@@ -461,68 +464,3 @@ def _provenance(
 def _digest(value: object) -> str:
     """A manifest's training part is free text; only a SHA-256 goes into DICOM objects."""
     return value if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else ""
-
-
-def _encode(
-    suv: SuvVolume,
-    districts: DistrictMap,
-    deviation: SuvVolume | None,
-    ct: CtVolume,
-    provenance: Provenance,
-    options: PipelineOptions,
-    created: datetime,
-    on_progress: OnProgress,
-) -> tuple[EncodedSeries, ...]:
-    """The PET series in every encoding that is asked for, then the picture, the districts, the uncertainty."""
-    output = options.output
-    created = created.astimezone()  # DICOM dates and times are local where no offset is given (PS3.3 C.12.1.1)
-
-    def uids(encoding: str) -> ResultUids:
-        return ResultUids(source=ct.source, provenance=provenance, options=output, encoding=encoding)
-
-    series = [
-        encode_pet_series(
-            suv,
-            source=ct.source,
-            provenance=provenance,
-            options=output,
-            encoding=encoding,
-            uids=uids(encoding),
-            created=created,
-            on_progress=on_progress,
-        )
-        for encoding in output.encodings
-    ]
-    if output.mip:
-        picture = encode_mip(
-            suv,
-            source=ct.source,
-            provenance=provenance,
-            options=output,
-            encoding=MIP_ENCODING,
-            uids=uids(MIP_ENCODING),
-            created=created,
-        )
-        series.append(picture)
-    if output.seg:
-        segmentation = encode_district_seg(
-            districts,
-            source=ct.source,
-            provenance=provenance,
-            options=output,
-            uids=uids(SEG_ENCODING),
-            created=created,
-            not_evaluated=suv.not_evaluated,
-        )
-        series.append(segmentation)
-    if deviation is not None:
-        uncertainty = encode_uncertainty_series(
-            deviation,
-            source=ct.source,
-            provenance=provenance,
-            options=output,
-            uids=uids(UNCERTAINTY_ENCODING),
-            created=created,
-        )
-        series.append(uncertainty)
-    return tuple(series)

@@ -244,7 +244,9 @@ class EncodedInstance:
 class EncodedSeries:
     """All instances of one result series, in sending order.
 
-    `kind`: "pet", "mip", "seg" or "uncertainty"; `encoding`: "sc" or "pet", for "seg" its segmentation type, "binary".
+    `kind`: "pet", "mip", "seg", "uncertainty", "sr" (measurement report), "gsps" or "pcps" (presentation states).
+    `encoding`: "sc" or "pet", for "seg" its segmentation type, "binary"; of a report or presentation state that of the
+    PET series which it refers to.
     """
 
     kind: str
@@ -312,10 +314,15 @@ class OutputOptions:
     mip: bool = True
     seg: bool = False
     uncertainty: bool = False
+    sr: bool = False
+    presentation_states: bool = False
     series_number: int = 9001
     uncertainty_series_number: int = 9010
     seg_series_number: int = 9020
     mip_series_number: int = 9030
+    sr_series_number: int = 9040
+    gsps_series_number: int = 9050
+    pcps_series_number: int = 9060
     series_description: str = "SYNTHETIC FDG PET SUVbw - AI, RESEARCH ONLY"
     institution_name: str = ""
     emit_patient_position: bool = False

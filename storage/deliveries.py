@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from storage.base import LedgerBase, clean
-from storage.errors import NotFound, StaleState
+from storage.errors import NotFound, OtherSeries, StaleState
 from storage.moves import WAITING_DELIVERIES, check_delivery_move
-from storage.records import Delivery, DeliveryState, JobState, NewDelivery
-from storage.schema import DeliveryRow, JobRow, compact, delivery_of
+from storage.records import PROOF_STATES, REJECTION, Delivery, DeliveryState, JobState, NewDelivery
+from storage.schema import CommitmentRow, DeliveryRow, EventRow, JobRow, compact, delivery_of
 
 _ENDED_CODES = {
     DeliveryState.SENT: "delivery_sent",
     DeliveryState.PENDING: "delivery_retry",
     DeliveryState.FAILED: "delivery_failed",
 }
+_LEASED = (DeliveryState.SENDING, DeliveryState.SENT, DeliveryState.COMMITTED)
+
+
+def seen_there(details: Iterable[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
+    """Destination, kind and encoding of which a delivery event (its `details`) says that something arrived."""
+    return {
+        (str(one.get("destination")), str(one.get("kind")), str(one.get("encoding")))
+        for one in details
+        if one.get("sent") or one.get("to") in PROOF_STATES
+    }
+
+
+def taken_back_at(details: Mapping[str, Any]) -> set[str]:
+    """The destinations where a job's `details` say that its result is taken back, "" for every one.
+
+    Also those that got no note: nothing had arrived there, or none could be written.
+    """
+    some = {name for key in ("superseded_at", "recalled_at") for name in details.get(key) or ()}
+    return some | ({""} if "recalled" in details else set())
 
 
 class DeliveryLedger(LedgerBase):
@@ -57,13 +77,13 @@ class DeliveryLedger(LedgerBase):
             return delivery_of(row)
 
     def renew_delivery(self, delivery_id: int, owner: str, *, lease_s: float) -> bool:
-        """Prolong the lease; False when it is lost or the job was cancelled: stop sending."""
+        """Prolong the lease; False when it is lost or the job was cancelled: stop sending, or asking for proof."""
         with self._write() as session:
             found = session.execute(
                 update(DeliveryRow)
                 .where(
                     DeliveryRow.id == delivery_id,
-                    DeliveryRow.state == DeliveryState.SENDING.value,
+                    DeliveryRow.state.in_([state.value for state in _LEASED]),
                     DeliveryRow.lease_owner == owner,
                 )
                 .values(lease_until=self._clock() + timedelta(seconds=lease_s))
@@ -83,9 +103,11 @@ class DeliveryLedger(LedgerBase):
         text: str = "",
         next_attempt: datetime | None = None,
         counted: bool = True,
+        goal: DeliveryState = DeliveryState.SENT,
     ) -> Delivery:
         """End one attempt: SENT, FAILED (an operator's matter), or PENDING again until `next_attempt`.
 
+        `goal` is the last state that the destination asks for: a delivery that is SENT waits for proof until then.
         An attempt that is not `counted` (the node was stopped) takes nothing from the destination's `max_attempts`.
 
         `statuses` maps each SOP Instance UID to its DIMSE status as "0x0000", or to an error word; only those that
@@ -101,6 +123,7 @@ class DeliveryLedger(LedgerBase):
             row.sent = sent
             row.statuses = compact(statuses, row.instances)
             row.next_attempt = next_attempt if state is DeliveryState.PENDING else None
+            row.goal = goal.value
             code = code or _ENDED_CODES.get(state, "delivery_ended")
             text = text or f"{sent} of {row.instances} instances accepted by {row.destination}"
             row.reason_code, row.reason = ("", "") if state is DeliveryState.SENT else (clean(code), clean(text))
@@ -135,46 +158,80 @@ class DeliveryLedger(LedgerBase):
     def _move_delivery(self, row: DeliveryRow, to: DeliveryState) -> None:
         """The only place where a delivery's state changes."""
         check_delivery_move(row.id, DeliveryState(row.state), to)
+        now = self._clock()
         row.state = to.value
-        row.updated = self._clock()
+        row.updated = now
         row.lease_owner, row.lease_until = "", None
+        row.checks = 0
+        if to in PROOF_STATES:
+            setattr(row, f"{to.value.lower()}_at", now)
+        elif to is not DeliveryState.FAILED:  # what was reached before it failed stays to be read
+            row.sent_at = row.committed_at = row.visible_at = None
 
     def _open_deliveries(self, session: Session, job: JobRow, wanted: Sequence[NewDelivery]) -> None:
-        """Add the rows that are missing. A row that is there is begun anew only if it now means other bytes."""
+        """Add the rows that are missing. A row that is there is begun anew only if it now means other bytes.
+
+        Raises `OtherSeries` where the row's series was sent: nobody would know of it any more.
+        """
         rows = {(row.destination, row.kind, row.encoding): row for row in _rows_of(session, job.id)}
+        there = self._arrived(session, job.id)
         for new in wanted:
             row = rows.get((new.destination, new.kind, new.encoding))
             if row is None:
                 session.add(_new_row(job.id, new, self._clock()))
                 continue
             other = row.series_uid != new.series_uid or row.instances != new.instances
+            if row.series_uid != new.series_uid and (new.destination, new.kind, new.encoding) in there:
+                raise OtherSeries(
+                    f"job {job.id}: {row.destination} has {row.kind} series {row.series_uid} of it, the result is now "
+                    f"series {new.series_uid}: only a job of its own may send that"
+                )
             row.series_uid, row.instances = new.series_uid, new.instances
             if other or row.state in (DeliveryState.FAILED.value, DeliveryState.CANCELLED.value):
-                self._begin_anew(row)
+                self._begin_anew(session, row)
         session.flush()
 
-    def _begin_anew(self, row: DeliveryRow) -> None:
+    def _arrived(self, session: Session, job_id: str) -> set[tuple[str, str, str]]:
+        """Destination, kind and encoding of the deliveries that ever sent anything."""
+        query = select(EventRow.details).where(EventRow.job_id == job_id, EventRow.stage == "delivery")
+        rows = _rows_of(session, job_id)
+        now = {(row.destination, row.kind, row.encoding) for row in rows if row.sent or row.state in PROOF_STATES}
+        return now | seen_there(session.scalars(query))
+
+    def _begin_anew(self, session: Session, row: DeliveryRow) -> None:
         """PENDING with a clean slate, from any state."""
         if row.state != DeliveryState.PENDING.value:
             self._move_delivery(row, DeliveryState.PENDING)
         row.sent, row.attempts, row.next_attempt, row.statuses = 0, 0, None, {}
-        row.reason_code, row.reason = "", ""
+        row.reason_code, row.reason, row.goal = "", "", DeliveryState.SENT.value
+        # attempts count from 1 again: no answer about an earlier sending may prove a later one
+        session.execute(update(CommitmentRow).where(CommitmentRow.delivery_id == row.id).values(attempt=0))
 
     def _restart_deliveries(
         self, session: Session, job_id: str, states: Collection[DeliveryState], *, destination: str = ""
     ) -> int:
+        retired = self._retired(session, job_id)
         rows = [
             row
             for row in _rows_of(session, job_id)
-            if row.state in {s.value for s in states} and destination in ("", row.destination)
+            if row.state in {s.value for s in states}
+            and destination in ("", row.destination)
+            and (row.kind == REJECTION or not ({"", row.destination} & retired))
         ]
         for row in rows:
-            self._begin_anew(row)
+            self._begin_anew(session, row)
         session.flush()
         return len(rows)
 
+    def _retired(self, session: Session, job_id: str) -> set[str]:
+        """The destinations where the result is taken back, "" for every one: there only notes are sent again."""
+        told = {row.destination for row in _rows_of(session, job_id) if row.kind == REJECTION}
+        return told | taken_back_at(self._job(session, job_id, lock=False).details)
+
     def _cancel_deliveries(self, session: Session, job_id: str) -> None:
+        """What was sent stays sent; nobody asks for its proof any more."""
         for row in _rows_of(session, job_id):
+            row.lease_owner, row.lease_until = "", None
             if row.state in {s.value for s in WAITING_DELIVERIES}:
                 self._move_delivery(row, DeliveryState.CANCELLED)
 
@@ -183,7 +240,7 @@ class DeliveryLedger(LedgerBase):
         if job.state != JobState.DELIVERING.value:
             return
         rows = _rows_of(session, job.id)
-        if any(row.state in {s.value for s in WAITING_DELIVERIES} for row in rows):
+        if any(_waits(row) for row in rows):
             return
         failed = [row for row in rows if row.state == DeliveryState.FAILED.value]
         if failed:
@@ -224,6 +281,11 @@ class DeliveryLedger(LedgerBase):
         return [row.job_id for row in rows]
 
 
+def _waits(row: DeliveryRow) -> bool:
+    delivery = delivery_of(row)
+    return delivery.state in WAITING_DELIVERIES or (delivery.state in PROOF_STATES and not delivery.proven)
+
+
 def _rows_of(session: Session, job_id: str) -> Sequence[DeliveryRow]:
     return session.scalars(select(DeliveryRow).where(DeliveryRow.job_id == job_id).order_by(DeliveryRow.id)).all()
 
@@ -246,4 +308,6 @@ def _new_row(job_id: str, new: NewDelivery, now: datetime) -> DeliveryRow:
         lease_owner="",
         lease_until=None,
         statuses={},
+        goal=DeliveryState.SENT.value,
+        checks=0,
     )

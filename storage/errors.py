@@ -4,6 +4,7 @@ StorageError
 ├── LedgerError     the ledger cannot be opened, read or written: the text names the file and what to do
 ├── NotFound        no such job, delivery or series
 ├── IllegalMove     the table of moves does not allow it: a fault in the caller, or an operator's wrong command
+├── OtherSeries     a result has other series UIDs than what its job has sent already: it needs a job of its own
 ├── StaleState      somebody else moved the row first, or the lease was lost: forget the row and go on
 ├── NoSpace         the spool has no room: refuse with 0xA700 (PS3.4 table B.2-1), try later
 └── BadUid          not a UID of PS3.5 section 9.1, so never a file name
@@ -26,6 +27,10 @@ class NotFound(StorageError):
 
 class IllegalMove(StorageError):
     """The state machine does not know this move."""
+
+
+class OtherSeries(StorageError):
+    """The ledger would forget a series that is with a destination."""
 
 
 class StaleState(StorageError):

@@ -17,11 +17,12 @@ from sqlalchemy.orm import Session
 
 from storage.base import clean, utc_now
 from storage.database import open_engine, plain
-from storage.deliveries import DeliveryLedger
 from storage.errors import IllegalMove, StaleState
 from storage.moves import MOVES
+from storage.proofs import ProofLedger
 from storage.records import FINAL_JOB_STATES, DeliveryState, Event, Job, JobFilter, JobState, NewDelivery, SeriesInfo
-from storage.schema import DeliveryRow, EventRow, JobRow, event_of, job_of
+from storage.rejections import RejectionLedger
+from storage.schema import CommitmentRow, DeliveryRow, EventRow, JobRow, event_of, job_of
 
 __all__ = ["MOVES", "Ledger", "open_ledger", "utc_now"]
 
@@ -34,8 +35,8 @@ def open_ledger(url: str, *, clock: Callable[[], datetime] = utc_now) -> Ledger:
     return Ledger(open_engine(url), clock)
 
 
-class Ledger(DeliveryLedger):
-    """Jobs and events; the deliveries are in `storage.deliveries`."""
+class Ledger(ProofLedger, RejectionLedger):
+    """Jobs and events; deliveries are in `storage.deliveries`, their proof in `proofs`, notes in `rejections`."""
 
     # ---- reading
 
@@ -100,7 +101,7 @@ class Ledger(DeliveryLedger):
     # ---- opening and changing
 
     def open_job(self, info: SeriesInfo, *, supersedes: str = "") -> Job:
-        """A new job in RECEIVING; `supersedes` names the job whose series got late slices."""
+        """A new job in RECEIVING; `supersedes` names the job of the same series that it takes the place of."""
         now = self._clock()
         row = JobRow(
             id=uuid4().hex,
@@ -133,7 +134,7 @@ class Ledger(DeliveryLedger):
             session.add(row)
             session.flush()
             who = f"from {row.calling_ae} at {row.peer_address}"
-            late = f", with late slices for job {supersedes}" if supersedes else ""
+            late = f", supersedes job {supersedes}" if supersedes else ""
             self._event(session, row.id, "opened", f"series {row.series_uid} {who}{late}", details={"to": row.state})
             return job_of(row)
 
@@ -252,7 +253,8 @@ class Ledger(DeliveryLedger):
 
         RUNNING becomes DELIVERING, or DONE where nothing is to be delivered, or HELD with `held` = (code, text):
         then the deliveries wait. Calling it again, by whomever, changes nothing: a job and a destination have one
-        delivery per kind and encoding, and one that was sent stays sent unless its series UID is another now.
+        delivery per kind and encoding, and one that was sent stays sent. Raises `OtherSeries` if its series UID is
+        another now: the ledger would forget what it sent.
         """
         with self._write() as session:
             row = self._job(session, job_id)
@@ -323,6 +325,10 @@ class Ledger(DeliveryLedger):
             row.attempts = 0
             if deliver:
                 again = self._restart_deliveries(session, job_id, _UNSENT_STATES)
+                if not again and self._retired(session, job_id):
+                    raise IllegalMove(
+                        f"job {job_id}: was recalled or replaced, and no rejection note of it waits to be sent again"
+                    )
                 text = f"retried by an operator: {again} deliveries"
                 self._move(session, row, JobState.DELIVERING, code="retried", text=text)
                 self._settle(session, row)
@@ -340,6 +346,11 @@ class Ledger(DeliveryLedger):
             states = (*_SENT_STATES, *_UNSENT_STATES)
             again = self._restart_deliveries(session, job_id, states, destination=destination)
             if not again:
+                retired = self._retired(session, job_id)
+                if retired & {"", destination} or (retired and not destination):
+                    raise IllegalMove(
+                        f"job {job_id}: was recalled or replaced there, and has no rejection note to send again"
+                    )
                 raise IllegalMove(f"job {job_id}: has no delivery to {clean(destination) or 'any destination'}")
             text = f"{again} deliveries asked for again by an operator"
             self._move(session, row, JobState.DELIVERING, code="redelivered", text=text)
@@ -372,9 +383,18 @@ class Ledger(DeliveryLedger):
             return list(dict.fromkeys(ids))
 
     def forget_before(self, when: datetime) -> int:
-        """Delete the events older than `when`, except those of jobs that are not at their end. Returns how many."""
+        """Delete the events older than `when`, except those of jobs that are not at their end. Returns how many.
+
+        Storage Commitment transactions of such jobs and of that age go with them: no archive reports so late.
+        """
         living = select(JobRow.id).where(JobRow.state.not_in([state.value for state in FINAL_JOB_STATES]))
+        open_deliveries = select(DeliveryRow.id).where(DeliveryRow.job_id.in_(living))
         with self._write() as session:
+            session.execute(
+                delete(CommitmentRow)
+                .where(CommitmentRow.asked < when, CommitmentRow.delivery_id.not_in(open_deliveries))
+                .execution_options(synchronize_session=False)
+            )
             found = session.execute(
                 delete(EventRow)
                 .where(EventRow.time < when, EventRow.job_id.not_in(living))
@@ -428,6 +448,9 @@ def _filtered(wanted: JobFilter) -> Select[Any]:
     ):
         if value:
             query = query.where(column == clean(value))
+    for key, value in (("bundle_name", wanted.bundle), ("bundle_version", wanted.bundle_version)):
+        if value:
+            query = query.where(JobRow.details[("provenance", key)].as_string() == clean(value))
     if wanted.peer:
         query = query.where(or_(JobRow.calling_ae == clean(wanted.peer), JobRow.peer_address == clean(wanted.peer)))
     if wanted.since is not None:

@@ -36,8 +36,11 @@ DELIVERY_MOVES: Mapping[DeliveryState, frozenset[DeliveryState]] = {
     DeliveryState.SENDING: frozenset(
         {DeliveryState.SENT, DeliveryState.PENDING, DeliveryState.FAILED, DeliveryState.CANCELLED}
     ),
-    DeliveryState.SENT: frozenset({DeliveryState.COMMITTED, DeliveryState.VISIBLE, DeliveryState.PENDING}),
-    DeliveryState.COMMITTED: frozenset({DeliveryState.VISIBLE, DeliveryState.PENDING}),
+    # PENDING: what the archive did not commit is sent again. FAILED: it did not prove what its destination asks for
+    DeliveryState.SENT: frozenset(
+        {DeliveryState.COMMITTED, DeliveryState.VISIBLE, DeliveryState.PENDING, DeliveryState.FAILED}
+    ),
+    DeliveryState.COMMITTED: frozenset({DeliveryState.VISIBLE, DeliveryState.PENDING, DeliveryState.FAILED}),
     DeliveryState.VISIBLE: frozenset({DeliveryState.PENDING}),
     DeliveryState.FAILED: frozenset({DeliveryState.PENDING}),
     DeliveryState.CANCELLED: frozenset({DeliveryState.PENDING}),

@@ -35,7 +35,22 @@ class DeliveryState(StrEnum):
     CANCELLED = "CANCELLED"
 
 
+class CommitmentState(StrEnum):
+    """Where one Storage Commitment transaction stands (PS3.4 annex J)."""
+
+    ASKED = "ASKED"  # the archive owes a report
+    REPORTED = "REPORTED"  # it came, and waits to be compared with what was sent
+    COMMITTED = "COMMITTED"
+    FAILED = "FAILED"  # not for every instance
+    LAPSED = "LAPSED"  # refused, or no report in time: asked again under another Transaction UID
+    NOT_OFFERED = "NOT_OFFERED"
+
+
 FINAL_JOB_STATES = frozenset({JobState.DONE, JobState.REJECTED, JobState.FAILED, JobState.CANCELLED})
+
+REJECTION = "rejection"  # the kind of a delivery that rejects a series which was delivered before
+
+PROOF_STATES = (DeliveryState.SENT, DeliveryState.COMMITTED, DeliveryState.VISIBLE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +111,30 @@ class Delivery:
     reason: str = ""
     updated: datetime | None = None
     statuses: Mapping[str, str] = field(default_factory=dict)  # SOP Instance UID -> "0x0000" or an error word
+    goal: DeliveryState = DeliveryState.SENT  # the last state that its destination asks for, or offers
+    checks: int = 0  # requests for proof in the present state that brought none
+    sent_at: datetime | None = None
+    committed_at: datetime | None = None
+    visible_at: datetime | None = None
+
+    @property
+    def proven(self) -> bool:
+        """Whether it has reached its goal."""
+        return PROOF_STATES.index(self.state) >= PROOF_STATES.index(self.goal) if self.state in PROOF_STATES else False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Commitment:
+    """One Storage Commitment transaction: the question, and the report once it is here."""
+
+    transaction_uid: str
+    delivery_id: int
+    attempt: int  # the delivery's `attempts` when it was asked: a report about an earlier sending proves nothing
+    state: CommitmentState
+    asked: datetime
+    reported: datetime | None = None
+    committed: tuple[str, ...] = ()  # SOP Instance UIDs; empty again when the report was dealt with
+    failed: Mapping[str, str] = field(default_factory=dict)  # SOP Instance UID -> Failure Reason as "0x0112"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +172,8 @@ class JobFilter:
     study_uid: str = ""
     series_uid: str = ""
     peer: str = ""
+    bundle: str = ""  # of the result: the name of the model bundle, and its version
+    bundle_version: str = ""
     since: datetime | None = None
     until: datetime | None = None
     limit: int = 100

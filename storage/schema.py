@@ -1,6 +1,7 @@
-"""The ledger's tables: one row per job, one per delivery, an append-only table of events. No row per instance.
+"""The ledger's tables: jobs, deliveries, commitment transactions, and append-only events. No row per instance.
 
-Rows never leave the package: `job_of`, `delivery_of` and `event_of` make the frozen records of `storage.records`.
+Rows never leave the package: `job_of`, `delivery_of`, `commitment_of` and `event_of` make the frozen records of
+`storage.records`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from typing import Any
 from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, MetaData, Text, TypeDecorator, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from storage.records import Delivery, DeliveryState, Event, Job, JobState, SeriesInfo
+from storage.records import (
+    Commitment,
+    CommitmentState,
+    Delivery,
+    DeliveryState,
+    Event,
+    Job,
+    JobState,
+    SeriesInfo,
+)
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -120,6 +130,25 @@ class DeliveryRow(Base):
     lease_owner: Mapped[str]
     lease_until: Mapped[datetime | None]
     statuses: Mapped[dict[str, Any]]  # see `compact`: only what failed, grouped by status
+    goal: Mapped[str]
+    checks: Mapped[int]
+    sent_at: Mapped[datetime | None]
+    committed_at: Mapped[datetime | None]
+    visible_at: Mapped[datetime | None]
+
+
+class CommitmentRow(Base):
+    """One Storage Commitment transaction of a delivery; a delivery has as many as were asked."""
+
+    __tablename__ = "commitments"
+
+    transaction_uid: Mapped[str] = mapped_column(primary_key=True)
+    delivery_id: Mapped[int] = mapped_column(ForeignKey("deliveries.id"), index=True)
+    attempt: Mapped[int]
+    state: Mapped[str]
+    asked: Mapped[datetime]
+    reported: Mapped[datetime | None]
+    report: Mapped[dict[str, Any]]  # the report's UIDs, only until they were compared with what was sent
 
 
 class EventRow(Base):
@@ -193,6 +222,25 @@ def delivery_of(row: DeliveryRow) -> Delivery:
         reason=row.reason,
         updated=row.updated,
         statuses=spread(row.statuses),
+        goal=DeliveryState(row.goal),
+        checks=row.checks,
+        sent_at=row.sent_at,
+        committed_at=row.committed_at,
+        visible_at=row.visible_at,
+    )
+
+
+def commitment_of(row: CommitmentRow) -> Commitment:
+    """The frozen record of a row."""
+    return Commitment(
+        transaction_uid=row.transaction_uid,
+        delivery_id=row.delivery_id,
+        attempt=row.attempt,
+        state=CommitmentState(row.state),
+        asked=row.asked,
+        reported=row.reported,
+        committed=tuple(row.report.get("committed", ())),
+        failed=dict(row.report.get("failed", {})),
     )
 
 

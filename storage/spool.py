@@ -5,6 +5,7 @@
     inbox/segmentations/<study_uid>/<sop_instance_uid>.dcm  SEG objects, for every job of their study
     work/<job_id>/ct/<sop_instance_uid>.dcm                 the input of a job
     outbox/<job_id>/...                                     the result of a job, complete or absent
+    references/<job_id>.json                                what is kept of a result when retention removes it
     quarantine/<reason_code>/...                            what could not be used, kept for a while
 
 Nothing that a peer sends becomes a path unless `check_uid` let it pass; association tokens and job ids are our own
@@ -13,10 +14,11 @@ hexadecimal. All folders must lie on one file system: a file moves by rename.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -30,6 +32,7 @@ from storage.durable import (
     move,
     remove_tree,
     same_bytes,
+    write_file,
     write_temp,
 )
 from storage.errors import BadUid, NoSpace, NotFound, StorageError
@@ -71,6 +74,7 @@ class Spool:
             self._segmentations = make_folder(root / "inbox" / "segmentations")
             self._work = make_folder(root / "work")
             self._outbox = make_folder(root / "outbox")
+            self._references = make_folder(root / "references")
             self._quarantine = make_folder(root / "quarantine")
         except OSError as error:
             raise StorageError(
@@ -216,6 +220,23 @@ class Spool:
         """Whether the result is there; it is complete when it is."""
         return (self.result_folder(job_id) / RESULT_FILE).is_file()
 
+    def keep_references(self, job_id: str, texts: Mapping[str, str]) -> None:
+        """Keep what names the series of a result (`texts` by series) when the result itself is removed."""
+        write_file(self._reference(job_id), (json.dumps(dict(texts)).encode(),))
+
+    def has_references(self, job_id: str) -> bool:
+        """Whether `keep_references` was called for this very result: an earlier one's names are not its own."""
+        kept, result = self._reference(job_id), self.result_folder(job_id) / RESULT_FILE
+        return kept.is_file() and (not result.is_file() or kept.stat().st_mtime_ns >= result.stat().st_mtime_ns)
+
+    def references(self, job_id: str) -> dict[str, str]:
+        """What `keep_references` kept; {} where there is nothing."""
+        try:
+            kept: dict[str, str] = json.loads(self._reference(job_id).read_bytes())
+        except FileNotFoundError:
+            return {}
+        return kept
+
     def discard_work(self, job_id: str) -> None:
         """Remove the job's input and scratch files; fine when gone."""
         remove_tree(self._work / _hex(job_id))
@@ -236,6 +257,7 @@ class Spool:
             self._quarantine,
             self._work,
             self._outbox,
+            self._references,
         ):
             for path in [p for p in _walk(top) if is_temp(p)]:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -253,28 +275,50 @@ class Spool:
         *,
         is_final: Callable[[str], bool],
         is_over: Callable[[str], bool] = lambda _: False,
+        before_result: Callable[[str], object] = lambda _: None,
+        keep_references: timedelta = timedelta.max,
     ) -> list[str]:
         """Remove the inputs and results of jobs at their end, and quarantined files, that are older than asked.
 
+        `before_result` is called with a job's id before its result goes; what it keeps of it stays `keep_references`.
+        Where it finds the disk full or failing the result stays for the next time, and the others go: so do inputs and
+        quarantined files, which come first and make room.
         `is_over` says of a study (by UID) that no job of it waits: then its SEG objects are inputs like others.
         Nothing else of the inbox is touched: what was acknowledged and is no job yet waits. Returns what was
         removed, as paths in the spool.
         """
         removed = []
-        for top, keep in ((self._work, keep_inputs), (self._outbox, keep_results)):
-            for folder in sorted(top.iterdir()):
-                if _HEX.fullmatch(folder.name) and _age(folder, now) > keep and is_final(folder.name):
-                    remove_tree(folder)
-                    removed.append(str(folder.relative_to(self.root)))
+
+        def over(top: Path, keep: timedelta) -> list[Path]:
+            old = (path for path in sorted(top.iterdir()) if _HEX.fullmatch(path.name) and _age(path, now) > keep)
+            return [folder for folder in old if is_final(folder.name)]
+
+        for folder in over(self._work, keep_inputs):
+            remove_tree(folder)
+            removed.append(str(folder.relative_to(self.root)))
         loose = {folder for folder in self._segmentations.iterdir() if is_over(folder.name)}
         for path in sorted(p for folder in (*self._quarantine.iterdir(), *loose) for p in _whole(folder)):
             least = A_DAY if path.parent in loose else timedelta()  # a SEG may come before its CT
             if _age(path, now) > max(keep_inputs, least):
                 path.unlink(missing_ok=True)
                 removed.append(str(path.relative_to(self.root)))
+        for path in sorted(_whole(self._references)):
+            if _age(path, now) > keep_references:
+                path.unlink(missing_ok=True)
+                removed.append(str(path.relative_to(self.root)))
+        for folder in over(self._outbox, keep_results):
+            try:
+                before_result(folder.name)
+            except (StorageError, OSError):  # it said so; what names a result must be kept before that goes
+                continue
+            remove_tree(folder)
+            removed.append(str(folder.relative_to(self.root)))
         return removed
 
     # ---- inside
+
+    def _reference(self, job_id: str) -> Path:
+        return self._references / f"{_hex(job_id)}.json"
 
     def _taken(self, path: Path, target: Path, elsewhere: Iterable[Path] = ()) -> Adopted:
         """Move an incoming file to `target`, unless that or one of the same name `elsewhere` is there already."""

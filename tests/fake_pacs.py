@@ -102,15 +102,17 @@ class FakePacs:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self) -> None:
-        handlers = [
+    def handlers(self) -> list[Any]:
+        return [
             (evt.EVT_ACCEPTED, self._on_accepted),
             (evt.EVT_CONN_OPEN, self._on_open),
             (evt.EVT_C_STORE, self._on_store),
             (evt.EVT_C_ECHO, self._on_echo),
         ]
+
+    def start(self) -> None:
         self._stopped.clear()
-        self._server = self._ae.make_server(("127.0.0.1", self.port), evt_handlers=handlers)
+        self._server = self._ae.make_server(("127.0.0.1", self.port), evt_handlers=self.handlers())
         self._ae._servers.append(self._server)  # as AE.start_server does: shutdown() removes it
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="fake-pacs")

@@ -44,6 +44,7 @@ name = "pacs"
 peer = "pacs"
 first_retry_s = 0.2
 max_retry_s = 0.5
+{destination}
 
 [intake]
 quiet_period_s = 1.0
@@ -64,14 +65,19 @@ UNTIL_S = 120.0  # only a test that fails waits so long
 
 
 class NodeProcess:
-    """Starts, kills and asks one node. `folder` holds its configuration, spool and log."""
+    """Starts, kills and asks one node. `folder` holds its configuration, spool and log.
 
-    def __init__(self, folder: Path, pacs: FakePacs, bundle: Path) -> None:
+    `destination` is more lines for the table of its one destination.
+    """
+
+    def __init__(self, folder: Path, pacs: FakePacs, bundle: Path, *, destination: str = "") -> None:
         self.folder = folder
         self.peer = PeerConfig(name="node", ae_title="SYNPET", port=free_port())
         self.config = folder / "config.toml"
         self.log = folder / "node.log"
-        self.config.write_text(CONFIG.format(port=self.peer.port, pacs_port=pacs.port, bundle=bundle))
+        self.config.write_text(
+            CONFIG.format(port=self.peer.port, pacs_port=pacs.port, bundle=bundle, destination=destination)
+        )
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> NodeProcess:

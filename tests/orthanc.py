@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import time
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ import pytest
 from fake_pacs import free_port
 
 START_TIMEOUT_S = 60.0
+DICOMWEB_PLUGINS = (  # Debian's orthanc-dicomweb
+    Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so"),
+    Path("/usr/lib/orthanc/libOrthancDicomWeb.so"),
+)
 
 
 def orthanc_binary() -> str:
@@ -31,6 +36,14 @@ def orthanc_binary() -> str:
     return found
 
 
+def dicomweb_plugin() -> Path:
+    """Orthanc's DICOMweb plug-in; skips the test where it is not installed."""
+    for path in DICOMWEB_PLUGINS:
+        if path.is_file():
+            return path
+    pytest.skip("Orthanc's DICOMweb plug-in is not installed (Debian: apt-get install orthanc-dicomweb)")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Orthanc:
     """A running Orthanc. Everything goes over its REST interface."""
@@ -38,16 +51,22 @@ class Orthanc:
     ae_title: str
     dicom_port: int
     http_port: int
+    login: tuple[str, str] | None = None  # user name and password of its HTTP side
+
+    def _request(self, path: str, **changes: Any) -> Request:
+        request = Request(f"http://127.0.0.1:{self.http_port}{path}", **changes)
+        if self.login:
+            request.add_header("Authorization", f"Basic {b64encode(':'.join(self.login).encode()).decode()}")
+        return request
 
     def get(self, path: str) -> Any:
-        with urlopen(f"http://127.0.0.1:{self.http_port}{path}", timeout=30) as answer:
+        with urlopen(self._request(path), timeout=30) as answer:
             body = answer.read()
         return json.loads(body) if answer.headers["Content-Type"].startswith("application/json") else body
 
     def post(self, path: str, body: Any) -> Any:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = Request(f"http://127.0.0.1:{self.http_port}{path}", data=data, method="POST")
-        with urlopen(request, timeout=60) as answer:
+        with urlopen(self._request(path, data=data, method="POST"), timeout=60) as answer:
             return json.loads(answer.read() or b"null")
 
     def series(self, modality: str) -> list[Mapping[str, Any]]:
@@ -69,11 +88,19 @@ class Orthanc:
 
 @contextmanager
 def running_orthanc(
-    folder: Path, *, modalities: Mapping[str, tuple[str, int]], lua_scripts: Sequence[Path] = ()
+    folder: Path,
+    *,
+    modalities: Mapping[str, tuple[str, int]],
+    lua_scripts: Sequence[Path] = (),
+    dicomweb: bool = False,
+    login: tuple[str, str] | None = None,
 ) -> Iterator[Orthanc]:
-    """Orthanc with its database in `folder`; `modalities` are symbolic name to (AE title, loopback port)."""
+    """Orthanc with its database in `folder`; `modalities` are symbolic name to (AE title, loopback port).
+
+    With `dicomweb` its DICOMweb service is at `/dicom-web/` of the HTTP port; `login` is asked of every HTTP request.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    made = Orthanc(ae_title="ORTHANC", dicom_port=free_port(), http_port=free_port())
+    made = Orthanc(ae_title="ORTHANC", dicom_port=free_port(), http_port=free_port(), login=login)
     settings = {
         "Name": "test",
         "StorageDirectory": str(folder / "storage"),
@@ -82,8 +109,10 @@ def running_orthanc(
         "DicomPort": made.dicom_port,
         "HttpPort": made.http_port,
         "RemoteAccessAllowed": False,
-        "AuthenticationEnabled": False,
-        "Plugins": [],
+        "AuthenticationEnabled": login is not None,
+        "RegisteredUsers": dict([login]) if login else {},
+        "Plugins": [str(dicomweb_plugin())] if dicomweb else [],
+        "DicomWeb": {"Enable": dicomweb, "Root": "/dicom-web/"},
         "LuaScripts": [str(path) for path in lua_scripts],
         "DicomModalities": {name: [ae, "127.0.0.1", port] for name, (ae, port) in modalities.items()},
         "DicomAlwaysAllowStore": True,

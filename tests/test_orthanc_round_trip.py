@@ -1,4 +1,4 @@
-"""A real Orthanc routes a CT study to the node and shows the PET series in the same study."""
+"""A real Orthanc routes a CT study to the node and shows the PET series, sent by C-STORE and STOW-RS, in the study."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ peer = "pacs"
 encoding = "sc"
 [[destinations]]
 name = "as-pet"
-peer = "pacs"
+url = "http://127.0.0.1:{orthanc.http_port}/dicom-web"
 encoding = "pet"
 send_mip = false
 [log]
@@ -78,7 +78,7 @@ def test_orthanc_routes_a_ct_and_shows_the_pet_in_the_same_study(tmp_path: Path)
     paths = write_ct_series(phantom, tmp_path / "ct", matrix=128)
     node_port = free_port()
     with running_orthanc(
-        tmp_path / "orthanc", modalities={"synpet": ("SYNPET", node_port)}, lua_scripts=[ROUTE]
+        tmp_path / "orthanc", modalities={"synpet": ("SYNPET", node_port)}, lua_scripts=[ROUTE], dicomweb=True
     ) as orthanc:
         node = Node(load_config(write_config(tmp_path, node_port, orthanc)))
         node.start()

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from dicom_node import __version__
-from dicom_node.cli import check, demo, jobs, models, run, serve, train, why
+from dicom_node.cli import check, conformance, demo, jobs, models, recall, run, serve, train, why
 from dicom_node.cli.common import console_err, print_error
 from dicom_node.config import ConfigError
 from dicom_node.errors import NodeError
@@ -26,6 +26,8 @@ app.command("serve")(serve.serve)
 app.command("run")(run.run)
 app.command("check")(check.check)
 app.command("why")(why.why)
+app.command("recall")(recall.recall_results)
+app.command("conformance")(conformance.conformance)
 app.command("demo")(demo.demo)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")

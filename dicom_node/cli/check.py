@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from dicom_node.cli.common import DEFAULT_CONFIG, AsJson, ConfigPath, console, opened_ledger, print_json, safe, table
-from dicom_node.config import Config, ConfigError, PeerConfig, load_config
+from dicom_node.config import Config, ConfigError, DestinationConfig, PeerConfig, load_config
 from pipeline.errors import BundleError
 from storage.errors import StorageError
 
@@ -44,7 +44,7 @@ def check(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prove config, disk, ledger, bundle, device, port and peers (C-ECHO). Exit code 1 when one fails."""
+    """Prove config, disk, ledger, bundle, device, port, peers (C-ECHO), services (QIDO). Exit code 1 when one fails."""
     findings = list(_findings(config, quick))
     if as_json:
         print_json([asdict(finding) for finding in findings])
@@ -74,6 +74,11 @@ def _findings(path: Path, quick: bool) -> Iterator[Finding]:
         yield check_shadow(config)
     for peer in config.peers:
         yield check_peer(config, peer)
+    for destination in config.destinations:
+        if destination.url:
+            yield check_web(destination)
+        elif destination.commitment or destination.verify:
+            yield check_proof(config, destination)
 
 
 def _summary(config: Config) -> str:
@@ -183,6 +188,46 @@ def check_peer(config: Config, peer: PeerConfig) -> Finding:
     bad = Verdict.FAIL if needed else Verdict.WARN
     text = f"{peer.ae_title} at {peer.host}:{peer.port}: {'answers C-ECHO' if outcome.ok else outcome.text}"
     return Finding(check=f"peer {peer.name}", verdict=Verdict.OK if outcome.ok else bad, text=text)
+
+
+def check_proof(config: Config, destination: DestinationConfig) -> Finding:
+    """The archive offers the services that shall prove deliveries; without one they end earlier, so it only warns."""
+    from dicom_node.net.commitment import PUSH_MODEL
+    from dicom_node.net.link import Trouble, offered
+    from dicom_node.net.query import STUDY_ROOT_FIND
+
+    name = f"proof {destination.name}"
+    wanted = {PUSH_MODEL: "Storage Commitment"} if destination.commitment else {}
+    wanted |= {STUDY_ROOT_FIND: "C-FIND"} if destination.verify else {}
+    answer = offered(config.peer(destination.peer), list(wanted), calling_ae=config.node.ae_title)
+    if isinstance(answer, Trouble):
+        return Finding(check=name, verdict=Verdict.WARN, text=answer.text)
+    missing = " and ".join(what for sop_class, what in wanted.items() if sop_class not in answer)
+    if missing:
+        return Finding(check=name, verdict=Verdict.WARN, text=f"offers no {missing}: deliveries end without that proof")
+    text = f"offers {' and '.join(wanted.values())}"
+    if destination.commitment:
+        text += f"; its reports must reach {config.node.ae_title} on port {config.node.port}"
+    return Finding(check=name, verdict=Verdict.OK, text=text)
+
+
+def check_web(destination: DestinationConfig) -> Finding:
+    """Ask a DICOMweb destination for one study (QIDO-RS): address, certificate and credentials are right."""
+    from dicom_node.net.qido import check_service
+
+    name = f"destination {destination.name}"
+    failure = check_service(destination)
+    if failure is not None and failure.code != "service_not_found":
+        return Finding(check=name, verdict=Verdict.FAIL, text=failure.text)
+    if failure is not None:  # a service may store and not search; storing would prove it, and a check stores nothing
+        text = f"{failure.text}; if it stores without a search, set verify = false"
+        return Finding(check=name, verdict=Verdict.WARN if not destination.verify else Verdict.FAIL, text=text)
+    text = f"{destination.url} answers a search"
+    if destination.verify_tls and not destination.allow_http:
+        return Finding(check=name, verdict=Verdict.OK, text=text)
+    key = "allow_http = true" if destination.verify_tls else "verify_tls = false"
+    text += f"; {key}: whoever is on the way can read and change what is sent"
+    return Finding(check=name, verdict=Verdict.WARN, text=text)
 
 
 CHECKS: tuple[Callable[[Config], Finding], ...] = (check_disk, check_ledger, check_bundle, check_device, check_port)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +29,13 @@ from dicom_node.cli.common import (
     table,
 )
 from dicom_node.config import Config, load_config
+from dicom_node.errors import RerunRefused
+from dicom_node.lineage import OTHER_SERIES, RECALLED, RERUN
+from pipeline.errors import PipelineError
+from storage.deliveries import taken_back_at
 from storage.errors import StorageError
 from storage.ledger import Ledger
-from storage.records import Job, JobFilter, JobState
+from storage.records import PROOF_STATES, REJECTION, Delivery, Job, JobFilter, JobState
 from storage.spool import Spool
 
 app = typer.Typer(help="List, show, retry, cancel and release jobs.", no_args_is_help=True)
@@ -131,7 +136,7 @@ def show_job(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG, as_json: AsJson
         return
     print_job(job)
     if deliveries:
-        sent = table("deliveries", "destination", "what", "state", "sent", "attempts", "next", "why")
+        sent = table("deliveries", "destination", "what", "state", "sent", "attempts", "proof", "next", "why")
         for delivery in deliveries:
             sent.add_row(
                 delivery.destination,
@@ -139,6 +144,7 @@ def show_job(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG, as_json: AsJson
                 delivery.state.value,
                 f"{delivery.sent}/{delivery.instances}",
                 str(delivery.attempts),
+                proof_text(delivery),
                 local_time(delivery.next_attempt),
                 safe(f"{delivery.reason_code} {delivery.reason}".strip()),
             )
@@ -152,6 +158,15 @@ def show_job(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG, as_json: AsJson
         seconds = f"{event.seconds:.2f}" if event.seconds is not None else ""
         history.add_row(local_time(event.time), event.stage, event.code, seconds, safe(event.text))
     console.print(history)
+
+
+def proof_text(delivery: Delivery) -> str:
+    """One line per state that was proven, with its time; then the states that its destination is still asked for."""
+    reached = [(state, getattr(delivery, f"{state.value.lower()}_at")) for state in PROOF_STATES]
+    lines = [f"{state.value} {local_time(moment)}" for state, moment in reached if moment is not None]
+    if delivery.state in PROOF_STATES and not delivery.proven:
+        lines.append(f"{delivery.goal.value} is awaited")
+    return "\n".join(lines)
 
 
 def print_job(job: Job) -> None:
@@ -170,6 +185,8 @@ def print_job(job: Job) -> None:
         ("updated", local_time(job.updated)),
         ("attempts", str(job.attempts)),
         ("supersedes", job.supersedes),
+        ("computed again", "; ".join(job.details.get(RERUN) or ())),
+        ("recalled", recalled_text(job)),
     ):
         if value:
             head.add_row(what, safe(value))
@@ -178,6 +195,15 @@ def print_job(job: Job) -> None:
     print_outcome(found.get("stage_seconds") or {}, found.get("stats") or [], found.get("notes") or [])
     if found.get("shadow"):
         _print_shadow(found["shadow"])
+
+
+def recalled_text(job: Job) -> str:
+    """`2026-11-22 08:15:00, 113001 Rejected for Quality Reasons`; "" for a job that was not recalled."""
+    recalled = job.details.get(RECALLED)
+    if not recalled:
+        return ""
+    when = local_time(datetime.fromisoformat(recalled["time"]))
+    return f"{when}, {recalled['code']} {recalled['meaning']}: do not use its result"
 
 
 def _print_shadow(shadow: Mapping[str, Any]) -> None:
@@ -203,8 +229,11 @@ def _change(path: Path, job_id: str, change: Callable[[Ledger, Config, str], Job
         job = find_job(ledger, job_id)
         try:
             now = change(ledger, config, job.id)
-        except StorageError as error:
+        except (StorageError, RerunRefused, PipelineError) as error:
             raise fail(f"job {job.id[:8]}: {error}") from error
+    if now.id != job.id:
+        console.print(f"job {now.id[:8]}: {now.state.value}, supersedes job {job.id[:8]}")
+        return
     console.print(f"job {now.id[:8]}: {job.state.value} -> {now.state.value}")
 
 
@@ -214,12 +243,38 @@ def retry(
     rerun: Annotated[bool, typer.Option("--rerun", help="Compute the result again, also when it is there.")] = False,
     config: ConfigPath = DEFAULT_CONFIG,
 ) -> None:
-    """Run a FAILED, REJECTED or CANCELLED job again; finished results are only sent again, with the same bytes."""
+    """Run a FAILED, REJECTED or CANCELLED job again; finished results are only sent again, with the same bytes.
+
+    With --rerun also a DONE job, or one that was recalled, if what its result is made of has changed since (the
+    bundle, a corrected SEG, the options): as a new job, whose series supersedes the old one. So too a FAILED or
+    CANCELLED one of which something was sent.
+    """
 
     def again(ledger: Ledger, config: Config, job_id: str) -> Job:
         spool = Spool(config.storage.root, min_free_bytes=0)
-        needed = rerun or not spool.has_result(job_id)  # retention may have removed it
-        if needed and ledger.get(job_id).state in RETRIED_STATES:
+        job = ledger.get(job_id)
+        deliveries = ledger.deliveries(job_id)
+        noted = any(delivery.kind == REJECTION for delivery in deliveries)
+        taken_back = noted or bool(taken_back_at(job.details))
+        if rerun and (job.state is JobState.DONE or taken_back):
+            from dicom_node.rerun import changes  # reads the bundle: torch
+            from dicom_node.rerun import rerun as run_again
+
+            return run_again(ledger, spool, job, changes(job, config, spool))
+        needed = not taken_back and (rerun or not spool.has_result(job_id))  # retention may have removed it
+        if needed and job.state in RETRIED_STATES:
+            if deliveries:
+                from dicom_node.rejections import arrived, keep_references
+                from dicom_node.rerun import changes
+                from dicom_node.rerun import rerun as run_again
+
+                keep_references(spool, job_id)
+                if arrived(deliveries, ledger.events(job_id)):
+                    why = changes(job, config, spool)
+                    if job.reason_code == OTHER_SERIES:
+                        why = why or ("its result is another series now",)
+                    if why:  # in place, the series that is out would be forgotten
+                        return run_again(ledger, spool, job, why)
             spool.discard_result(job_id)  # before the move: a running node may take the job up at once
         return ledger.retry(job_id, rerun=needed)
 

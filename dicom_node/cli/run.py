@@ -71,6 +71,11 @@ def run(
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty/--no-uncertainty", help="Also write how far the SUV changes under flips.")
     ] = False,
+    sr: Annotated[bool, typer.Option("--sr/--no-sr", help="Also write a measurement report (TID 1500 SR).")] = False,
+    presentation_states: Annotated[
+        bool,
+        typer.Option("--presentation-states/--no-presentation-states", help="Also write inverse gray and hot iron."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in OUT_FOLDER.")] = False,
     config: ConfigPath = DEFAULT_CONFIG,
 ) -> None:
@@ -78,8 +83,8 @@ def run(
 
     Of the configuration it is read where installed bundles are, the settings of the segmenters, and `[gate]`.
     `--districts dicom_seg` takes the districts from a SEG in CT_FOLDER that refers to the CT.
-    Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, seg-binary/, uncertainty-sc/, overview.png and result.json into
-    OUT_FOLDER.
+    Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, seg-binary/, uncertainty-sc/, sr-*/, gsps-*/ and pcps-*/ (one for
+    each encoding of the PET), overview.png and result.json into OUT_FOLDER.
     """
     from pipeline.bundle import bundle_path, load_bundle
     from pipeline.ct_reader import choose_ct
@@ -101,6 +106,8 @@ def run(
             mip=mip,
             seg=seg,
             uncertainty=uncertainty,
+            sr=sr,
+            presentation_states=presentation_states,
         ),
     )
     paths = choose_ct(ct_folder)

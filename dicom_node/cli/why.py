@@ -20,8 +20,10 @@ from dicom_node.cli.common import (
     print_json,
     safe,
 )
+from dicom_node.cli.jobs import recalled_text
+from dicom_node.lineage import RERUN, SAME_AS
 from storage.ledger import Ledger
-from storage.records import Delivery, DeliveryState, Event, Job, JobFilter, JobState
+from storage.records import PROOF_STATES, Delivery, DeliveryState, Event, Job, JobFilter, JobState
 
 MEANING = {
     JobState.RECEIVING: "is still arriving",
@@ -76,6 +78,8 @@ def why(
         )
     for job in found:
         _explain(job, deliveries[job.id])
+        if _seg_came_later(job, found, events):
+            _say(f"    what to do: a SEG came after it; to use that: dicom-node jobs retry --rerun {job.id[:8]}")
     for event in events:
         _print_event(event)
     _print_strays(strays)
@@ -93,6 +97,15 @@ def _strays(ledger: Ledger, found: list[Job], events: list[Event]) -> list[Event
     senders = {"", *(job.info.calling_ae for job in found), *(e.details.get("calling_ae", "") for e in events)}
     near = ledger.events_of_no_study(since=min(times) - NEAR, until=max(times) + NEAR, limit=STRAYS)
     return [event for event in near if event.details.get("calling_ae", "") in senders]
+
+
+def _seg_came_later(job: Job, found: list[Job], events: list[Event]) -> bool:
+    """Whether a DONE job that nothing supersedes had not got a SEG of its study that is here now."""
+    known = job.details.get("segmentations")
+    if job.state is not JobState.DONE or known is None or any(one.supersedes == job.id for one in found):
+        return False
+    came = {event.details.get("sop_instance_uid") for event in events if event.code == "segmentation_kept"}
+    return bool(came - {None, *known})
 
 
 def _jobs(ledger: Ledger, wanted: str) -> list[Job]:
@@ -119,7 +132,15 @@ def _explain(job: Job, deliveries: list[Delivery]) -> None:
     if job.reason_code:
         _say(f"    why: {job.reason_code}: {job.reason}")
     if job.supersedes:
-        _say(f"    with slices that came after job {job.supersedes[:8]} began: use this result, not that one")
+        why = "; ".join(job.details.get(RERUN) or ())
+        what = f"computed again ({why}) after" if why else "with slices that came after"
+        _say(f"    {what} job {job.supersedes[:8]}{'' if why else ' began'}: use this result, not that one")
+    if same := job.details.get(SAME_AS):
+        _say(f"    its series are those of job {same[:8]}, which sent them or was recalled: nothing was sent twice")
+    if recalled := recalled_text(job):
+        _say(f"    recalled: {recalled}")
+    for destination, successor in sorted((job.details.get("superseded_at") or {}).items()):
+        _say(f"    {destination}: asked to hide it when job {successor[:8]} had arrived")
     for delivery in deliveries:
         line = (
             f"    {delivery.destination}: {delivery.kind} {delivery.state.value} {delivery.sent}/{delivery.instances}"
@@ -128,6 +149,8 @@ def _explain(job: Job, deliveries: list[Delivery]) -> None:
             line += f" ({delivery.reason_code}: {delivery.reason})"
         if delivery.next_attempt and delivery.state is DeliveryState.PENDING:
             line += f", next attempt {local_time(delivery.next_attempt)}"
+        if delivery.state in PROOF_STATES and not delivery.proven:
+            line += f", {delivery.goal.value} is awaited"
         _say(line)
     if job.state is JobState.HELD and "provenance" in job.details:  # held by a gate: there is a result to look at
         _say(f"    picture: outbox/{job.id}/overview.png in the spool")

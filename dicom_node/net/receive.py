@@ -22,6 +22,7 @@ from pynetdicom.events import Event, EventHandlerType
 
 from dicom_node.config import Config
 from dicom_node.net.associations import Association, AssociationRegistry
+from dicom_node.net.commitment import Take, answer_report
 from dicom_node.net.peers import Admission, admit, plain_address, shown
 from dicom_node.net.scp import (
     CT_CLASSES,
@@ -86,10 +87,16 @@ _META_IMPLEMENTATION = _meta_element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID) + 
 )
 
 
+def kept_classes(config: Config) -> frozenset[UID]:
+    """The storage classes whose instances are kept; those of any other are answered with Success and dropped."""
+    return CT_CLASSES | ({SegmentationStorage} if config.pipeline.uses_segmentations else frozenset())
+
+
 class Receiver:
     """Owns the listening socket and its threads.
 
-    `clock` is monotonic seconds (only for thinning out repeated refusals).
+    `clock` is monotonic seconds (only for thinning out repeated refusals). `take_report` gets the Storage Commitment
+    reports that archives send on associations of their own; without it that service is not offered.
     """
 
     def __init__(
@@ -100,13 +107,15 @@ class Receiver:
         registry: AssociationRegistry,
         *,
         clock: Callable[[], float] = time.monotonic,
+        take_report: Take | None = None,
     ) -> None:
         self._config = config
+        self._take_report = take_report
         self._spool = spool
         self._ledger = ledger
         self._registry = registry
         self._clock = clock
-        self._kept = CT_CLASSES | ({SegmentationStorage} if config.pipeline.uses_segmentations else frozenset())
+        self._kept = kept_classes(config)
         self._ae = build_ae(config.node)
         self._server: Any = None
         self._thread: threading.Thread | None = None
@@ -169,6 +178,7 @@ class Receiver:
             (evt.EVT_C_ECHO, self._on_echo),
             (evt.EVT_DIMSE_RECV, self._on_message),
             (evt.EVT_C_STORE, self._on_store),
+            (evt.EVT_N_EVENT_REPORT, self._on_report),
             (evt.EVT_RELEASED, lambda event: self._closed(event.assoc, aborted=False)),
             (evt.EVT_ABORTED, lambda event: self._closed(event.assoc, aborted=True)),
             (evt.EVT_CONN_CLOSE, lambda event: self._closed(event.assoc, aborted=True)),
@@ -203,7 +213,10 @@ class Receiver:
         with self._lock:
             self._tokens[assoc] = token
         assoc.acceptor.supported_contexts = contexts_for(
-            assoc.requestor.requested_contexts, may_store=decision.may_store, may_echo=decision.may_echo
+            assoc.requestor.requested_contexts,
+            may_store=decision.may_store,
+            may_echo=decision.may_echo,
+            may_report=self._take_report is not None,
         )
         log.info("association.opened", association=token[:8], calling_ae=shown(calling_ae), address=address)
         return decision
@@ -285,6 +298,18 @@ class Receiver:
 
     def _on_echo(self, event: Event) -> int:  # noqa: ARG002
         return Status.SUCCESS
+
+    def _on_report(self, event: Event) -> tuple[int, None]:
+        """A commitment report: whoever was let in may bring it, for only the archive knows the Transaction UID."""
+        if self._take_report is None:
+            return Status.PROCESSING_FAILURE, None
+        status = answer_report(event, self._take_report)
+        if status == Status.INVALID_ARGUMENT:
+            caller = shown(self._registry_calling_ae(event))
+            if (repeated := self._repeats("commitment_unknown", caller)) is not None:
+                text = f"a commitment report of {caller} names no transaction that was asked for here"
+                self._note("commitment_unknown", text, {"repeated": repeated})
+        return status, None
 
     def _on_message(self, event: Event) -> None:
         """Look at a C-STORE request's UIDs before pynetdicom does.

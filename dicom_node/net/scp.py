@@ -44,6 +44,7 @@ IMPLEMENTATION_CLASS_UID = "2.25.178946538243586417430927114312346098701"  # our
 IMPLEMENTATION_VERSION_NAME = "SYNPET_NODE_1"
 
 VERIFICATION = UID("1.2.840.10008.1.1")
+STORAGE_COMMITMENT = UID("1.2.840.10008.1.20.1")
 CT_CLASSES = frozenset({CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage})
 
 # the order in which we choose where a context offers several: native first, lossless before lossy
@@ -98,11 +99,13 @@ def is_storage_class(abstract_syntax: str) -> bool:
 
 
 def contexts_for(
-    requested: Sequence[PresentationContext], *, may_store: bool, may_echo: bool
+    requested: Sequence[PresentationContext], *, may_store: bool, may_echo: bool, may_report: bool = False
 ) -> list[PresentationContext]:
     """The contexts that an acceptor supports towards one requestor, one per proposed abstract syntax.
 
     CT: `ct_transfer_syntaxes`. Any other storage class: native syntaxes first, then whatever was proposed.
+    Storage Commitment: the requestor is its SCP and we are the SCU (PS3.4 J.3.3.1.3); an archive that proposes no
+    role means the same.
     """
     proposed: dict[str, list[str]] = {}
     for context in requested:
@@ -114,6 +117,8 @@ def contexts_for(
             accepted: Iterable[str] = (ImplicitVRLittleEndian, ExplicitVRLittleEndian) if may_echo else ()
         elif abstract_syntax in CT_CLASSES:
             accepted = ct_transfer_syntaxes() if may_store else ()
+        elif abstract_syntax == STORAGE_COMMITMENT:
+            accepted = (ImplicitVRLittleEndian, ExplicitVRLittleEndian) if may_report else ()
         elif is_storage_class(abstract_syntax):
             native = [uid for uid in (ExplicitVRLittleEndian, ImplicitVRLittleEndian) if uid in syntaxes]
             accepted = dict.fromkeys((*native, *syntaxes)) if may_store else ()
@@ -123,6 +128,8 @@ def contexts_for(
             context = PresentationContext()
             context.abstract_syntax = UID(abstract_syntax)
             context.transfer_syntax = [UID(uid) for uid in accepted]
+            if abstract_syntax == STORAGE_COMMITMENT:
+                context.scu_role, context.scp_role = False, True  # of the requestor
             supported.append(context)
     return supported
 

@@ -1,22 +1,41 @@
-"""DIMSE statuses in one table: what we answer to a C-STORE, and what a peer's answer means to us.
+"""DIMSE statuses in one table: what we answer with, and what a peer's answer to a C-STORE means to us.
 
 Sources: PS3.7 annex C (general statuses), PS3.4 table B.2-1 (Storage Service Class).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from types import MappingProxyType
 
 
 class Status(IntEnum):
-    """The statuses that we answer with."""
+    """The statuses that we answer with; ANSWERS says when."""
 
     SUCCESS = 0x0000
-    OUT_OF_RESOURCES = 0xA700  # no room on disk: nothing was kept, send it again later
-    DATA_SET_MISMATCH = 0xA900  # the instance is not of the class that was negotiated
-    CANNOT_UNDERSTAND = 0xC000  # no data set, or a SOP Instance UID that is none
-    UNABLE_TO_PROCESS = 0xC001  # our own fault: the log has it
+    PROCESSING_FAILURE = 0x0110
+    NO_SUCH_EVENT_TYPE = 0x0113
+    INVALID_ARGUMENT = 0x0115
+    OUT_OF_RESOURCES = 0xA700
+    DATA_SET_MISMATCH = 0xA900
+    CANNOT_UNDERSTAND = 0xC000
+    UNABLE_TO_PROCESS = 0xC001
+
+
+ANSWERS: Mapping[Status, str] = MappingProxyType(
+    {
+        Status.SUCCESS: "C-STORE: the instance is durable, or of a class that is not kept; a report: it is durable",
+        Status.PROCESSING_FAILURE: "N-EVENT-REPORT: the report could not be kept; report it again",
+        Status.NO_SUCH_EVENT_TYPE: "N-EVENT-REPORT: the Event Type ID is neither 1 nor 2",
+        Status.INVALID_ARGUMENT: "N-EVENT-REPORT: it cannot be read, or its Transaction UID is not one of ours",
+        Status.OUT_OF_RESOURCES: "C-STORE: no room on disk; nothing was kept, send it again later",
+        Status.DATA_SET_MISMATCH: "C-STORE: the SOP Class UID is not the one of the presentation context",
+        Status.CANNOT_UNDERSTAND: "C-STORE: there is no data set, or the SOP Instance UID is none",
+        Status.UNABLE_TO_PROCESS: "C-STORE: an error inside the node, which its log explains",
+    }
+)
 
 
 class Outcome(StrEnum):
@@ -43,9 +62,15 @@ MEANINGS: tuple[Meaning, ...] = (
     Meaning(first=0x0110, last=0x0110, outcome=Outcome.TRANSIENT, text="Processing Failure"),
     # one UID never has two contents here, so the instance that the peer already holds is ours
     Meaning(first=0x0111, last=0x0111, outcome=Outcome.OK, text="Duplicate SOP Instance (already there)"),
+    Meaning(first=0x0112, last=0x0112, outcome=Outcome.PERMANENT, text="No Such SOP Instance"),
+    Meaning(first=0x0113, last=0x0113, outcome=Outcome.PERMANENT, text="No Such Event Type"),
+    Meaning(first=0x0115, last=0x0115, outcome=Outcome.PERMANENT, text="Invalid Argument Value"),
     Meaning(first=0x0116, last=0x0116, outcome=Outcome.OK, text="Attribute Value Out of Range (stored)"),
     Meaning(first=0x0117, last=0x0117, outcome=Outcome.PERMANENT, text="Invalid Object Instance"),
+    Meaning(first=0x0118, last=0x0118, outcome=Outcome.PERMANENT, text="No Such SOP Class"),
+    Meaning(first=0x0119, last=0x0119, outcome=Outcome.PERMANENT, text="Class-Instance Conflict"),
     Meaning(first=0x0122, last=0x0122, outcome=Outcome.PERMANENT, text="SOP Class Not Supported"),
+    Meaning(first=0x0123, last=0x0123, outcome=Outcome.PERMANENT, text="No Such Action"),
     Meaning(first=0x0124, last=0x0124, outcome=Outcome.PERMANENT, text="Not Authorized"),
     Meaning(first=0x0210, last=0x0210, outcome=Outcome.TRANSIENT, text="Duplicate Invocation"),
     Meaning(first=0x0211, last=0x0212, outcome=Outcome.PERMANENT, text="Operation Not Recognized"),
@@ -53,8 +78,10 @@ MEANINGS: tuple[Meaning, ...] = (
     Meaning(first=0xA700, last=0xA7FF, outcome=Outcome.TRANSIENT, text="Refused: Out of Resources"),
     Meaning(first=0xA900, last=0xA9FF, outcome=Outcome.PERMANENT, text="Data Set Does Not Match SOP Class"),
     Meaning(first=0xB000, last=0xB000, outcome=Outcome.OK, text="Coercion of Data Elements (stored)"),
+    Meaning(first=0xB001, last=0xB005, outcome=Outcome.OK, text="Warning (stored)"),  # PS3.7 annex C: Bxxx is a warning
     Meaning(first=0xB006, last=0xB006, outcome=Outcome.OK, text="Elements Discarded (stored)"),
     Meaning(first=0xB007, last=0xB007, outcome=Outcome.OK, text="Data Set Does Not Match SOP Class (stored)"),
+    Meaning(first=0xB008, last=0xBFFF, outcome=Outcome.OK, text="Warning (stored)"),
     Meaning(first=0xC000, last=0xCFFF, outcome=Outcome.PERMANENT, text="Cannot Understand"),
     Meaning(first=0xFE00, last=0xFE00, outcome=Outcome.TRANSIENT, text="Cancelled"),
 )

@@ -26,7 +26,7 @@ from pipeline.outputs.header import (
 )
 from pipeline.types import OutputOptions, SourceSeries
 
-UTF_8 = "ISO_IR 192"
+UTF_8, DEFAULT_REPERTOIRE = "ISO_IR 192", "ISO_IR 6"
 TAKEN_SERIES_NUMBER_STEP = 100
 
 # An identifier that does not fit is left out: one that was cut would name somebody or something else.
@@ -207,10 +207,13 @@ def local_moment(source: SourceSeries, created: datetime) -> Moment:
 
 
 def set_character_set(ds: Dataset, source: SourceSeries) -> None:
-    """SpecificCharacterSet: UTF-8 if any text of `ds` is not ASCII, else as the CT has it (PS3.3 C.12.1.1.2)."""
+    """SpecificCharacterSet: UTF-8 if any text of `ds` is not ASCII, else as the CT has it (PS3.3 C.12.1.1.2).
+
+    "ISO_IR 6" is what its absence means, and no term of its own: it is not written.
+    """
     if any(not _is_ascii(elem.value) for elem in ds.iterall() if elem.VR in ("LO", "LT", "PN", "SH", "ST", "UC", "UT")):
         ds.SpecificCharacterSet = UTF_8
-    elif terms := character_set(source.header):
+    elif (terms := character_set(source.header)) not in ([], [DEFAULT_REPERTOIRE]):
         ds.SpecificCharacterSet = terms if len(terms) > 1 else terms[0]
 
 

@@ -30,6 +30,15 @@ ANATOMICAL_STRUCTURE: Code = codes.cid7150.AnatomicalStructure
 ARTIFICIAL_INTELLIGENCE: Code = codes.cid7162.ArtificialIntelligence
 SEGMENTATION: Code = codes.cid7203.SegmentationImageDerivation
 
+# Of the measurement report
+PET: Code = codes.cid29.PositronEmissionTomography
+CT_PROCEDURE: Code = codes.cid100.CTUnspecifiedBodyRegion  # what was done to the patient
+MEAN: Code = codes.SCT.Mean
+MAXIMUM: Code = codes.SCT.Maximum
+VOLUME: Code = codes.SCT.Volume
+MILLILITER = Code("mL", "UCUM", "milliliter")  # a UCUM unit is an expression: pydicom's lists hold examples
+COMMENT: Code = codes.DCM.Comment
+
 # The body regions as SegmentedPropertyTypeCodeSequence (0062,000F) names them
 DISTRICT_CODES: dict[District, Code] = {
     District.HEAD: codes.SCT.Head,

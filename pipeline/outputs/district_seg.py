@@ -14,19 +14,15 @@ import highdicom as hd
 import numpy as np
 from highdicom.color import CIELabColor
 from pydicom import Dataset
-from pydicom.uid import CTImageStorage, SegmentationStorage
+from pydicom.uid import CTImageStorage
 
 from pipeline.errors import OutputError
 from pipeline.outputs.attributes import (
     body_part_examined,
     copy_lossy_history,
-    copy_patient_and_study,
     copy_position_reference,
     free_series_number,
-    institution_name,
     local_moment,
-    series_moment,
-    set_character_set,
 )
 from pipeline.outputs.codes import (
     ANATOMICAL_STRUCTURE,
@@ -36,15 +32,14 @@ from pipeline.outputs.codes import (
     SOURCE_IMAGE,
     code_item,
 )
-from pipeline.outputs.explicit import EXPLICIT_VR_LITTLE_ENDIAN, part10
+from pipeline.outputs.companions import CONTENT_CREATOR, equipment, one_instance, stand_in, write_common_modules
 from pipeline.outputs.header import clean
-from pipeline.outputs.modules import HASH_SHOWN, MANUFACTURER, MODEL_NAME, Uids, contributing_equipment
+from pipeline.outputs.modules import Uids, contributing_equipment
 from pipeline.outputs.pet_series import AXIAL, bracketing, stacked_along_z, with_good_uids
 from pipeline.outputs.picture import DISTRICT_COLORS
 from pipeline.types import (
     District,
     DistrictMap,
-    EncodedInstance,
     EncodedSeries,
     Grid,
     OutputOptions,
@@ -57,8 +52,6 @@ KIND, ENCODING = "seg", "binary"
 SERIES_DESCRIPTION = "SYNTHETIC FDG PET DISTRICTS - AI, RESEARCH ONLY"
 CONTENT_LABEL = "DISTRICTS"
 CONTENT_DESCRIPTION = "Body districts found on CT for a synthetic PET"  # LO: at most 64 characters
-CONTENT_CREATOR = "SYNPET^AI"
-_UNTOLD = ("PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")
 UNKNOWN_VERSION = "unknown"  # AlgorithmVersion is Type 1
 
 
@@ -98,10 +91,7 @@ def encode_district_seg(
         series_number=free_series_number(options.seg_series_number, source),
         sop_instance_uid=uids.uid("seg", options.seg_series_number),
         instance_number=1,
-        manufacturer=MANUFACTURER,
-        manufacturer_model_name=MODEL_NAME,
-        software_versions=clean("LO", provenance.software_version),
-        device_serial_number=provenance.bundle_sha256[:HASH_SHOWN],
+        **equipment(provenance),
         content_label=CONTENT_LABEL,
         content_description=CONTENT_DESCRIPTION,
         content_creator_name=CONTENT_CREATOR,
@@ -112,32 +102,19 @@ def encode_district_seg(
         omit_empty_frames=True,
     )
     _describe_segments(ds, districts, present, not_evaluated)
-    _write_common_modules(ds, source, provenance, options, created)
+    _write_modules(ds, source, provenance, options, created)
     _fix_dimension_uid(ds, uids.uid("dimorg"))
     _write_references(ds, source)
-    set_character_set(ds, source)
-    instance = EncodedInstance(
-        sop_class_uid=str(SegmentationStorage),
-        sop_instance_uid=str(ds.SOPInstanceUID),
-        transfer_syntax_uid=EXPLICIT_VR_LITTLE_ENDIAN,
-        file_name="0001.dcm",
-        data=part10(ds),
-    )
-    return EncodedSeries(kind=KIND, encoding=ENCODING, series_uid=str(ds.SeriesInstanceUID), instances=(instance,))
+    return one_instance(ds, source, kind=KIND, encoding=ENCODING)
 
 
 def _source_image(grid: Grid, source: SourceSeries) -> Dataset:
-    """What highdicom wants of a source image, without the patient, whose name it would quote in a warning.
+    """What highdicom wants of a source image.
 
     Its plane and spacing agree with none of ours, so that highdicom takes over neither.
     """
-    ds = Dataset()
-    ds.PatientName = None
-    for keyword in _UNTOLD:
-        setattr(ds, keyword, "")
-    ds.StudyInstanceUID = clean("UI", source.study_uid) or "0.0"
-    ds.SOPClassUID = CTImageStorage
-    ds.SOPInstanceUID = ds.SeriesInstanceUID = clean("UI", source.series_uid) or "0.0"
+    series_uid = clean("UI", source.series_uid) or "0.0"
+    ds = stand_in(source, sop_class_uid=CTImageStorage, sop_instance_uid=series_uid, series_uid=series_uid)
     ds.Modality = "CT"
     ds.FrameOfReferenceUID = grid.frame_of_reference_uid
     ds.ImageOrientationPatient = list(AXIAL)
@@ -202,7 +179,7 @@ def _plane_positions(grid: Grid) -> list[hd.PlanePositionSequence]:
     ]
 
 
-def _write_common_modules(
+def _write_modules(
     ds: Dataset,
     source: SourceSeries,
     provenance: Provenance,
@@ -210,17 +187,12 @@ def _write_common_modules(
     created: datetime,
 ) -> None:
     """Patient, study, series and equipment as in every other result, in place of what highdicom took over."""
-    copy_patient_and_study(ds, source, options)
+    now = local_moment(source, created)
+    segmenter = contributing_equipment(provenance, now.date_time)[-1:]
+    write_common_modules(ds, source, options, created, contributors=segmenter)
     copy_position_reference(ds, source)
-    now, begun = local_moment(source, created), series_moment(source, created)
-    ds.SyntheticData = "YES"
-    ds.InstanceCreationDate, ds.InstanceCreationTime = now.date, now.time
     ds.ContentDate, ds.ContentTime = now.date, now.time
-    ds.SeriesDate, ds.SeriesTime = begun.date, begun.time
     ds.BodyPartExamined = body_part_examined(source)
-    if institution := institution_name(source, options):
-        ds.InstitutionName = institution
-    ds.ContributingEquipmentSequence = contributing_equipment(provenance, now.date_time)[-1:]  # the segmenter alone
     copy_lossy_history(ds, source)
 
 

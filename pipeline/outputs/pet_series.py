@@ -247,14 +247,21 @@ def plane_and_pixels(ds: Dataset, grid: Grid) -> None:
     ds.PixelRepresentation = 0
 
 
+def set_windows(ds: Dataset, quantity: str, tops: Sequence[int]) -> None:
+    """Windows from 0 to each of `tops` by the LINEAR function (PS3.3 C.11.2.1.2.1), which is the default.
+
+    The function is not named: OHIF 3.13 takes the first letter of VOILUTFunction for the word and draws nothing.
+    """
+    ds.WindowCenter = [ds_text((top + 1) / 2) for top in tops]
+    ds.WindowWidth = [ds_text(top + 1) for top in tops]
+    ds.WindowCenterWidthExplanation = [f"{quantity} 0-{top}" for top in tops]
+
+
 def _value_mapping(ds: Dataset, slope: str) -> None:
     """Rescale, window and real world values: stored codes to SUVbw, one slope for all slices."""
     ds.RescaleIntercept = "0"
     ds.RescaleSlope = slope
-    ds.WindowCenter = ["2.5", "5"]
-    ds.WindowWidth = ["5", "10"]
-    ds.WindowCenterWidthExplanation = ["SUV 0-5", "SUV 0-10"]
-    ds.VOILUTFunction = "LINEAR_EXACT"
+    set_windows(ds, "SUV", (5, 10))
     mapping = Dataset()
     mapping.LUTExplanation = "SUVbw"
     mapping.LUTLabel = "SUVbw"

@@ -53,6 +53,11 @@ def slope_for(max_suv: float) -> str:
     return slope
 
 
+def slope_of(suv: FloatVolume) -> str:
+    """The slope that `quantize` gives `suv`, without the codes."""
+    return slope_for(_finite_max(np.ascontiguousarray(suv).reshape(-1)))
+
+
 def quantize(suv: FloatVolume) -> tuple[CodeVolume, str]:
     """Codes 0..32767 in the shape of `suv` (g/ml), and the slope as DS text; the intercept is 0.
 

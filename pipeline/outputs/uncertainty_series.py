@@ -19,7 +19,14 @@ from pipeline.outputs.attributes import copy_position_reference, free_series_num
 from pipeline.outputs.codes import SUV_BW_UNITS, code_item
 from pipeline.outputs.explicit import EXPLICIT_VR_LITTLE_ENDIAN, SeriesTemplate
 from pipeline.outputs.modules import Uids, result_dataset, secondary_capture
-from pipeline.outputs.pet_series import IMAGE_INDEX, VARYING, check_grid, plane_and_pixels, varying_elements
+from pipeline.outputs.pet_series import (
+    IMAGE_INDEX,
+    VARYING,
+    check_grid,
+    plane_and_pixels,
+    set_windows,
+    varying_elements,
+)
 from pipeline.outputs.quantize import MAX_CODE, quantize
 from pipeline.types import EncodedInstance, EncodedSeries, OutputOptions, Provenance, SourceSeries, SuvVolume
 
@@ -105,10 +112,7 @@ def _value_mapping(ds: Dataset, slope: str) -> None:
     ds.RescaleIntercept = "0"
     ds.RescaleSlope = slope
     ds.RescaleType = "US"
-    ds.WindowCenter = ["0.5", "1"]
-    ds.WindowWidth = ["1", "2"]
-    ds.WindowCenterWidthExplanation = ["SD 0-1", "SD 0-2"]
-    ds.VOILUTFunction = "LINEAR_EXACT"
+    set_windows(ds, "SD", (1, 2))
     mapping = Dataset()
     mapping.LUTExplanation = "STANDARD DEVIATION OF SYNTHETIC SUVbw"
     mapping.LUTLabel = "SD OF SUVbw"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_archive import FakeArchive
 from fake_pacs import free_port
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import Verification
@@ -92,6 +94,24 @@ def test_a_destination_that_is_down_fails_and_another_peer_only_warns(tmp_path: 
     assert code == 1
     assert found["peer pacs"][0] == "FAIL"
     assert found["peer other"][0] == "warn"
+
+
+@pytest.mark.parametrize(
+    ("archive", "verdict", "text"),
+    [
+        ({}, "ok", "offers Storage Commitment and C-FIND; its reports must reach SYNPET"),
+        ({"commits": False}, "warn", "offers no Storage Commitment:"),
+        ({"commits": False, "finds": False}, "warn", "offers no Storage Commitment and C-FIND:"),
+        ({"known_callers": ["SOMEBODY"]}, "warn", "our AE title is not recognized"),
+    ],
+)
+def test_what_an_archive_can_prove_is_told_before_anything_is_sent(
+    tmp_path: Path, archive: dict[str, Any], verdict: str, text: str
+) -> None:
+    with FakeArchive(**archive) as one:
+        _, found = findings(write_config(tmp_path, peer(one.port) + "commitment = true\n"))
+    assert found["proof pacs"][0] == verdict
+    assert text in found["proof pacs"][1]
 
 
 @pytest.mark.parametrize("quick", [False, True])

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dicom_node.cli import app
+from dicom_node.cli.common import local_time
 from dicom_node.config import load_config
 from storage.errors import LedgerError
 from storage.ledger import Ledger, open_ledger
@@ -150,6 +151,24 @@ def test_show_prints_stages_suv_deliveries_and_events(config: Path, ledger: Ledg
     assert whole["state"] == "DELIVERING"
     assert whole["deliveries"][0]["destination"] == "pacs"
     assert len(whole["events"]) >= 3
+
+
+def test_show_tells_how_far_a_delivery_is_proven_and_what_is_awaited(config: Path, ledger: Ledger) -> None:
+    job_id = run_to_delivering(ledger, 1)
+    row = ledger.claim_delivery("s", lease_s=60)
+    assert row is not None
+    goal = DeliveryState.VISIBLE
+    ledger.finish_delivery(row.id, "s", state=DeliveryState.SENT, sent=3, statuses={}, goal=goal)
+    assert ledger.claim_proof("s", lease_s=60)
+    ledger.finish_proof(row.id, "s", state=DeliveryState.COMMITTED, goal=goal)
+    output = ask(config, "jobs", "show", job_id).output
+    times = ledger.deliveries(job_id)[0]
+    for state, moment in ((DeliveryState.SENT, times.sent_at), (DeliveryState.COMMITTED, times.committed_at)):
+        assert f"{state.value} {local_time(moment)}" in output
+    assert "VISIBLE is awaited" in output
+    assert "VISIBLE is awaited" in ask(config, "why", "ACC1").output
+    whole = json.loads(ask(config, "jobs", "show", job_id, "--json").output)["deliveries"][0]
+    assert (whole["state"], whole["goal"], whole["visible_at"]) == ("COMMITTED", "VISIBLE", None)
 
 
 def test_an_unknown_job_is_an_error(config: Path, ledger: Ledger) -> None:

@@ -2,98 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from delivery_desk import COUNT, OWNER, PET, SC, Desk, config_for
 from fake_pacs import FakePacs, free_port
-from result_factory import sop_uids, write_instances
+from result_factory import sop_uids
 
-from dicom_node.config import Config, DestinationConfig, NodeConfig, PeerConfig, StorageConfig
-from dicom_node.delivery import Deliveries, Verdict, missing, settle
+from dicom_node.config import Config, DestinationConfig, PeerConfig, StorageConfig
+from dicom_node.delivery import Deliveries
 from dicom_node.net.scu import SendOutcome
-from storage.ledger import Ledger, open_ledger
-from storage.records import Delivery, DeliveryState, JobState, NewDelivery, SeriesInfo
-from storage.spool import Spool
-
-OWNER = "node-test"
-COUNT = 4
-SC, PET = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.128"
-
-
-def config_for(root: Path, *pacs: FakePacs, **changes: Any) -> Config:
-    """One destination for each PACS, called pacs0, pacs1, ...; quick retries."""
-    peers = tuple(one.peer(f"pacs{i}") for i, one in enumerate(pacs))
-    return Config(
-        node=NodeConfig(acse_timeout_s=5, dimse_timeout_s=5, network_timeout_s=5),
-        storage=StorageConfig(root=root),
-        peers=peers,
-        destinations=tuple(
-            DestinationConfig(name=peer.name, peer=peer.name, first_retry_s=0.05, max_retry_s=0.1, **changes)
-            for peer in peers
-        ),
-    )
-
-
-class Desk:
-    """A ledger and a spool with a finished job, and the deliveries under test."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.spool = Spool(root, min_free_bytes=0)
-        self.ledger: Ledger = open_ledger(f"sqlite:///{root / 'ledger.sqlite'}")
-        self.job_id = ""
-        self.files: dict[str, list[Path]] = {}
-        self._running: Deliveries | None = None
-
-    def finish_job(self, config: Config, kinds: dict[str, str] | None = None) -> None:
-        """A job whose result of `COUNT` instances per kind waits in the outbox for every destination."""
-        job = self.ledger.open_job(SeriesInfo(study_uid="1.2", series_uid="1.2.3"))
-        self.ledger.move(job.id, JobState.QUEUED, code="chosen", text="")
-        assert self.ledger.claim(OWNER, lease_s=60)
-        folder = self.spool.result_folder(job.id)
-        kinds = kinds or {"pet": SC}
-        self.files = {k: write_instances(folder / f"{k}-sc", COUNT, sop_class_uid=c) for k, c in kinds.items()}
-        (folder / "result.json").write_text(json.dumps({}))
-        self.ledger.complete_run(
-            job.id,
-            OWNER,
-            deliveries=[
-                NewDelivery(destination=d.name, kind=kind, encoding="sc", series_uid=f"1.{i}", instances=COUNT)
-                for d in config.destinations
-                for i, kind in enumerate(kinds)
-            ],
-        )
-        self.job_id = job.id
-
-    def deliver(self, config: Config, **changes: Any) -> Deliveries:
-        self._running = Deliveries(config, self.ledger, self.spool, owner=OWNER, poll_s=0.02, **changes)
-        self._running.start()
-        return self._running
-
-    @property
-    def state(self) -> JobState:
-        return self.ledger.get(self.job_id).state
-
-    def delivery(self, index: int = 0) -> Delivery:
-        return self.ledger.deliveries(self.job_id)[index]
-
-    def until(self, what: Callable[[], bool]) -> None:
-        """Wait for something that must come; the limit is only there for a test that fails."""
-        for _ in range(2000):
-            if what():
-                return
-            time.sleep(0.01)
-        pytest.fail(f"it did not come: job {self.state}, deliveries {self.ledger.deliveries(self.job_id)}")
-
-    def close(self) -> None:
-        if self._running:
-            self._running.stop()
-        self.ledger.close()
+from dicom_node.settle import Verdict, missing, settle
+from storage.records import Delivery, DeliveryState, JobState
 
 
 @pytest.fixture
@@ -110,7 +33,7 @@ def test_a_result_is_delivered_and_the_job_is_done(desk: Desk) -> None:
         desk.deliver(config)
         desk.until(lambda: desk.state is JobState.DONE)
     assert pacs.received.order == sop_uids(desk.files["pet"])
-    assert pacs.received.associations == 1
+    assert pacs.received.associations == 2  # one for the series, one to find that it offers no C-FIND
     assert (desk.delivery().state, desk.delivery().sent) == (DeliveryState.SENT, COUNT)
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from dicom_node.net.status import MEANINGS, Outcome, Status, classify, status_text
+from dicom_node.net.status import ANSWERS, MEANINGS, Outcome, Status, classify, status_text
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,7 @@ from dicom_node.net.status import MEANINGS, Outcome, Status, classify, status_te
         (0xB000, Outcome.OK),
         (0xB006, Outcome.OK),
         (0xB007, Outcome.OK),
+        (0xB101, Outcome.OK),
         (0xC000, Outcome.PERMANENT),
         (0xC123, Outcome.PERMANENT),
         (0x1234, Outcome.PERMANENT),
@@ -40,3 +41,8 @@ def test_the_ranges_of_the_table_do_not_overlap_and_are_in_order() -> None:
 
 def test_every_status_that_we_answer_with_is_in_the_table() -> None:
     assert all("Unknown" not in status_text(status) for status in Status)
+
+
+def test_every_status_that_we_answer_with_says_when() -> None:
+    assert set(ANSWERS) == set(Status)
+    assert all(ANSWERS.values())

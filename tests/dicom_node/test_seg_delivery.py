@@ -17,8 +17,8 @@ from tiny_bundle import write_tiny_bundle
 from tiny_study import write_tiny_study
 
 from dicom_node.config import Config, DestinationConfig, OutputConfig
-from dicom_node.delivery import OPTIONAL_KINDS
 from dicom_node.net.scu import Timeouts, send_series
+from dicom_node.settle import OPTIONAL_KINDS
 from dicom_node.worker import new_deliveries, pipeline_options
 from pipeline.bundle import load_bundle
 from pipeline.result import SeriesSummary, read_summary

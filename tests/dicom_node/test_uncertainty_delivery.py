@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from dicom_node.cli import app
 from dicom_node.cli.common import print_outcome
 from dicom_node.config import Config, DestinationConfig, OutputConfig
-from dicom_node.delivery import OPTIONAL_KINDS
 from dicom_node.net.scu import Timeouts, send_series
+from dicom_node.settle import OPTIONAL_KINDS
 from dicom_node.worker import new_deliveries, pipeline_options, result_details
 from pipeline.result import SeriesSummary, read_summary
 

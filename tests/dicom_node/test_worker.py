@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from pipeline.types import (
 )
 from storage.errors import NoSpace, NotFound
 from storage.ledger import Ledger, open_ledger
-from storage.records import Job, JobState, NewDelivery, SeriesInfo
+from storage.records import DeliveryState, Job, JobState, NewDelivery, SeriesInfo
 from storage.spool import Spool
 
 OWNER = "node-test"
@@ -242,6 +243,24 @@ def test_a_series_that_is_gone_from_the_spool_fails_by_name(bench: Bench) -> Non
     bench.worker(ScriptedEngine()).work_one()
     assert (bench.job.state, bench.job.reason_code) == (JobState.FAILED, "input_gone")
     assert judge(NotFound("x")).permanent
+
+
+def test_a_job_computed_in_place_never_forgets_the_series_that_it_sent(bench: Bench) -> None:
+    other = result()
+    pet = replace(other.series[0], series_uid="2.25.9")
+    worker = bench.worker(ScriptedEngine("ok", replace(other, series=(pet, *other.series[1:]))))
+    worker.work_one()
+    while (row := bench.ledger.claim_delivery("s", lease_s=60)) is not None:
+        state, sent = (DeliveryState.SENT, row.instances) if row.kind == "pet" else (DeliveryState.FAILED, 0)
+        bench.ledger.finish_delivery(row.id, "s", state=state, sent=sent, statuses={})
+    before = bench.ledger.deliveries(bench.job_id)
+    assert before[0].sent
+    bench.spool.discard_result(bench.job_id)
+    bench.ledger.retry(bench.job_id, rerun=True)
+    worker.work_one()
+    assert (bench.job.state, bench.job.reason_code) == (JobState.FAILED, "other_series")
+    assert bench.ledger.deliveries(bench.job_id) == before
+    assert not bench.spool.has_result(bench.job_id)
 
 
 def test_a_job_that_is_cancelled_while_it_runs_leaves_no_result(bench: Bench) -> None:

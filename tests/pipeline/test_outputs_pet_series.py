@@ -112,10 +112,9 @@ BOTH: dict[str, Any] = {
     "AcquisitionTime": "102100",
     "ActualFrameDuration": EMPTY,
     "DecayFactor": 1,
-    "WindowCenter": [2.5, 5],
-    "WindowWidth": [5, 10],
+    "WindowCenter": [3, 5.5],  # LINEAR: center - 0.5 - (width - 1) / 2 = 0, center - 0.5 + (width - 1) / 2 = 5
+    "WindowWidth": [6, 11],
     "WindowCenterWidthExplanation": ["SUV 0-5", "SUV 0-10"],
-    "VOILUTFunction": "LINEAR_EXACT",
     "ContentQualification": ABSENT,
     "KVP": ABSENT,
     "ConvolutionKernel": ABSENT,

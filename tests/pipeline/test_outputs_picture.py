@@ -78,6 +78,37 @@ def test_the_mip_object_says_what_it_is(tmp_path: Path):
     assert "NOT FOR DIAGNOSIS" in MIP_BANNER
 
 
+def test_the_mip_picture_has_three_views_and_a_color_bar_in_suv(monkeypatch: pytest.MonkeyPatch):
+    views, bars = [], []
+    show, color_bar = picture.show, picture.color_bar
+
+    def shown(axes: Axes, image: np.ndarray, grid: Grid, plane: str, *arguments: object, **how: object) -> None:
+        show(axes, image, grid, plane, *arguments, **how)
+        views.append((plane, image))
+
+    def barred(axes: Axes, colors: str, limits: tuple[float, float], **how: str) -> None:
+        color_bar(axes, colors, limits, **how)
+        bars.append((limits, how["label"]))
+
+    monkeypatch.setattr(picture, "show", shown)
+    monkeypatch.setattr(picture, "color_bar", barred)
+    suv = suv_volume()
+    mip_image(suv)
+    for (plane, image), (name, axis) in zip(views, (("coronal", 1), ("sagittal", 2), ("axial", 0)), strict=True):
+        assert plane == name
+        assert np.array_equal(image, suv.suv.max(axis=axis))
+    assert bars == [((0.0, 7.0), "SUVbw (g/ml)")]
+
+
+def test_the_banner_is_burned_into_the_mip_picture(monkeypatch: pytest.MonkeyPatch):
+    image = mip_image(suv_volume())
+    monkeypatch.setattr(picture, "MIP_BANNER", "")
+    without = mip_image(suv_volume())
+    rows = np.flatnonzero((image != without).any(axis=1))
+    assert ((image[rows] < 128) & (without[rows] == 255)).sum() > 500
+    assert rows.max() < 40  # above the views: it covers no value
+
+
 def test_the_mip_picture_is_dark_where_uptake_is_and_on_the_patients_left():
     image = mip_image(suv_volume())
     assert image.dtype == np.uint8

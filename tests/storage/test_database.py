@@ -27,7 +27,7 @@ def test_an_empty_file_gets_the_tables_that_the_code_declares(tmp_path: Path) ->
     engine = open_engine(default_url(tmp_path))
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
-    assert set(inspect(engine).get_table_names()) == {"alembic_version", "jobs", "deliveries", "events"}
+    assert set(inspect(engine).get_table_names()) == {"alembic_version", "jobs", "deliveries", "commitments", "events"}
     engine.dispose()
 
 

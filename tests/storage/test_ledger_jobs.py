@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text as sql
 
-from storage.errors import IllegalMove, NotFound, StaleState
+from storage.errors import IllegalMove, NotFound, OtherSeries, StaleState
 from storage.ledger import MOVES, Ledger, open_ledger
 from storage.moves import check_move
 from storage.records import FINAL_JOB_STATES, DeliveryState, Job, JobFilter, JobState, NewDelivery, SeriesInfo
@@ -249,13 +249,28 @@ def test_a_result_found_after_a_restart_opens_no_second_delivery(ledger: Ledger,
     assert len(ledger.deliveries(job.id)) == 1
 
 
-def test_what_was_sent_is_not_sent_again_unless_it_became_another_series(ledger: Ledger, delivering: Make) -> None:
+def test_what_was_sent_is_not_sent_again_and_its_series_is_never_forgotten(ledger: Ledger, delivering: Make) -> None:
     job = delivering()
     sending = ledger.claim_delivery("s", lease_s=60)
     ledger.finish_delivery(sending.id, "s", state=DeliveryState.SENT, sent=3, statuses={})
     force(ledger, job.id, JobState.QUEUED)
     ledger.claim("w", lease_s=60)
     assert ledger.complete_run(job.id, "w", deliveries=[PET]).state is JobState.DONE
+    ledger.redeliver(job.id)  # the row forgets how many were sent, the history does not
+    force(ledger, job.id, JobState.QUEUED)
+    ledger.claim("w", lease_s=60)
+    other = NewDelivery(destination="pacs", kind="pet", encoding="sc", series_uid="1.10", instances=3)
+    with pytest.raises(OtherSeries, match=f"pacs has pet series {PET.series_uid}"):
+        ledger.complete_run(job.id, "w", deliveries=[other])
+    [row] = ledger.deliveries(job.id)
+    assert row.series_uid == PET.series_uid
+    assert ledger.get(job.id).state is JobState.RUNNING
+
+
+def test_a_series_that_never_arrived_may_become_another(ledger: Ledger, delivering: Make) -> None:
+    job = delivering()
+    sending = ledger.claim_delivery("s", lease_s=60)
+    ledger.finish_delivery(sending.id, "s", state=DeliveryState.FAILED, sent=0, statuses={})
     force(ledger, job.id, JobState.QUEUED)
     ledger.claim("w", lease_s=60)
     other = NewDelivery(destination="pacs", kind="pet", encoding="sc", series_uid="1.10", instances=3)

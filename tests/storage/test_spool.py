@@ -380,6 +380,39 @@ def test_retention_removes_what_is_old_and_ended_and_never_the_inbox(spool: Spoo
     assert spool.result_folder(NEXT).is_dir()
 
 
+def test_on_a_full_disk_retention_keeps_the_result_that_it_cannot_name_and_frees_the_rest(spool: Spool) -> None:
+    old = (datetime.now(UTC) - timedelta(days=10)).timestamp()
+    for job_id in (JOB, NEXT):
+        spool.result_folder(job_id).mkdir()
+        os.utime(spool.result_folder(job_id), (old, old))
+    bad = spool.quarantine(spool.store_incoming(ASSOC, "1.9", [b"x"]), "not_dicom")
+    os.utime(bad, (old, old))
+
+    def keep(job_id: str) -> None:
+        assert not bad.exists()  # it made room
+        if job_id == JOB:
+            raise NoSpace("full")
+
+    week = timedelta(days=7)
+    removed = spool.apply_retention(week, week, datetime.now(UTC), is_final=lambda _: True, before_result=keep)
+    assert removed == ["quarantine/not_dicom/1.9.dcm", f"outbox/{NEXT}"]
+    assert spool.result_folder(JOB).is_dir()
+
+
+def test_what_was_kept_of_an_earlier_result_names_no_later_one(spool: Spool) -> None:
+    assert not spool.has_references(JOB)
+    spool.keep_references(JOB, {"pet-sc": "names"})
+    assert spool.has_references(JOB)
+    result = spool.result_folder(JOB) / "result.json"
+    result.parent.mkdir()
+    result.write_text("{}")
+    kept = (spool.root / "references" / f"{JOB}.json").stat().st_mtime
+    os.utime(result, (kept - 60, kept - 60))
+    assert spool.has_references(JOB)
+    os.utime(result, (kept + 60, kept + 60))
+    assert not spool.has_references(JOB)
+
+
 def test_a_spool_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match=r"\[storage\]\.root must be a folder"):

@@ -1,0 +1,172 @@
+"""One association as SCU: opened with our timeouts, explained when it does not come to be, released at the end.
+
+What happened is a value (`Trouble`), never an exception. Permanent is what only an operator can mend (PS3.8 9.3.4
+rejections of an AE title, no presentation context); the rest is worth another try.
+
+Trouble codes: connection_failed, association_rejected, association_aborted, no_presentation_context.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydicom import Dataset
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pynetdicom import AE, build_context, evt
+from pynetdicom.association import Association
+from pynetdicom.events import EventHandlerType
+from pynetdicom.presentation import PresentationContext
+
+from dicom_node.config import PeerConfig
+from dicom_node.net.scp import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+
+TRANSIENT_REJECTION = 2  # PS3.8 table 9-21, field Result
+PRESENTATION_SERVICE = 3  # the same table, field Source: congestion or a limit of associations, whatever the Result
+_JOIN_S = 10.0  # for pynetdicom's threads to see that their socket is closed
+REJECTIONS = {  # PS3.8 table 9-21: (Source, Reason)
+    (1, 1): "no reason given",
+    (1, 2): "the application context name is not supported",
+    (1, 3): "our AE title is not recognized",
+    (1, 7): "its AE title is not recognized",
+    (2, 1): "no reason given by its ACSE",
+    (2, 2): "the protocol version is not supported",
+    (3, 1): "temporary congestion",
+    (3, 2): "its limit of associations is reached",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timeouts:
+    """Seconds: to connect and associate, for a DIMSE response or a stalled socket, and for an idle association."""
+
+    acse_s: float = 30.0
+    dimse_s: float = 60.0
+    network_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why something did not come to be: a stable code, a sentence, and whether only an operator can mend it."""
+
+    code: str
+    text: str
+    permanent: bool
+
+
+class _Requestor(AE):
+    """An AE that remembers its socket: pynetdicom leaves it to the garbage collector when the peer was not there."""
+
+    raw_socket: socket.socket | None = None
+
+    def _create_socket(self, *args: Any, **kwargs: Any) -> Any:
+        made = super()._create_socket(*args, **kwargs)
+        self.raw_socket = made.socket
+        return made
+
+
+class Link:
+    """One association as a context manager: established, or `trouble` says why not. Released at the end."""
+
+    assoc: Association
+
+    def __init__(
+        self,
+        peer: PeerConfig,
+        contexts: list[PresentationContext],
+        calling_ae: str,
+        timeouts: Timeouts,
+        max_pdu: int,
+        handlers: Sequence[EventHandlerType] = (),
+    ) -> None:
+        self._peer, self._contexts, self._timeouts, self._max_pdu = peer, contexts, timeouts, max_pdu
+        self._ae = _Requestor(ae_title=calling_ae)
+        self._ae.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
+        self._ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
+        self._ae.connection_timeout = timeouts.acse_s
+        self._ae.acse_timeout = timeouts.acse_s
+        self._ae.dimse_timeout = timeouts.dimse_s
+        self._ae.network_timeout = timeouts.network_s
+        self._handlers = handlers
+        self._connected = False
+        self.trouble: Trouble | None = None
+
+    def __enter__(self) -> Link:
+        peer = self._peer
+        try:
+            self.assoc = self._ae.associate(
+                peer.host,
+                peer.port,
+                contexts=self._contexts,
+                ae_title=peer.ae_title,
+                max_pdu=self._max_pdu,
+                evt_handlers=[(evt.EVT_CONN_OPEN, self._tune), *self._handlers],
+            )
+        except OSError as error:  # the host name cannot be resolved
+            self.trouble = Trouble("connection_failed", f"{where(peer)}: {error.strerror or error}", False)
+            return self
+        if not self.assoc.is_established:
+            self.trouble = self._why_not()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if hasattr(self, "assoc"):
+            if self.assoc.is_established:
+                self.assoc.release()
+            self._ae.shutdown()
+            for thread in (self.assoc, self.assoc.dul):
+                if thread.is_alive():
+                    thread.join(_JOIN_S)
+        if self._ae.raw_socket is not None:
+            self._ae.raw_socket.close()
+
+    def _tune(self, event: evt.Event) -> None:
+        """No Nagle (45 ms an image), and no send that blocks for ever on a peer that stopped reading."""
+        self._connected = True
+        link = event.assoc.dul.socket
+        if link is not None and link.socket is not None:
+            link.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            link.socket.settimeout(self._timeouts.dimse_s)
+
+    def _why_not(self) -> Trouble:
+        answer = self.assoc.acceptor.primitive
+        at = where(self._peer)
+        if not self._connected:
+            return Trouble("connection_failed", f"{at} cannot be reached", False)
+        if self.assoc.is_rejected and answer is not None:
+            return _rejection(at, answer.result, answer.result_source, answer.diagnostic)
+        if answer is not None and answer.result == 0 and not self.assoc.accepted_contexts:
+            classes = sorted({str(context.abstract_syntax) for context in self._contexts})
+            text = f"{at} accepts none of the SOP classes {', '.join(classes)}"
+            return Trouble("no_presentation_context", text, True)
+        return Trouble("association_aborted", f"{at} did not answer the association request", False)
+
+
+def _rejection(at: str, result: int | None, source: int | None, reason: int | None) -> Trouble:
+    said = REJECTIONS.get((source or 0, reason or 0), f"source {source}, reason {reason}")
+    permanent = result != TRANSIENT_REJECTION and source != PRESENTATION_SERVICE
+    return Trouble("association_rejected", f"{at} rejected the association: {said}", permanent)
+
+
+def where(peer: PeerConfig) -> str:
+    """The peer in a sentence for a person."""
+    return f"{peer.ae_title} at {peer.host}:{peer.port}"
+
+
+def dimse_status(answer: Dataset) -> int | None:
+    """The DIMSE status, or None when the peer timed out, aborted or answered nonsense."""
+    return int(answer.Status) if "Status" in answer else None
+
+
+def offered(
+    peer: PeerConfig, classes: Sequence[str], *, calling_ae: str, timeouts: Timeouts | None = None
+) -> frozenset[str] | Trouble:
+    """Which of these SOP classes a peer accepts in uncompressed transfer syntaxes; a `Trouble` when none is known."""
+    contexts = [build_context(sop_class, [ExplicitVRLittleEndian, ImplicitVRLittleEndian]) for sop_class in classes]
+    with Link(peer, contexts, calling_ae, timeouts or Timeouts(), 16382) as link:
+        if link.trouble is None:
+            return frozenset(str(context.abstract_syntax) for context in link.assoc.accepted_contexts)
+        return frozenset() if link.trouble.code == "no_presentation_context" else link.trouble

@@ -1,0 +1,140 @@
+"""What an archive shows: C-FIND for one series, as SCU (PS3.4 annex C), to count what is visible of it.
+
+CountOutcome codes: "" (it was counted), not_offered, find_refused, no_response, too_many_answers, interrupted, and
+those of `link`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+from pydicom import Dataset
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pynetdicom import build_context
+from pynetdicom.presentation import PresentationContext
+
+from dicom_node.config import PeerConfig
+from dicom_node.net.link import Link, Timeouts, Trouble, dimse_status, where
+from dicom_node.net.status import Outcome, classify, status_text
+
+STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
+PENDING = (0xFF00, 0xFF01)  # PS3.4 table C.4-1
+MOST_ANSWERS = 100_000  # to one C-FIND: far above the instances of any series
+_MOST_S = 600.0  # for all answers to one C-FIND
+NOT_OFFERED_STATUSES = frozenset({0x0122, 0x0124, 0x0211})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CountOutcome:
+    """How many instances of the series an archive shows (0: it does not show the series), or why it is not known."""
+
+    count: int | None = None
+    code: str = ""
+    text: str = ""
+    permanent: bool = False
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return not self.code
+
+
+def count_series_instances(
+    peer: PeerConfig,
+    study_uid: str,
+    series_uid: str,
+    *,
+    calling_ae: str,
+    timeouts: Timeouts | None = None,
+    max_pdu: int = 262144,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> CountOutcome:
+    """C-FIND at SERIES level for Number of Series Related Instances (0020,1209).
+
+    That key is optional for an archive (PS3.4 table C.6-3): where it stays empty the instances are counted at IMAGE
+    level, each SOP Instance UID once. `should_stop` is asked at each answer; a stop aborts the association
+    ("interrupted"), as do MOST_ANSWERS answers and those that do not end.
+    """
+    began = monotonic()
+    count: int | None = None
+    with Link(peer, [find_context()], calling_ae, timeouts or Timeouts(), max_pdu) as link:
+        trouble = link.trouble
+        if trouble is None:
+            query = _query("SERIES", study_uid, series_uid, "NumberOfSeriesRelatedInstances")
+            found, trouble = _find(link, query, peer, should_stop)
+            shown = [one for one in found if one.get("SeriesInstanceUID") == series_uid]
+            count = _told(shown)
+            if trouble is None and count is None:
+                query = _query("IMAGE", study_uid, series_uid, "SOPInstanceUID")
+                found, trouble = _find(link, query, peer, should_stop)
+                count = len({str(one.SOPInstanceUID) for one in found if one.get("SOPInstanceUID")})
+    seconds = monotonic() - began
+    if trouble is None:
+        return CountOutcome(count=count, seconds=seconds)
+    code = "not_offered" if trouble.code == "no_presentation_context" else trouble.code
+    return CountOutcome(code=code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
+
+
+def find_context() -> PresentationContext:
+    """What we propose for C-FIND."""
+    return build_context(STUDY_ROOT_FIND, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+
+
+def _query(level: str, study_uid: str, series_uid: str, wanted: str) -> Dataset:
+    ds = Dataset()
+    ds.QueryRetrieveLevel = level
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = study_uid, series_uid
+    setattr(ds, wanted, None)
+    return ds
+
+
+def _told(shown: list[Dataset]) -> int | None:
+    """The number that a SERIES answer gives; 0 without an answer, None where none of them gives it."""
+    if not shown:
+        return 0
+    numbers = [int(one.NumberOfSeriesRelatedInstances) for one in shown if one.get("NumberOfSeriesRelatedInstances")]
+    return max(numbers, default=None)
+
+
+def _find(
+    link: Link, query: Dataset, peer: PeerConfig, should_stop: Callable[[], bool]
+) -> tuple[list[Dataset], Trouble | None]:
+    found: list[Dataset] = []
+    answers, until = 0, monotonic() + _MOST_S
+    try:
+        for answer, identifier in link.assoc.send_c_find(query, STUDY_ROOT_FIND):
+            status = dimse_status(answer)
+            if status is None:
+                return found, Trouble("no_response", f"{where(peer)} did not answer the C-FIND", False)
+            if status in PENDING:
+                found += [identifier] if identifier is not None else []
+                answers += 1
+                trouble = _endless(answers, until, peer, should_stop)
+                if trouble is not None:
+                    link.assoc.abort()
+                    return found, trouble
+            elif classify(status) is not Outcome.OK:
+                return found, _refused(status, peer)
+    except (ValueError, RuntimeError):  # the association ended in between
+        return found, Trouble("no_response", f"{where(peer)} ended the association in the C-FIND", False)
+    return found, None
+
+
+def _endless(answers: int, until: float, peer: PeerConfig, should_stop: Callable[[], bool]) -> Trouble | None:
+    """Why no further answer to a C-FIND is waited for, if so."""
+    if should_stop():
+        return Trouble("interrupted", "stopped while counting", False)
+    if answers > MOST_ANSWERS:
+        return Trouble("too_many_answers", f"{where(peer)} answered the C-FIND more than {MOST_ANSWERS} times", False)
+    if monotonic() > until:
+        return Trouble("no_response", f"{where(peer)} did not end its answers to the C-FIND in {_MOST_S:g} s", False)
+    return None
+
+
+def _refused(status: int, peer: PeerConfig) -> Trouble:
+    text = f"{where(peer)} refused the C-FIND: {status_text(status)}"
+    if status in NOT_OFFERED_STATUSES:
+        return Trouble("not_offered", text, True)
+    return Trouble("find_refused", text, False)

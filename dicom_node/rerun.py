@@ -1,0 +1,94 @@
+"""Computing a delivered result again because what it is made of has changed: a new job that supersedes the old one.
+
+What was delivered stays as it is, byte for byte: the new result has other UIDs, since they are a function of what it
+is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dicom_node.config import Config
+from dicom_node.errors import RerunRefused
+from dicom_node.incoming import STANDING
+from dicom_node.lineage import RERUN, asked_for, result_uids
+from dicom_node.worker import pipeline_options
+from pipeline.bundle import bundle_path, load_bundle
+from pipeline.provenance import software_version
+from storage.ledger import Ledger
+from storage.records import Job, JobState
+from storage.spool import Spool
+
+_KEPT = ("coverage_mm", "spacing_mm", "slices")  # the series is the same: so are these
+
+
+def changes(job: Job, config: Config, spool: Spool) -> tuple[str, ...]:
+    """What a job's result would be made of now and was not then, in words; () when it would be the same result.
+
+    Raises:
+        BundleError: the configured bundle cannot be read.
+    """
+    made_by = job.details.get("provenance") or {}
+    bundle = load_bundle(bundle_path(config.pipeline.bundle, config.pipeline.bundles))
+    found = []
+    if bundle.manifest_sha256 != made_by.get("bundle_sha256"):
+        then = f"{made_by.get('bundle_name', '')} {made_by.get('bundle_version', '')}"
+        found.append(f"bundle: {then} -> {bundle.manifest.name} {bundle.manifest.version}")
+    if software_version() != made_by.get("software_version"):
+        found.append(f"software: {made_by.get('software_version', '')} -> {software_version()}")
+    if config.pipeline.uses_segmentations:
+        now = segmentation_names(spool, job)
+        then_uids = job.details.get("segmentations")
+        if now != (then_uids if then_uids is not None else []):
+            found.append(f"SEG objects of the study: {len(then_uids or [])} -> {len(now)}, not the same ones")
+    return (*found, *_changed_options(job.details.get("asked_for"), asked_for(pipeline_options(config))))
+
+
+def _changed_options(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
+    """Named options that differ; an option that the older version did not know had its default then."""
+    if then is None:
+        return []
+    return [f"{key}: {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]]
+
+
+def segmentation_names(spool: Spool, job: Job) -> list[str]:
+    """The SOP Instance UIDs of the SEG objects of the job's study that are in the spool now."""
+    return [path.name.removesuffix(".dcm") for path in spool.segmentations(job.info.study_uid)]
+
+
+def rerun(ledger: Ledger, spool: Spool, job: Job, why: Sequence[str]) -> Job:
+    """Open and queue a job that computes the series of `job` again and supersedes it.
+
+    Raises:
+        RerunRefused: nothing has changed, another job supersedes this one, or its CT is gone; the text says which.
+    """
+    if not why:
+        raise RerunRefused("nothing that the result is made of has changed: `dicom-node jobs redeliver` sends it again")
+    successor = next((one for one in ledger.jobs_of_series(job.info.series_uid) if _takes_place_of(one, job)), None)
+    if successor is not None:
+        raise RerunRefused(f"job {successor.id} supersedes it already and is {successor.state}: retry that one")
+    source = next((one for one in (job, *ledger.jobs_of_series(job.info.series_uid)) if _has_ct(spool, one, job)), None)
+    if source is None:
+        raise RerunRefused(
+            "its CT is not in the spool any more (storage.keep_inputs_days): route the study again first"
+        )
+    text = "; ".join(why)
+    new = ledger.open_job(job.info, supersedes=job.id)
+    count = spool.link_previous(new.id, source.id)
+    details = {RERUN: list(why), **{key: job.details[key] for key in _KEPT if key in job.details}}
+    ledger.update(new.id, instances=count, source_digest=job.source_digest, details=details)
+    ledger.note(job.id, "superseded", f"computed again as job {new.id}: {text}", details={"successor": new.id})
+    return ledger.move(new.id, JobState.QUEUED, code="rerun", text=f"job {job.id} computed again: {text}")
+
+
+def _takes_place_of(one: Job, job: Job) -> bool:
+    """A successor that is on its way, or has brought a result of its own."""
+    if one.supersedes != job.id or one.state not in STANDING:
+        return False
+    return one.state is not JobState.DONE or not (result_uids(one) & result_uids(job))
+
+
+def _has_ct(spool: Spool, one: Job, job: Job) -> bool:
+    same = one.id == job.id or (bool(job.source_digest) and one.source_digest == job.source_digest)
+    return same and bool(spool.ct_files(one.id))
