@@ -2,7 +2,8 @@
 
     make demo && python benchmarks/compression.py demo-output/spool/outbox/*/pet-sc [--rounds 3]
 
-FOLDER holds one series as the node wrote it: of the outbox, or of `dicom-node run`'s result. CPU time of this process, median of the rounds, which are interleaved: on a busy machine read the ratios. Encoding is what a
+FOLDER holds one series as the node wrote it: of the outbox, or of `dicom-node run`'s result. CPU time of this
+process, median of the rounds, which are interleaved: on a busy machine read the ratios. Encoding is what a
 delivery does once for each instance, parsing and rewriting the file included; decoding is what pydicom's reader
 needs with its fastest plug-in, for comparison only: a viewer has decoders of its own.
 """
