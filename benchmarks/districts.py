@@ -22,12 +22,13 @@ import numpy as np
 import SimpleITK
 
 from pipeline.districts.builtin import segment_coarse, shrink, working_grid
-from pipeline.geometry import resample
+from pipeline.geometry import grid_at_spacing, resample
 from pipeline.types import Grid, LabelVolume
 from training.phantom import PhantomSpec, make_phantom
 
 SHAPE = (600, 512, 512)
 NOISE_HU = 20.0
+BUNDLE_MM = (4.0, 4.0, 4.0)  # the grid of the shipped bundle's networks
 
 
 def main() -> None:
@@ -96,7 +97,7 @@ def measured(name: str, folder: Path) -> dict[str, object]:
 def ours(hu: np.ndarray, grid: Grid) -> LabelVolume:
     coarse = working_grid(grid)
     labels, _, _ = segment_coarse(shrink(hu, grid, coarse))
-    return resample(labels, coarse, grid, fill=0, nearest=True)  # to the CT's own voxels, the most there can be
+    return resample(labels, coarse, grid_at_spacing(grid, BUNDLE_MM), fill=0, nearest=True)  # as a job does
 
 
 def plain(hu: np.ndarray, _: Grid) -> np.ndarray:
