@@ -19,8 +19,8 @@ from pydicom.uid import generate_uid
 
 from dicom_node.config import Config, DestinationConfig
 from dicom_node.net import qido
-from dicom_node.net.commitment import AskOutcome, CommitmentReport, request_commitment
-from dicom_node.net.link import Timeouts
+from dicom_node.net.commitment import CommitmentReport, request_commitment
+from dicom_node.net.link import RequestOutcome, Timeouts
 from dicom_node.net.part10 import read_part10
 from dicom_node.net.query import CountOutcome, count_series_instances
 from dicom_node.net.status import Status
@@ -123,7 +123,7 @@ def weigh(delivery: Delivery, report: Commitment, uids: frozenset[str], destinat
     )
 
 
-def judge_ask(delivery: Delivery, uid: str, outcome: AskOutcome, destination: DestinationConfig) -> Step:
+def judge_ask(delivery: Delivery, uid: str, outcome: RequestOutcome, destination: DestinationConfig) -> Step:
     """After a request for commitment: wait for the report, go on without, or try again after a growing pause."""
     goal = goal_of(destination)
     if outcome.ok:

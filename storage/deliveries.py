@@ -127,27 +127,30 @@ class DeliveryLedger(LedgerBase):
             code = code or _ENDED_CODES.get(state, "delivery_ended")
             text = text or f"{sent} of {row.instances} instances accepted by {row.destination}"
             row.reason_code, row.reason = ("", "") if state is DeliveryState.SENT else (clean(code), clean(text))
-            self._event(
+            self._delivery_event(
                 session,
-                row.job_id,
+                row,
                 code,
                 text,
-                stage="delivery",
-                details={
-                    "destination": row.destination,
-                    "kind": row.kind,
-                    "encoding": row.encoding,
-                    "series_uid": row.series_uid,
-                    "to": state.value,
-                    "sent": sent,
-                    "instances": row.instances,
-                    "attempt": row.attempts,
-                    "statuses": dict(Counter(statuses.values())),
-                    "next_attempt": row.next_attempt,
-                },
+                sent=sent,
+                instances=row.instances,
+                attempt=row.attempts,
+                statuses=dict(Counter(statuses.values())),
+                next_attempt=row.next_attempt,
             )
             self._settle(session, self._job(session, row.job_id))
             return delivery_of(row)
+
+    def _delivery_event(self, session: Session, row: DeliveryRow, code: str, text: str, **details: Any) -> None:
+        """What happened to a delivery, with the state that it has now."""
+        named = {
+            "destination": row.destination,
+            "kind": row.kind,
+            "encoding": row.encoding,
+            "series_uid": row.series_uid,
+            "to": row.state,
+        }
+        self._event(session, row.job_id, code, text, stage="delivery", details={**named, **details})
 
     def _delivery(self, session: Session, delivery_id: int) -> DeliveryRow:
         row = session.get(DeliveryRow, delivery_id, with_for_update=True)

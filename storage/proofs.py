@@ -118,7 +118,7 @@ class ProofLedger(DeliveryLedger):
                 row.next_attempt = self._clock()  # it came while the question was still being asked
             if state is not was or text:
                 told = code or _ENDED_CODES.get(state, "delivery_unproven")
-                self._delivery_event(session, row, told, text or f"{row.destination} has {row.instances} instances")
+                self._proof_event(session, row, told, text or f"{row.destination} has {row.instances} instances")
             self._settle(session, self._job(session, row.job_id))
             return delivery_of(row)
 
@@ -145,7 +145,7 @@ class ProofLedger(DeliveryLedger):
             session.add(asked)
             session.flush()
             text = f"asked {row.destination} to commit {row.instances} instances"
-            self._delivery_event(session, row, "commitment_asked", text, transaction_uid=transaction_uid)
+            self._proof_event(session, row, "commitment_asked", text, transaction_uid=transaction_uid)
             return commitment_of(asked)
 
     def commitments(self, delivery_id: int) -> list[Commitment]:
@@ -168,17 +168,17 @@ class ProofLedger(DeliveryLedger):
             asked = session.get_one(CommitmentRow, transaction_uid, with_for_update=True, populate_existing=True)
             counts = f"{len(committed)} of {row.instances} instances committed, {len(failed)} refused"
             if asked.state not in _OPEN:
-                self._delivery_event(session, row, "commitment_repeated", counts, transaction_uid=transaction_uid)
+                self._proof_event(session, row, "commitment_repeated", counts, transaction_uid=transaction_uid)
                 return Report.AGAIN
             asked.reported = self._clock()
             if row.state != DeliveryState.SENT.value or asked.attempt != row.attempts:
                 self._close(session, transaction_uid, CommitmentState.FAILED if failed else CommitmentState.COMMITTED)
-                self._delivery_event(session, row, "commitment_late", counts, transaction_uid=transaction_uid)
+                self._proof_event(session, row, "commitment_late", counts, transaction_uid=transaction_uid)
                 return Report.STALE
             asked.state = CommitmentState.REPORTED.value
             asked.report = {"committed": sorted(committed), "failed": dict(failed)}
             row.next_attempt = self._clock()
-            self._delivery_event(session, row, "commitment_reported", counts, transaction_uid=transaction_uid)
+            self._proof_event(session, row, "commitment_reported", counts, transaction_uid=transaction_uid)
             return Report.KEPT
 
     # ---- inside
@@ -202,17 +202,5 @@ class ProofLedger(DeliveryLedger):
         )
         return session.scalar(query.limit(1)) is not None
 
-    def _delivery_event(
-        self, session: Session, row: DeliveryRow, code: str, text: str, *, transaction_uid: str = ""
-    ) -> None:
-        details = {
-            "destination": row.destination,
-            "kind": row.kind,
-            "encoding": row.encoding,
-            "series_uid": row.series_uid,
-            "to": row.state,
-            "goal": row.goal,
-        }
-        if transaction_uid:
-            details["transaction_uid"] = transaction_uid
-        self._event(session, row.job_id, code, text, stage="delivery", details=details)
+    def _proof_event(self, session: Session, row: DeliveryRow, code: str, text: str, **details: str) -> None:
+        self._delivery_event(session, row, code, text, goal=row.goal, **details)

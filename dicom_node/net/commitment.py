@@ -3,7 +3,7 @@
 The request (N-ACTION) goes over an association of ours. The report (N-EVENT-REPORT) comes when the archive knows: on
 the same association, on a later one of ours, or on one that the archive opens to us; `answer_report` serves all.
 
-AskOutcome codes: "" (the archive took the request), not_offered, commitment_refused, no_response, interrupted, and
+RequestOutcome codes: "" (the archive took the request), not_offered, commitment_refused, no_response, interrupted, and
 those of `link`.
 """
 
@@ -25,7 +25,7 @@ from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.presentation import PresentationContext
 
 from dicom_node.config import PeerConfig
-from dicom_node.net.link import Link, Timeouts, Trouble, dimse_status, where
+from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, dimse_status, where
 from dicom_node.net.part10 import Part10
 from dicom_node.net.scp import STORAGE_COMMITMENT
 from dicom_node.net.status import Outcome, Status, classify, status_text
@@ -55,20 +55,6 @@ class CommitmentReport:
 Take = Callable[[CommitmentReport], Status]  # keeps a report durably, then says how to answer it
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AskOutcome:
-    """Whether the archive took the request."""
-
-    code: str = ""
-    text: str = ""
-    permanent: bool = False
-    seconds: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        return not self.code
-
-
 class ReportError(ValueError):
     """A report that breaks the rules; `status` is the answer to it."""
 
@@ -89,7 +75,7 @@ def request_commitment(
     timeouts: Timeouts | None = None,
     max_pdu: int = 262144,
     should_stop: Callable[[], bool] = lambda: False,
-) -> AskOutcome:
+) -> RequestOutcome:
     """N-ACTION for these instances, then stay `wait_s` seconds for a report on the same association.
 
     `take` gets every report that comes meanwhile, also of earlier transactions; `reported` is set from outside and
@@ -107,8 +93,8 @@ def request_commitment(
             served.wait_until_answered()
     seconds = monotonic() - began
     if trouble is None:
-        return AskOutcome(seconds=seconds)
-    return AskOutcome(code=trouble.code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
+        return RequestOutcome(seconds=seconds)
+    return RequestOutcome(code=trouble.code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
 
 
 def commitment_context() -> PresentationContext:

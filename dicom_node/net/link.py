@@ -56,6 +56,20 @@ class Trouble:
     permanent: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOutcome:
+    """What came of asking a peer or a service: no code is success, else why not, as in `Trouble`."""
+
+    code: str = ""
+    text: str = ""
+    permanent: bool = False
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return not self.code
+
+
 class _Requestor(AE):
     """An AE that remembers its socket: pynetdicom leaves it to the garbage collector when the peer was not there."""
 

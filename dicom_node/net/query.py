@@ -16,7 +16,7 @@ from pynetdicom import build_context
 from pynetdicom.presentation import PresentationContext
 
 from dicom_node.config import PeerConfig
-from dicom_node.net.link import Link, Timeouts, Trouble, dimse_status, where
+from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, dimse_status, where
 from dicom_node.net.status import Outcome, classify, status_text
 
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
@@ -27,18 +27,10 @@ NOT_OFFERED_STATUSES = frozenset({0x0122, 0x0124, 0x0211})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CountOutcome:
+class CountOutcome(RequestOutcome):
     """How many instances of the series an archive shows (0: it does not show the series), or why it is not known."""
 
     count: int | None = None
-    code: str = ""
-    text: str = ""
-    permanent: bool = False
-    seconds: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        return not self.code
 
 
 def count_series_instances(

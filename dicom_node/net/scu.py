@@ -25,7 +25,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from dicom_node.config import PeerConfig
 from dicom_node.net.compression import EXPLICIT, TRANSFER_SYNTAXES, compressed_file
-from dicom_node.net.link import Link, Timeouts, Trouble, dimse_status, where
+from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, dimse_status, where
 from dicom_node.net.part10 import Part10, read_part10, to_compress
 from dicom_node.net.status import Outcome, classify, status_text
 from storage.errors import NoSpace
@@ -37,23 +37,15 @@ NOT_SENT = "not_sent"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SendOutcome:
+class SendOutcome(RequestOutcome):
     """What became of a series. `statuses`: SOP Instance UID to "0x0000", or a word, for every instance to be sent.
 
     Words: not_sent, no_response, no_presentation_context.
     """
 
     statuses: Mapping[str, str] = field(default_factory=dict)
-    code: str = ""
-    text: str = ""
-    permanent: bool = False
-    seconds: float = 0.0
     note: str = ""  # what an administrator should know although it is no trouble
     retry_after_s: float | None = None  # the destination asked not to be tried again before
-
-    @property
-    def ok(self) -> bool:
-        return not self.code
 
     @property
     def stored(self) -> int:

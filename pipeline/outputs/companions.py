@@ -28,13 +28,13 @@ CONTENT_CREATOR = "SYNPET^AI"
 _UNTOLD = ("PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")
 
 
-def stand_in(source: SourceSeries, *, sop_class_uid: str, sop_instance_uid: str, series_uid: str) -> Dataset:
+def stand_in(study_uid: str, *, sop_class_uid: str, sop_instance_uid: str, series_uid: str) -> Dataset:
     """A data set for highdicom to refer to, without the patient, whose name it would quote in a warning."""
     ds = Dataset()
     ds.PatientName = None
     for keyword in _UNTOLD:
         setattr(ds, keyword, "")
-    ds.StudyInstanceUID = clean("UI", source.study_uid) or "0.0"
+    ds.StudyInstanceUID = clean("UI", study_uid) or "0.0"
     ds.SOPClassUID = sop_class_uid
     ds.SOPInstanceUID = sop_instance_uid
     ds.SeriesInstanceUID = series_uid
@@ -46,7 +46,7 @@ def stand_ins(source: SourceSeries, series: EncodedSeries, rows: int, columns: i
     made = []
     for instance in series.instances:
         ds = stand_in(
-            source,
+            source.study_uid,
             sop_class_uid=instance.sop_class_uid,
             sop_instance_uid=instance.sop_instance_uid,
             series_uid=series.series_uid,

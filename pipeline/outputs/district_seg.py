@@ -114,7 +114,7 @@ def _source_image(grid: Grid, source: SourceSeries) -> Dataset:
     Its plane and spacing agree with none of ours, so that highdicom takes over neither.
     """
     series_uid = clean("UI", source.series_uid) or "0.0"
-    ds = stand_in(source, sop_class_uid=CTImageStorage, sop_instance_uid=series_uid, series_uid=series_uid)
+    ds = stand_in(source.study_uid, sop_class_uid=CTImageStorage, sop_instance_uid=series_uid, series_uid=series_uid)
     ds.Modality = "CT"
     ds.FrameOfReferenceUID = grid.frame_of_reference_uid
     ds.ImageOrientationPatient = list(AXIAL)

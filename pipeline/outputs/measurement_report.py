@@ -133,7 +133,7 @@ def encode_measurement_report(
 
 def _seg_stand_in(source: SourceSeries, seg: EncodedSeries) -> Dataset:
     return stand_in(
-        source,
+        source.study_uid,
         sop_class_uid=SegmentationStorage,
         sop_instance_uid=seg.instances[0].sop_instance_uid,
         series_uid=seg.series_uid,

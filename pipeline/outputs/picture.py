@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from pipeline.outputs.attributes import free_series_number, set_character_set
+from pipeline.outputs.attributes import free_series_number
+from pipeline.outputs.companions import one_instance
 from pipeline.outputs.drawing import (
     Box,
     Page,
@@ -25,13 +26,11 @@ from pipeline.outputs.drawing import (
     scale_for,
     show,
 )
-from pipeline.outputs.explicit import EXPLICIT_VR_LITTLE_ENDIAN, part10
 from pipeline.outputs.modules import Uids, result_dataset, secondary_capture
 from pipeline.types import (
     CtVolume,
     District,
     DistrictMap,
-    EncodedInstance,
     EncodedSeries,
     FloatVolume,
     GeometryError,
@@ -97,15 +96,7 @@ def encode_mip(
     ds.BurnedInAnnotation = "YES"
     secondary_capture(ds, provenance)
     _eight_bit_pixels(ds, mip_image(suv))
-    set_character_set(ds, source)
-    instance = EncodedInstance(
-        sop_class_uid=str(SecondaryCaptureImageStorage),
-        sop_instance_uid=str(ds.SOPInstanceUID),
-        transfer_syntax_uid=EXPLICIT_VR_LITTLE_ENDIAN,
-        file_name="0001.dcm",
-        data=part10(ds),
-    )
-    return EncodedSeries(kind="mip", encoding=encoding, series_uid=str(ds.SeriesInstanceUID), instances=(instance,))
+    return one_instance(ds, source, kind="mip", encoding=encoding)
 
 
 def mip_image(suv: SuvVolume) -> NDArray[np.uint8]:

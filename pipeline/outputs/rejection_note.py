@@ -21,16 +21,16 @@ from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
-from pydicom.uid import KeyObjectSelectionDocumentStorage
 
 from pipeline.ct_reader import quiet_pydicom
 from pipeline.errors import OutputError
-from pipeline.outputs.attributes import copy_patient_and_study, institution_name, local_moment, set_character_set
-from pipeline.outputs.explicit import EXPLICIT_VR_LITTLE_ENDIAN, part10
+from pipeline.outputs.attributes import copy_patient_and_study, institution_name, local_moment
+from pipeline.outputs.companions import one_instance, stand_in
+from pipeline.outputs.explicit import part10
 from pipeline.outputs.header import HEADER_FAULTS, clean
 from pipeline.outputs.modules import MANUFACTURER, MODEL_NAME
 from pipeline.provenance import UID_NAMESPACE, software_version
-from pipeline.types import EncodedInstance, EncodedSeries, OutputOptions, SourceInstance, SourceSeries
+from pipeline.types import EncodedSeries, OutputOptions, SourceInstance, SourceSeries
 
 KIND = "rejection"
 SERIES_NUMBER = 9090  # behind all results of ours
@@ -179,29 +179,19 @@ def encode_rejection_note(
     ds.InstanceCreationDate, ds.InstanceCreationTime = now.date, now.time
     ds.SeriesDate, ds.SeriesTime = now.date, now.time
     ds.ContentDate, ds.ContentTime = now.date, now.time
-    set_character_set(ds, source)
-    instance = EncodedInstance(
-        sop_class_uid=str(KeyObjectSelectionDocumentStorage),
-        sop_instance_uid=str(ds.SOPInstanceUID),
-        transfer_syntax_uid=EXPLICIT_VR_LITTLE_ENDIAN,
-        file_name="0001.dcm",
-        data=part10(ds),
-    )
-    return EncodedSeries(kind=KIND, encoding=encoding, series_uid=str(ds.SeriesInstanceUID), instances=(instance,))
+    return one_instance(ds, source, kind=KIND, encoding=encoding)
 
 
 def _reference(rejected: RejectedSeries, sop_instance_uid: str) -> Dataset:
-    """An instance as highdicom wants it, without the patient, whose name it would quote in a warning."""
-    ds = Dataset()
-    ds.PatientName = None
-    for keyword in ("PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate"):
-        setattr(ds, keyword, "")
-    ds.StudyTime = ""
-    ds.StudyInstanceUID = rejected.header.StudyInstanceUID
-    ds.SeriesInstanceUID = rejected.header.SeriesInstanceUID
-    ds.SOPClassUID, ds.SOPInstanceUID = rejected.header.SOPClassUID, sop_instance_uid
-    if "Rows" in rejected.header and "Columns" in rejected.header:  # an image: referenced as IMAGE, else COMPOSITE
-        ds.Rows, ds.Columns = rejected.header.Rows, rejected.header.Columns
+    header = rejected.header
+    ds = stand_in(
+        str(header.StudyInstanceUID),
+        sop_class_uid=str(header.SOPClassUID),
+        sop_instance_uid=sop_instance_uid,
+        series_uid=rejected.series_uid,
+    )
+    if "Rows" in header and "Columns" in header:  # an image: referenced as IMAGE, else COMPOSITE
+        ds.Rows, ds.Columns = header.Rows, header.Columns
     return ds
 
 

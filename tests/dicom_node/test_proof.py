@@ -19,7 +19,7 @@ from result_factory import sop_uids
 from dicom_node.config import Config, DestinationConfig
 from dicom_node.delivery import Deliveries
 from dicom_node.net.associations import AssociationRegistry
-from dicom_node.net.commitment import AskOutcome
+from dicom_node.net.commitment import RequestOutcome
 from dicom_node.net.query import CountOutcome
 from dicom_node.net.receive import Receiver
 from dicom_node.proof import goal_of, judge_ask, judge_count, weigh
@@ -499,7 +499,7 @@ def test_whatever_a_report_says_only_all_instances_are_committed_and_only_the_ot
 def test_what_a_request_for_commitment_leads_to(
     outcome: dict[str, Any], state: DeliveryState, goal: DeliveryState, retry_in_s: float | None
 ) -> None:
-    step = judge_ask(delivery(), "2.25.1", AskOutcome(**outcome), DESTINATION)
+    step = judge_ask(delivery(), "2.25.1", RequestOutcome(**outcome), DESTINATION)
     assert (step.state, step.goal, step.retry_in_s) == (state, goal, retry_in_s)
 
 
