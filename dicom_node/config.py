@@ -66,6 +66,7 @@ class NodeConfig(_Table):
     network_timeout_s: Seconds = 60.0
     acse_timeout_s: Seconds = 30.0
     dimse_timeout_s: Seconds = 60.0
+    receiver_processes: int = Field(default=2, ge=0, le=64, description="0: threads of the node's own process")
     require_called_ae: bool = True
     require_known_peer: bool = True
 
@@ -104,6 +105,10 @@ class IntakeConfig(_Table):
     scan_interval_s: Seconds = 1.0
     min_free_bytes: int = Field(default=5_000_000_000, ge=0)
     max_instances_per_series: int = Field(default=5000, ge=1)
+    max_instance_bytes: int = Field(default=2_000_000_000, ge=1_000_000)
+    min_bytes_per_s: int = Field(default=1000, ge=0, description="0: a sender may be as slow as it likes")
+    reader: Literal["stream", "plain"] = "stream"
+    sync: bool = True
 
 
 class RuleConfig(_Table):

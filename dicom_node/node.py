@@ -32,6 +32,7 @@ from dicom_node.errors import NodeError
 from dicom_node.log import configure_logging
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receive import Receiver
+from dicom_node.net.receivers import ReceiverPool
 from dicom_node.notify import Notifier
 from dicom_node.proof import Prover
 from dicom_node.rejections import keep_references, reject_superseded
@@ -131,7 +132,7 @@ class Node:
         except OSError as error:
             text = f"{error.strerror} for {error.filename}; it must be a folder that the node's user can write"
             raise NodeError(f"[storage].root = {root}: {text}") from error
-        self.spool = Spool(root, min_free_bytes=config.intake.min_free_bytes)
+        self.spool = Spool(root, min_free_bytes=config.intake.min_free_bytes, sync=config.intake.sync)
         self.spool.clean_temp()
         self.ledger = open_ledger(config.ledger_url)
         parts.callback(self.ledger.close)
@@ -166,7 +167,11 @@ class Node:
 
     def _listen(self, port: int | None, prover: Prover) -> int:
         take_report = prover.take if self.config.asks_commitment else None
-        receiver = Receiver(self.config, self.spool, self.ledger, self.registry, take_report=take_report)
+        receiver: Receiver | ReceiverPool
+        if self.config.node.receiver_processes:
+            receiver = ReceiverPool(self.config, self.ledger, self.registry, take_report=take_report)
+        else:
+            receiver = Receiver(self.config, self.spool, self.ledger, self.registry, take_report=take_report)
         try:
             bound = receiver.start(port=port)
         except OSError as error:

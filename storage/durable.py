@@ -46,7 +46,7 @@ def make_folder(folder: Path) -> Path:
 
 def write_temp(target: Path, chunks: Iterable[bytes]) -> Path:
     """Write and fsync a temp file beside `target`; the caller renames it. Raises `NoSpace`, leaving nothing."""
-    temp = _temp_of(target)
+    temp = temp_beside(target)
     with _removed_on_error(temp), full_disk_is_no_space(target), temp.open("xb") as file:
         for chunk in chunks:
             file.write(chunk)
@@ -85,7 +85,7 @@ def link_file(source: Path, target: Path) -> None:
 def remove_tree(folder: Path) -> None:
     """Remove a folder so that a kill leaves it whole or gone (as a temp name), never half."""
     if folder.is_dir():
-        trash = _temp_of(folder)
+        trash = temp_beside(folder)
         folder.rename(trash)
         fsync_folder(folder.parent)
         shutil.rmtree(trash)
@@ -119,5 +119,6 @@ def _removed_on_error(temp: Path) -> Iterator[None]:
         raise
 
 
-def _temp_of(target: Path) -> Path:
+def temp_beside(target: Path) -> Path:
+    """A fresh temp name in the same folder."""
     return target.with_name(f".{uuid4().hex}{TEMP_SUFFIX}")  # not the target's name: a UID and more may exceed NAME_MAX

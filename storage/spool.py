@@ -33,9 +33,9 @@ from storage.durable import (
     remove_tree,
     same_bytes,
     write_file,
-    write_temp,
 )
 from storage.errors import BadUid, NoSpace, NotFound, StorageError
+from storage.incoming_file import IncomingFile, places
 
 A_DAY = timedelta(days=1)
 RESULT_FILE = "result.json"  # written with the result folder, which is renamed into place when it is whole
@@ -63,10 +63,14 @@ def check_uid(uid: str) -> str:
 class Spool:
     """The node's folders under `root`; safe for several threads of one process."""
 
-    def __init__(self, root: Path, *, min_free_bytes: int) -> None:
-        """Make the folders. `min_free_bytes` is the watermark below which nothing more is accepted."""
+    def __init__(self, root: Path, *, min_free_bytes: int, sync: bool = True) -> None:
+        """Make the folders. `min_free_bytes` is the watermark below which nothing more is accepted.
+
+        `sync` False: what is received is not synced to the disk before Success is said.
+        """
         self.root = root
         self.min_free_bytes = min_free_bytes
+        self._sync = sync
         self._adopting = threading.Lock()
         try:
             self._incoming = make_folder(root / "inbox" / "incoming")
@@ -94,28 +98,27 @@ class Spool:
 
     # ---- the inbox
 
-    def store_incoming(self, association: str, sop_instance_uid: str, chunks: Iterable[bytes]) -> Path:
-        """Store one instance durably; when it returns, Success may be said.
+    def open_incoming(self, association: str, sop_instance_uid: str) -> IncomingFile:
+        """The file of an instance that is being received; when its `commit` returns, Success may be said.
 
-        The same UID again on the same association: identical bytes are stored once, other bytes beside the first
-        as `<uid>~2.dcm`. Raises `NoSpace` (below the watermark, or the disk is full) and `BadUid`, keeping nothing.
+        Raises `NoSpace` (below the watermark, or the disk is full) and `BadUid`, keeping nothing.
         """
         folder = self._incoming / _hex(association)
         target = folder / f"{check_uid(sop_instance_uid)}.dcm"
         if not self.room_for(0):
             raise NoSpace(f"the disk of {self.root} has less than {self.min_free_bytes} bytes free")
         make_folder(folder)
-        temp = write_temp(target, chunks)
+        return IncomingFile(target, sync=self._sync)
+
+    def store_incoming(self, association: str, sop_instance_uid: str, chunks: Iterable[bytes]) -> Path:
+        """Store one instance durably. Raises as `open_incoming` and `IncomingFile.commit`."""
+        file = self.open_incoming(association, sop_instance_uid)
         try:
-            for place in _places(target):
-                if not place.exists():
-                    move(temp, place)
-                    return place
-                if same_bytes(temp, place):
-                    return place
+            for chunk in chunks:
+                file.write(chunk)
+            return file.commit()
         finally:
-            temp.unlink(missing_ok=True)
-        raise AssertionError("places are endless")
+            file.discard()
 
     def incoming(self) -> list[Path]:
         """The whole files that wait for the assembler, oldest first; one that is adopted meanwhile is left out."""
@@ -166,7 +169,7 @@ class Spool:
             raise ValueError(f"quarantine reason {reason_code!r}: expected 1 to 64 of a-z, 0-9 and _")
         self._check_inside(path)
         folder = make_folder(self._quarantine / reason_code)
-        target = next(place for place in _places(folder / path.name) if not place.exists())
+        target = next(place for place in places(folder / path.name) if not place.exists())
         move(path, target)
         return target
 
@@ -346,15 +349,6 @@ def _hex(token: str) -> str:
     if not _HEX.fullmatch(token):
         raise ValueError(f"{token[:80]!r}: expected 1 to 64 lower-case hexadecimal digits")
     return token
-
-
-def _places(target: Path) -> Iterator[Path]:
-    """`a.dcm`, `a~2.dcm`, `a~3.dcm` ..."""
-    yield target
-    number = 2
-    while True:
-        yield target.with_name(f"{target.stem}~{number}{target.suffix}")
-        number += 1
 
 
 def _whole(folder: Path) -> Iterator[Path]:

@@ -16,9 +16,9 @@ from dicom_node.config import Config, DestinationConfig
 from dicom_node.net.commitment import commitment_context
 from dicom_node.net.part10 import Part10
 from dicom_node.net.query import find_context
-from dicom_node.net.receive import kept_classes
 from dicom_node.net.scp import STORAGE_COMMITMENT, VERIFICATION, contexts_for, is_storage_class
 from dicom_node.net.scu import echo_context, storage_contexts
+from dicom_node.net.store import kept_classes
 from dicom_node.worker import new_deliveries
 from pipeline.outputs.rejection_note import KIND as REJECTION
 from pipeline.result import SeriesSummary

@@ -109,6 +109,10 @@ class AssociationRegistry:
         """An instance was answered with a failure."""
         self._touch(token, _add_refused)
 
+    def carried(self, token: str, *, stored: int, stored_bytes: int) -> None:
+        """What an association that another process serves has stored so far."""
+        self._touch(token, lambda a: _set_stored(a, stored, stored_bytes))
+
     def close(self, token: str, *, aborted: bool = False) -> Association | None:
         """Give the place back; returns what the association carried, or None when it was closed before."""
         with self._lock:
@@ -164,6 +168,10 @@ class AssociationRegistry:
 def _add_stored(association: Association, n_bytes: int) -> None:
     association.stored += 1
     association.stored_bytes += n_bytes
+
+
+def _set_stored(association: Association, stored: int, stored_bytes: int) -> None:
+    association.stored, association.stored_bytes = stored, stored_bytes
 
 
 def _add_refused(association: Association) -> None:

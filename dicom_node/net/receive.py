@@ -6,37 +6,29 @@ UIDs) is checked before it is used and quoted before it is logged.
 
 from __future__ import annotations
 
-import struct
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import structlog
 from pydicom import Dataset
 from pydicom.tag import Tag
-from pydicom.uid import UID, SegmentationStorage
+from pydicom.uid import UID
 from pynetdicom import evt
 from pynetdicom.association import Association as PynetAssociation
 from pynetdicom.events import Event, EventHandlerType
 
 from dicom_node.config import Config
-from dicom_node.net.associations import Association, AssociationRegistry
+from dicom_node.net.associations import Association
 from dicom_node.net.commitment import Take, answer_report
 from dicom_node.net.peers import Admission, admit, plain_address, shown
-from dicom_node.net.scp import (
-    CT_CLASSES,
-    IMPLEMENTATION_CLASS_UID,
-    IMPLEMENTATION_VERSION_NAME,
-    build_ae,
-    contexts_for,
-    make_server,
-    storage_services_for,
-)
+from dicom_node.net.scp import build_ae, contexts_for, listen, make_server, storage_services_for
 from dicom_node.net.status import LOCAL_LIMIT_EXCEEDED, NO_REASON_TRANSIENT, Rejection, Status, rejection
-from storage.errors import BadUid, NoSpace
-from storage.ledger import Ledger
-from storage.spool import Spool, check_uid
+from dicom_node.net.store import Announced, Book, Notes, Store, fault_of, names_instance
+from dicom_node.net.stream import PduReader
+from storage.spool import Spool
 
 log = structlog.get_logger(__name__)
 
@@ -48,48 +40,8 @@ _MESSAGE_ID = Tag(0x0000, 0x0110)
 _MOVE_ORIGINATOR_AE = Tag(0x0000, 0x1030)
 _PLACEHOLDER_UID = "0.0"  # stands in a response for what was no UID
 _AWAITS_REQUEST = "Sta2"  # PS3.8 table 9-6: connected, waiting for the A-ASSOCIATE-RQ
-_REPEAT_S = 60.0  # a refusal that repeats is one ledger event a minute, with a count
-_MAX_REMEMBERED = 1000
 _JOIN_S = 10.0
 _POLL_S = 0.1  # how soon the listening thread sees that it shall stop
-
-
-def file_header(*, sop_class_uid: str, sop_instance_uid: str, transfer_syntax: str) -> bytes:
-    """Preamble, prefix and file meta information (PS3.10 section 7.1) for a data set that is never decoded.
-
-    It holds nothing about the sender: the same data set from two senders gives the same bytes. Packed by hand:
-    pydicom's writer takes 1 ms, a fifth of the whole C-STORE.
-    """
-    elements = b"".join(
-        (
-            _META_VERSION,
-            _meta_element(0x0002, b"UI", sop_class_uid),
-            _meta_element(0x0003, b"UI", sop_instance_uid),
-            _meta_element(0x0010, b"UI", transfer_syntax),
-            _META_IMPLEMENTATION,
-        )
-    )
-    return _PREAMBLE + struct.pack("<HH2sHI", 0x0002, 0x0000, b"UL", 4, len(elements)) + elements
-
-
-def _meta_element(number: int, vr: bytes, value: str) -> bytes:
-    """One element of group 0002, Explicit VR Little Endian, padded to an even length (PS3.5 section 6.2)."""
-    raw = value.encode("ascii")
-    if len(raw) % 2:
-        raw += b"\0" if vr == b"UI" else b" "
-    return struct.pack("<HH2sH", 0x0002, number, vr, len(raw)) + raw
-
-
-_PREAMBLE = b"\0" * 128 + b"DICM"
-_META_VERSION = struct.pack("<HH2sHI", 0x0002, 0x0001, b"OB", 0, 2) + b"\x00\x01"
-_META_IMPLEMENTATION = _meta_element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID) + _meta_element(
-    0x0013, b"SH", IMPLEMENTATION_VERSION_NAME
-)
-
-
-def kept_classes(config: Config) -> frozenset[UID]:
-    """The storage classes whose instances are kept; those of any other are answered with Success and dropped."""
-    return CT_CLASSES | ({SegmentationStorage} if config.pipeline.uses_segmentations else frozenset())
 
 
 class Receiver:
@@ -103,36 +55,33 @@ class Receiver:
         self,
         config: Config,
         spool: Spool,
-        ledger: Ledger,
-        registry: AssociationRegistry,
+        notes: Notes,
+        book: Book,
         *,
         clock: Callable[[], float] = time.monotonic,
         take_report: Take | None = None,
     ) -> None:
         self._config = config
         self._take_report = take_report
-        self._spool = spool
-        self._ledger = ledger
-        self._registry = registry
-        self._clock = clock
-        self._kept = kept_classes(config)
+        self._book = book
+        self._store = Store(config, spool, notes, book, clock=clock)
         self._ae = build_ae(config.node)
         self._server: Any = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._tokens: dict[PynetAssociation, str] = {}
         self._bad_uids: dict[tuple[str, int], str] = {}  # (token, message ID) -> what is wrong with the request
-        self._refusals: dict[tuple[str, str], tuple[float, int]] = {}
 
-    def start(self, *, port: int | None = None) -> int:
+    def start(self, *, port: int | None = None, listening: socket.socket | None = None) -> int:
         """Listen; returns the bound port. `port` overrides the configuration (0: any free one).
 
+        With `listening`, a socket that listens already, connections are accepted from that one.
         Raises OSError when the address is taken.
         """
         node = self._config.node
-        wanted = node.port if port is None else port
+        listening = listening or listen(node.host, node.port if port is None else port)
         self._server = make_server(
-            self._ae, node, self._handlers(), port=wanted, poll=self._reap, on_limit=self._too_many
+            self._ae, node, self._handlers(), listening=listening, poll=self._reap, on_limit=self._too_many
         )
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_S,), name="dicom-acceptor", daemon=True
@@ -173,6 +122,7 @@ class Receiver:
 
     def _handlers(self) -> list[EventHandlerType]:
         return [
+            (evt.EVT_CONN_OPEN, self._on_connection),
             (evt.EVT_REQUESTED, self._on_requested),
             (evt.EVT_SOP_COMMON, self._on_sop_common),
             (evt.EVT_C_ECHO, self._on_echo),
@@ -185,6 +135,16 @@ class Receiver:
         ]
 
     # -- association ---------------------------------------------------------------------------------------------
+
+    def _on_connection(self, event: Event) -> None:
+        """Read this connection's PDUs ourselves: with limits, and each C-STORE straight into its file."""
+        assoc: Any = event.assoc
+        assoc.pdu_reader = PduReader(assoc, self._store, self._token_of, self._config)  # lives as long as it
+        assoc.pdu_reader.take_over()
+
+    def _token_of(self, assoc: PynetAssociation) -> str:
+        with self._lock:
+            return self._tokens.get(assoc, "")
 
     def _on_requested(self, event: Event) -> None:
         """Admit or reject; whatever goes wrong here must not let a stranger in."""
@@ -206,9 +166,9 @@ class Receiver:
         )
         if isinstance(decision, Rejection):
             return decision
-        token = self._registry.open(calling_ae=calling_ae.strip(), address=address, peer=decision.peer)
+        token = self._book.open(calling_ae=calling_ae.strip(), address=address, peer=decision.peer)
         if token is None:
-            text = f"{shown(calling_ae)} at {shown(address)}: {self._registry.limit} associations are open already"
+            text = f"{shown(calling_ae)} at {shown(address)}: {self._book.limit} associations are open already"
             return rejection("association_limit", LOCAL_LIMIT_EXCEEDED, text)
         with self._lock:
             self._tokens[assoc] = token
@@ -224,35 +184,22 @@ class Receiver:
     def _reject(self, assoc: PynetAssociation, decision: Rejection) -> None:
         self._closed(assoc, aborted=True)
         assoc.acse.send_reject(decision.result, decision.source, decision.diagnostic)
-        count = self._registry.count_rejection(decision.code)
+        count = self._book.count_rejection(decision.code)
         log.warning("association.rejected", code=decision.code, reason=decision.text, count=count)
-        repeated = self._repeats(decision.code, decision.text)
+        repeated = self._store.repeats(decision.code, decision.text)
         if repeated is not None:
             details = {"reason": decision.code, "repeated": repeated}
-            self._note("association_rejected", decision.text, details)
+            self._store.note("association_rejected", decision.text, details)
         assoc.kill()  # waits until the rejection is sent and the peer closed (or the ARTIM timer ran out)
 
     def _too_many(self, limit: int) -> None:
         """A connection was closed before it could ask for an association: somebody opens and says nothing."""
         text = f"more than {limit} connections were open: new ones are closed unheard"
-        self._registry.count_rejection("connection_limit")
-        repeated = self._repeats("connection_limit", text)
+        self._book.count_rejection("connection_limit")
+        repeated = self._store.repeats("connection_limit", text)
         if repeated is not None:
             log.warning("association.rejected", code="connection_limit", reason=text, repeated=repeated)
-            self._note("association_rejected", text, {"reason": "connection_limit", "repeated": repeated})
-
-    def _repeats(self, code: str, text: str) -> int | None:
-        """How often this refusal was left out since its last event; None: leave it out again."""
-        now = self._clock()
-        with self._lock:
-            if len(self._refusals) >= _MAX_REMEMBERED:
-                self._refusals.clear()
-            last, left_out = self._refusals.get((code, text), (now - _REPEAT_S, 0))
-            if now - last < _REPEAT_S:
-                self._refusals[code, text] = (last, left_out + 1)
-                return None
-            self._refusals[code, text] = (now, 0)
-            return left_out
+            self._store.note("association_rejected", text, {"reason": "connection_limit", "repeated": repeated})
 
     def _reap(self) -> None:
         """Give back the places of associations whose thread ended without an event (pynetdicom after a bad PDU)."""
@@ -261,13 +208,15 @@ class Receiver:
         for assoc in dead:
             self._closed(assoc, aborted=True)
 
-    def _closed(self, assoc: PynetAssociation, *, aborted: bool) -> None:
+    def _closed(self, assoc: Any, *, aborted: bool) -> None:
         with self._lock:
             token = self._tokens.pop(assoc, None)
             if token is not None:
                 for key in [key for key in self._bad_uids if key[0] == token]:
                     del self._bad_uids[key]
-        association = self._registry.close(token, aborted=aborted) if token else None
+        # the peer's closing of the connection may be seen before pynetdicom tells of the release that came first
+        aborted = aborted and not assoc.pdu_reader.released
+        association = self._book.close(token, aborted=aborted) if token else None
         if association is None:
             return
         log.info(
@@ -284,7 +233,7 @@ class Receiver:
     def _note_dropped(self, association: Association) -> None:
         for sop_class_uid, count in sorted(association.dropped.items()):
             name = UID(sop_class_uid).name if UID(sop_class_uid).is_valid else shown(sop_class_uid)
-            self._note(
+            self._store.note(
                 "dropped_sop_class",
                 f"{count} instances of {name} from {shown(association.calling_ae)} were accepted and dropped: not CT",
                 {"sop_class_uid": sop_class_uid, "instances": count, "calling_ae": association.calling_ae},
@@ -305,10 +254,10 @@ class Receiver:
             return Status.PROCESSING_FAILURE, None
         status = answer_report(event, self._take_report)
         if status == Status.INVALID_ARGUMENT:
-            caller = shown(self._registry_calling_ae(event))
-            if (repeated := self._repeats("commitment_unknown", caller)) is not None:
+            caller = shown(self._calling_ae(event))
+            if (repeated := self._store.repeats("commitment_unknown", caller)) is not None:
                 text = f"a commitment report of {caller} names no transaction that was asked for here"
-                self._note("commitment_unknown", text, {"repeated": repeated})
+                self._store.note("commitment_unknown", text, {"repeated": repeated})
         return status, None
 
     def _on_message(self, event: Event) -> None:
@@ -325,81 +274,41 @@ class Receiver:
         instance = _raw_text(command, _AFFECTED_INSTANCE)
         sop_class = _raw_text(command, _AFFECTED_CLASS)
         context = next((c for c in event.assoc.accepted_contexts if c.context_id == event.message.context_id), None)
-        fault = ""
-        try:
-            check_uid(instance)
-        except BadUid:
-            fault = f"SOP Instance UID {shown(instance)}"
-            command.add_new(_AFFECTED_INSTANCE, "UI", _PLACEHOLDER_UID)
-        if context is not None and sop_class != context.abstract_syntax:
-            fault = fault or f"SOP Class UID {shown(sop_class)} in a context for {context.abstract_syntax}"
-            command.add_new(_AFFECTED_CLASS, "UI", str(context.abstract_syntax))
+        if context is None:
+            return  # pynetdicom aborts
+        fault = fault_of(sop_class_uid=sop_class, sop_instance_uid=instance, context_class=str(context.abstract_syntax))
         if fault:
+            command.add_new(_AFFECTED_INSTANCE, "UI", _PLACEHOLDER_UID if names_instance(fault) else instance)
+            command.add_new(_AFFECTED_CLASS, "UI", str(context.abstract_syntax))
             with self._lock:
                 token = self._tokens.get(event.assoc, "")
                 self._bad_uids[token, int(command[_MESSAGE_ID].value)] = fault
 
     def _on_store(self, event: Event) -> int | Dataset:
-        """Answer one C-STORE: nothing raised here may leave the sender without a status."""
+        """Answer one C-STORE that pynetdicom read."""
+        request: Any = event.request  # pynetdicom types it as any DIMSE primitive
         with self._lock:
             token = self._tokens.get(event.assoc, "")
-            fault = self._bad_uids.pop((token, int(event.request.MessageID or 0)), "")
-        try:
-            status, comment = self._store(event, token, fault)
-        except NoSpace as error:
-            status, comment = Status.OUT_OF_RESOURCES, "no room on disk"
-            log.warning("store.no_space", association=token[:8], reason=str(error))
-        except Exception:
-            log.exception("store.failed", association=token[:8])
-            status, comment = Status.UNABLE_TO_PROCESS, "internal error"
-        if status == Status.SUCCESS:
-            return Status.SUCCESS
-        self._registry.refused(token)
-        if (repeated := self._repeats(f"0x{status:04X}", f"{token} {comment}")) is not None:
-            calling_ae = shown(self._registry_calling_ae(event))
-            details = {"status": f"0x{status:04X}", "repeated": repeated}
-            self._note("store_refused", f"an instance from {calling_ae} was refused: {fault or comment}", details)
-        answer = Dataset()
-        answer.Status = int(status)
-        answer.ErrorComment = comment
-        return answer
-
-    def _store(self, event: Event, token: str, fault: str) -> tuple[Status, str]:
-        request: Any = event.request  # pynetdicom types it as any DIMSE primitive
-        context = event.context
-        if context.abstract_syntax not in self._kept:
-            self._registry.dropped(token, str(context.abstract_syntax))
-            return Status.SUCCESS, ""
-        if fault:
-            log.warning("store.bad_uid", association=token[:8], fault=fault)
-            mismatch = fault.startswith("SOP Class")
-            status = Status.DATA_SET_MISMATCH if mismatch else Status.CANNOT_UNDERSTAND
-            return status, "SOP Class UID is not the context's" if mismatch else "SOP Instance UID is not a UID"
+            fault = self._bad_uids.pop((token, int(request.MessageID or 0)), "")
         data: Any = request.DataSet.getbuffer() if request.DataSet is not None else b""  # no copy of the instance
-        if not len(data):
-            return Status.CANNOT_UNDERSTAND, "no data set"
-        header = file_header(
-            sop_class_uid=str(context.abstract_syntax),
+        announced = Announced(
+            sop_class_uid=str(event.context.abstract_syntax),
             sop_instance_uid=str(request.AffectedSOPInstanceUID),
-            transfer_syntax=str(context.transfer_syntax),
+            transfer_syntax=str(event.context.transfer_syntax),
+            fault=fault,
         )
-        size = len(header) + len(data)
-        if not self._spool.room_for(size):
-            log.warning("store.no_space", association=token[:8], bytes=size, free=self._spool.free_bytes())
-            return Status.OUT_OF_RESOURCES, "no room on disk"
-        self._spool.store_incoming(token, str(request.AffectedSOPInstanceUID), (header, data))
-        self._registry.stored(token, size)
-        return Status.SUCCESS, ""
+        arrival = self._store.arrival(token, self._calling_ae(event), announced, size=len(data))
+        arrival.write(data)
+        answer = arrival.end()
+        if answer.status == Status.SUCCESS:
+            return Status.SUCCESS
+        response = Dataset()
+        response.Status = int(answer.status)
+        response.ErrorComment = answer.comment
+        return response
 
-    def _registry_calling_ae(self, event: Event) -> str:
+    def _calling_ae(self, event: Event) -> str:
         return str(event.assoc.requestor.ae_title)
-
-    def _note(self, code: str, text: str, details: Mapping[str, Any]) -> None:
-        """A ledger event that belongs to no job; a ledger that cannot be written must not cost an instance."""
-        try:
-            self._ledger.note("", code, text, details=details)
-        except Exception:
-            log.exception("ledger.note_failed", code=code)
 
 
 def _raw_text(command: Dataset, tag: Any) -> str:

@@ -7,11 +7,14 @@ pydicom can decode here; the rest in whatever it comes, because nobody will deco
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
@@ -65,6 +68,8 @@ _STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."  # PS3.6 annex A: current and retired
 _STORAGE_SERVICE_CLASS = StorageServiceClass.uid
 
 _POLLS_PER_COLLECTION = 300  # every 30 s at 10 turns a second
+_BACKLOG = 128  # connections that the kernel holds for us; pynetdicom's 5 drops those of a busy router
+_BIND_S, _BIND_AGAIN_S = 5.0, 0.05
 _CONNECTIONS_PER_ASSOCIATION = 4  # sockets that may wait for their A-ASSOCIATE-RQ, per allowed association
 
 
@@ -148,14 +153,30 @@ def storage_services_for(contexts: Iterable[PresentationContext]) -> dict[UID, S
 
 
 class _Server(ThreadedAssociationServer):
-    """pynetdicom's threaded server with TCP_NODELAY on every accepted socket and a bound on idle connections."""
+    """pynetdicom's threaded server with TCP_NODELAY on every accepted socket and a bound on idle connections.
+
+    It accepts from `listening`, which other processes may accept from as well.
+    """
 
     daemon_threads = True
-    request_queue_size = 64  # the kernel's backlog; pynetdicom's 5 drops connections of a busy router
     connection_limit = 0  # 0: none
     on_limit: Callable[[int], None] = staticmethod(lambda _limit: None)
     poll: Callable[[], None] = staticmethod(lambda: None)
     _polls = 0
+
+    def __init__(self, *args: Any, listening: socket.socket, **kwargs: Any) -> None:
+        self._listening = listening
+        super().__init__(*args, **kwargs)
+
+    def server_bind(self) -> None:
+        """Take the given socket instead of the one that the base class made."""
+        assert self.socket is not None
+        self.socket.close()
+        self.socket = self._listening
+        self.server_address = self.socket.getsockname()
+
+    def server_activate(self) -> None:
+        """It listens already."""
 
     def service_actions(self) -> None:
         """Called at every turn of the listening loop; pynetdicom needs its dead threads collected by hand."""
@@ -194,22 +215,45 @@ def build_ae(node: NodeConfig) -> AE:
     return ae
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens (port 0: any free one), for one process or several to accept from.
+
+    The receivers of a node that was killed live some milliseconds longer than it: the address is tried again for
+    `_BIND_S` seconds. Raises OSError when it is still taken, or is none of this machine's.
+    """
+    until = time.monotonic() + _BIND_S
+    while True:
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
+            sock.listen(_BACKLOG)
+        except OSError as error:
+            sock.close()
+            if error.errno != errno.EADDRINUSE or time.monotonic() > until:
+                raise
+            time.sleep(_BIND_AGAIN_S)
+        else:
+            sock.setblocking(False)  # another process may be quicker to accept
+            return sock
+
+
 def make_server(
     ae: AE,
     node: NodeConfig,
     handlers: list[EventHandlerType],
     *,
-    port: int,
+    listening: socket.socket,
     poll: Callable[[], None],
     on_limit: Callable[[int], None],
 ) -> ThreadedAssociationServer:
-    """Bind and listen (port 0: any free one); the caller runs `serve_forever` in a thread of its own.
+    """A server on a socket that listens; the caller runs `serve_forever` in a thread of its own.
 
     `poll` is called at every turn of that loop, `on_limit` when a connection is closed because too many are open.
-
-    Raises OSError when the address cannot be bound.
     """
-    server = ae.make_server((node.host, port), evt_handlers=handlers, server_class=_Server)
+    address = listening.getsockname()
+    made = partial(_Server, listening=listening)
+    server = ae.make_server((node.host, address[1]), evt_handlers=handlers, server_class=made)  # type: ignore[arg-type]
     assert isinstance(server, _Server)
     server.poll = poll
     server.on_limit = on_limit

@@ -33,7 +33,7 @@ from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import encode
 
-from dicom_node.net.receive import file_header
+from dicom_node.net.store import file_header
 from dicom_node.net.scp import ct_transfer_syntaxes
 
 VERIFICATION = "1.2.840.10008.1.1"
@@ -267,7 +267,7 @@ def test_a_fault_of_ours_is_answered_and_logged_once(
     intake: Intake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (path, *_) = small_ct(tmp_path / "ct")
-    monkeypatch.setattr(intake.spool, "store_incoming", lambda *_a: 1 / 0)
+    monkeypatch.setattr(intake.spool, "open_incoming", lambda *_a: 1 / 0)
     with structlog.testing.capture_logs() as logs, intake.association() as assoc:
         assert assoc.send_c_store(dcmread(path)).Status == 0xC001
         assert assoc.send_c_store(dcmread(path)).Status == 0xC001
