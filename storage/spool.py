@@ -289,9 +289,14 @@ class Spool:
         """
         removed = []
 
-        def over(top: Path, keep: timedelta) -> list[Path]:
-            old = (path for path in sorted(top.iterdir()) if _HEX.fullmatch(path.name) and _age(path, now) > keep)
-            return [folder for folder in old if is_final(folder.name)]
+        def is_over_age(folder: Path, keep: timedelta) -> bool:
+            with suppress(FileNotFoundError):  # somebody else removed it
+                return bool(_HEX.fullmatch(folder.name)) and _age(folder, now) > keep and is_final(folder.name)
+            return False
+
+        def over(top: Path, keep: timedelta) -> Iterator[Path]:
+            # one after the other: with many to remove, the last is asked about when its turn has come
+            return (path for path in sorted(top.iterdir()) if is_over_age(path, keep))
 
         for folder in over(self._work, keep_inputs):
             remove_tree(folder)
@@ -310,6 +315,9 @@ class Spool:
             try:
                 before_result(folder.name)
             except (StorageError, OSError):  # it said so; what names a result must be kept before that goes
+                continue
+            # again: while its names were kept it may have been asked for again, or a rejection note written into it
+            if not is_over_age(folder, keep_results):
                 continue
             remove_tree(folder)
             removed.append(str(folder.relative_to(self.root)))
