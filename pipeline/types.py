@@ -245,8 +245,7 @@ class EncodedSeries:
     """All instances of one result series, in sending order.
 
     `kind`: "pet", "mip", "seg", "uncertainty", "sr" (measurement report), "gsps" or "pcps" (presentation states).
-    `encoding`: "sc" or "pet", for "seg" its segmentation type, "binary"; of a report or presentation state that of the
-    PET series which it refers to.
+    `encoding`: "sc" or "pet"; of a SEG, report or presentation state that of the PET series which it refers to.
     """
 
     kind: str

@@ -15,7 +15,7 @@ OBJECTS = {
     "pet-sc": 'The synthetic PET series, `encoding = "sc"`',
     "pet-pet": 'The synthetic PET series, `encoding = "pet"`',
     "mip-sc": "The MIP picture",
-    "seg-binary": "The districts",
+    "seg-sc": "The districts",
     "uncertainty-sc": "The uncertainty map",
     "sr-sc": "The measurement report",
     "gsps-sc": "The grayscale presentation state",

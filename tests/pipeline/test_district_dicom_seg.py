@@ -25,8 +25,9 @@ from pipeline.districts.seg_object import Segment, is_segmentation
 from pipeline.errors import DistrictError, SegmenterUnavailable
 from pipeline.geometry import grid_at_spacing, resample
 from pipeline.outputs.district_seg import encode_district_seg
+from pipeline.outputs.pet_series import encode_pet_series
 from pipeline.provenance import ResultUids
-from pipeline.types import CtVolume, District, DistrictMap, DistrictOptions, OutputOptions, Provenance
+from pipeline.types import CtVolume, District, DistrictMap, DistrictOptions, OutputOptions, Provenance, SuvVolume
 from training.phantom import PhantomSpec, make_phantom
 
 SPACING_MM = (8.0, 8.0, 8.0)
@@ -178,14 +179,16 @@ def test_our_own_seg_serves_when_another_program_has_stored_it_and_not_before(ca
         device="cpu",
     )
     source, output = case.ct.source, OutputOptions()
-    series = encode_district_seg(
-        first,
-        source=source,
-        provenance=provenance,
-        options=output,
-        uids=ResultUids(source=source, provenance=provenance, options=output, encoding="binary"),
-        created=datetime(2024, 1, 1, tzinfo=UTC),
-    )
+    given = {
+        "source": source,
+        "provenance": provenance,
+        "options": output,
+        "uids": ResultUids(source=source, provenance=provenance, options=output, encoding="sc"),
+        "created": datetime(2024, 1, 1, tzinfo=UTC),
+    }
+    nothing = SuvVolume(suv=np.zeros(grid.shape, dtype=np.float32), grid=grid)
+    pet = encode_pet_series(nothing, encoding="sc", **given)
+    series = encode_district_seg(first, pet=pet, **given)
     path = tmp_path / "s.dcm"
     path.write_bytes(series.instances[0].data)
     assert case.refusal(path).code == "seg_own"
