@@ -100,13 +100,13 @@ def encode_result(
             "the uncertainty map",
             partial(encode_uncertainty_series, deviation, **common, uids=uids(UNCERTAINTY_ENCODING)),
         )
+    slope = slope_of(suv.suv) if options.presentation_states else ""
     for pet in pets:
         own = {**common, "grid": suv.grid, "uids": uids(pet.encoding)}
         if options.sr:
             report = partial(encode_measurement_report, stats, pet=pet, seg=segs.get(pet.encoding), **own)
             companions.add(f"the measurement report ({pet.encoding})", report)
         if options.presentation_states:
-            slope = slope_of(suv.suv)
             gray = partial(encode_grayscale_state, pet, slope=slope, **own)
             color = partial(encode_pseudo_color_state, pet, slope=slope, **own)
             companions.add(f"the grayscale presentation state ({pet.encoding})", gray)

@@ -94,8 +94,8 @@ def test_what_is_no_number_of_instances_is_counted_instead(says: bytes) -> None:
     assert (outcome.ok, outcome.count, archive.levels) == (True, 3, ["SERIES", "IMAGE"])
 
 
-@pytest.mark.filterwarnings("ignore:Invalid value for VR IS", "ignore:.*with a VR of IS")
-@pytest.mark.parametrize("says", [b"many", b"3.5 ", b"0x3 "])
+@pytest.mark.filterwarnings("ignore:Invalid value for VR IS")
+@pytest.mark.parametrize("says", [b"many", b"0x3 "])
 def test_what_no_parser_takes_for_a_number_is_none(says: bytes) -> None:
     assert query._number(Dataset({Tag("NumberOfSeriesRelatedInstances"): told(says)})) is None
 
