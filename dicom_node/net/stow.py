@@ -25,7 +25,7 @@ from dicom_node.net.answers import AnswerError
 from dicom_node.net.part10 import Part10, read_part10
 from dicom_node.net.scu import NOT_SENT, SendOutcome, is_stored
 from dicom_node.net.status import Outcome, classify, status_text
-from dicom_node.net.web import WebFailure, first_value, http_failure, unreadable, values, web_session, where
+from dicom_node.net.web import WebFailure, first_value, http_failure, uid_value, unreadable, values, web_session, where
 
 NO_RESPONSE = "no_response"  # sent, and nobody knows what became of it
 FAILED_SOP, REFERENCED_SOP = "00081198", "00081199"  # sequences of the answer (PS3.18 annex I.2)
@@ -218,9 +218,9 @@ def _batch_statuses(answer: Mapping[str, Any], uids: Sequence[str]) -> dict[str,
     """
     told = dict.fromkeys(uids, NO_RESPONSE)
     for item in values(answer, REFERENCED_SOP):
-        told[str(first_value(item, SOP_INSTANCE))] = _stored_word(_number(item, WARNING_REASON, 0))
+        told[uid_value(item, SOP_INSTANCE)] = _stored_word(_number(item, WARNING_REASON, 0))
     for item in values(answer, FAILED_SOP):
-        told[str(first_value(item, SOP_INSTANCE))] = _failed_word(_number(item, FAILURE_REASON, _PROCESSING_FAILURE))
+        told[uid_value(item, SOP_INSTANCE)] = _failed_word(_number(item, FAILURE_REASON, _PROCESSING_FAILURE))
     return {uid: told[uid] for uid in uids}
 
 

@@ -138,6 +138,11 @@ def first_value(ds: Any, tag: str) -> Any:
     return next(iter(values(ds, tag)), None)
 
 
+def uid_value(ds: Any, tag: str) -> str:
+    """The first of them as a UID, without the padding that belongs into files only (PS3.5 section 6.2); "" for none."""
+    return str(first_value(ds, tag) or "").strip(" \0")
+
+
 class _Bearer(AuthBase):
     """RFC 6750. As an authentication of the session, not a header of it: it is never sent after a redirect."""
 

@@ -119,6 +119,19 @@ def test_an_instance_that_the_answer_does_not_name_is_not_counted_as_stored(file
     assert (outcome.stored, outcome.statuses[sop_uids(files)[-1]]) == (COUNT - 1, "no_response")
 
 
+@pytest.mark.parametrize("padding", ["\0", " "])
+def test_a_uid_that_is_padded_as_in_a_file_is_that_uid(files: list[Path], padding: str) -> None:
+    bad = sop_uids(files)[0]
+
+    def padded(posted: Posted) -> Answer:
+        failed = {f"{bad}{padding}": 0xA700}
+        return stored([f"{uid}{padding}" for uid in posted.uids], status=202, failed=failed)
+
+    with FakeWeb(padded) as web:
+        outcome = send_series_web(files, web.service())
+    assert (outcome.stored, outcome.statuses[bad]) == (COUNT - 1, "0xA700")
+
+
 def test_an_instance_in_both_sequences_has_failed(files: list[Path]) -> None:
     first = sop_uids(files)[0]
 
