@@ -299,11 +299,17 @@ class Worker:
         watch.end()
 
     def _options_for(self, job: Job) -> PipelineOptions:
-        """With the SEG objects that came with the job's study, where the configuration uses them."""
+        """With the SEG objects that came with the job's study, where the configuration uses them.
+
+        A viewer in which somebody corrected the districts on our PET names that series, and not the CT.
+        """
         if not self._config.pipeline.uses_segmentations:
             return self._options
         found = tuple(self._spool.segmentations(job.info.study_uid))
-        return replace(self._options, districts=replace(self._options.districts, segmentations=found))
+        jobs = self._ledger.jobs_of_series(job.info.series_uid)
+        made = tuple(sorted(set().union(*(result_uids(one) for one in jobs))))
+        districts = replace(self._options.districts, segmentations=found, result_series=made)
+        return replace(self._options, districts=districts)
 
     def _first_created(self, job: Job) -> datetime:
         """When these instances first became a job: a repeated run writes the same bytes under the same UIDs.

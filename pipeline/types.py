@@ -335,6 +335,7 @@ class DistrictOptions:
 
     chain: tuple[str, ...] = ("builtin",)  # tried in order
     segmentations: tuple[Path, ...] = ()
+    result_series: tuple[str, ...] = ()  # UIDs of series made of this CT before: a SEG drawn on one is one of the CT
     nnunet_folder: Path | None = None  # an unzipped nnU-Net v2 model folder
     totalsegmentator_weights: Path | None = None  # None: where TotalSegmentator itself looks
     timeout_s: float = 900.0  # for a segmenter with a process of its own; then it is ended

@@ -1,15 +1,14 @@
 """Districts from a DICOM Segmentation object of the CT's study: a person's, or another program's.
 
-Of the SEG objects that refer to the CT the newest is tried first. Its segments are matched to districts by SNOMED
-code, then by label; left and right limbs, and parts of a region, join. It is refused, with a code and a sentence, and
-the next segmenter of the chain is tried: no_seg, seg_own, seg_unreadable, seg_frame_of_reference, seg_geometry,
-seg_too_large, seg_no_districts, seg_overlap, seg_coverage.
+Of the SEG objects that refer to the CT, or to a PET series that was made of it, the newest is tried first. Its segments
+are matched to districts by SNOMED code, then by label; left and right limbs, and parts of a region, join. It is
+refused, with a code and a sentence, and the next segmenter of the chain is tried: no_seg, seg_own, seg_unreadable,
+seg_frame_of_reference, seg_geometry, seg_too_large, seg_no_districts, seg_overlap, seg_coverage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -50,7 +49,7 @@ def segment(ct: CtVolume, grid: Grid, options: DistrictOptions) -> DistrictMap:
     that the SEG itself labeled. Raises SegmenterUnavailable where no SEG serves; DistrictError (no_body).
     """
     with quiet_pydicom():
-        found, refusals = _referring(options.segmentations, ct.source)
+        found, refusals = _referring(options, ct.source)
         for seg in found[:MAX_TRIED]:
             try:
                 return _districts_of(seg, ct, grid)
@@ -61,12 +60,12 @@ def segment(ct: CtVolume, grid: Grid, options: DistrictOptions) -> DistrictMap:
     raise SegmenterUnavailable(refusals[0].code, "; ".join(reason.text for reason in refusals))
 
 
-def _referring(paths: tuple[Path, ...], source: SourceSeries) -> tuple[list[SegObject], list[SegmenterUnavailable]]:
-    """The SEG objects that refer to the CT, the newest first, and why others could not be looked at."""
-    ours = {source.series_uid, *(i.sop_instance_uid for i in source.instances)}
+def _referring(options: DistrictOptions, source: SourceSeries) -> tuple[list[SegObject], list[SegmenterUnavailable]]:
+    """The SEG objects that refer to the CT or to a result of it, the newest first, and why others cannot be read."""
+    ours = {source.series_uid, *(i.sop_instance_uid for i in source.instances), *options.result_series}
     found: list[SegObject] = []
     refusals: list[SegmenterUnavailable] = []
-    for path in paths:
+    for path in options.segmentations:
         try:
             seg = read_seg(path)
         except SegmenterUnavailable as reason:

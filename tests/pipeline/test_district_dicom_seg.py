@@ -206,6 +206,21 @@ def test_our_own_seg_serves_when_another_program_has_stored_it_and_not_before(ca
     assert both.sum() > 0.98 * (first.labels > 0).sum()
 
 
+def test_a_seg_that_was_drawn_on_a_pet_made_of_the_ct_counts_as_one_of_the_ct(case: Case, tmp_path: Path) -> None:
+    def drawn_on_the_pet(ds: Dataset) -> None:
+        (series,) = ds.ReferencedSeriesSequence
+        series.SeriesInstanceUID = "2.25.4711"
+        del series.ReferencedInstanceSequence[:]
+        ds.pop("SourceImageSequence", None)
+        for frame in ds.PerFrameFunctionalGroupsSequence:
+            del frame.DerivationImageSequence
+
+    path = seg(case, tmp_path / "s.dcm", modify=drawn_on_the_pet)
+    assert case.refusal(path).code == "no_seg"
+    options = DistrictOptions(segmentations=(path,), result_series=("2.25.4711",))
+    assert expected(case, segment(case.ct, case.ct.grid, options)).mean() == 1.0
+
+
 def test_the_newest_seg_that_serves_is_taken(case: Case, tmp_path: Path) -> None:
     old = seg(case, tmp_path / "old.dcm", content_date="20240101", content_time="100000")
     new = seg(case, tmp_path / "new.dcm", content_date="20240102", content_time="090000")
