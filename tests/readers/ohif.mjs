@@ -178,8 +178,8 @@ const shownNow = () => {
 // How many voxels are drawn of each segment: a label is in the list even where OHIF has put no frame of it anywhere.
 const segmentations = () => {
   const voxels = {};
-  for (const { segments, representationData } of window.services.segmentationService.getSegmentations()) {
-    for (const imageId of new Set(representationData.Labelmap.imageIds)) {
+  for (const { segments, representationData } of window.cornerstoneTools.segmentation.state.getSegmentations()) {
+    for (const imageId of representationData.Labelmap?.imageIds ?? []) {
       for (const value of window.cornerstone.cache.getImage(imageId).voxelManager.getScalarData()) {
         if (value) {
           voxels[segments[value].label] = (voxels[segments[value].label] ?? 0) + 1;
