@@ -154,6 +154,9 @@ def _note(
     if path.is_file():  # written once: its bytes may be on their way
         return read_rejected_series([path]).series_uid
     rejected = _series(spool, job.id, f"{delivery.kind}-{delivery.encoding}")
+    if rejected.series_uid != delivery.series_uid:  # files or names of another run of the job
+        text = f"what is kept is series {rejected.series_uid}, the ledger says that {delivery.series_uid} was sent"
+        raise OutputError("result_unreadable", text)
     note = encode_rejection_note(rejected, reason=reason, description=description, created=clock(), encoding=encoding)
     make_folder(path.parent)
     temp = write_temp(path, (note.instances[0].data,))

@@ -264,6 +264,18 @@ def test_damaged_names_of_a_removed_result_are_told_and_stop_no_other_rejection(
     assert "is damaged" in done.unnamed[0]
 
 
+def test_a_note_never_names_another_series_than_the_one_that_was_sent(bench: Bench) -> None:
+    """As after a result was computed anew in place, and its files were lost: the kept names are of the one before."""
+    old, other = bench.finished(), bench.finished(version="4", series_uid="2.25.7")
+    bench.send()
+    keep_references(bench.spool, other.id)
+    names = bench.spool.references(other.id)
+    bench.spool.discard_result(old.id)
+    bench.spool.keep_references(old.id, names)
+    assert take_back(bench, old) == 0
+    assert rejections(bench, old.id) == []
+
+
 def test_a_result_that_was_recalled_replaces_nothing(bench: Bench) -> None:
     old = bench.finished()
     bench.send()
