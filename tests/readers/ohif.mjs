@@ -175,19 +175,24 @@ const shownNow = () => {
   return { voi: viewport?.getProperties?.().voiRange ?? null, text: document.body.innerText };
 };
 
-// How many voxels are drawn of each segment: a label is in the list even where OHIF has put no frame of it anywhere.
+// Of each segment that is drawn: its voxels, the sum of their rows and that of their columns. (A label is in the list even
+// where OHIF has put no frame of it anywhere, and as many voxels may lie elsewhere.)
 const segmentations = () => {
-  const voxels = {};
+  const drawn = {};
   for (const { segments, representationData } of window.cornerstoneTools.segmentation.state.getSegmentations()) {
     for (const imageId of representationData.Labelmap?.imageIds ?? []) {
-      for (const value of window.cornerstone.cache.getImage(imageId).voxelManager.getScalarData()) {
+      const image = window.cornerstone.cache.getImage(imageId);
+      image.voxelManager.getScalarData().forEach((value, index) => {
         if (value) {
-          voxels[segments[value].label] = (voxels[segments[value].label] ?? 0) + 1;
+          const sums = (drawn[segments[value].label] ??= [0, 0, 0]);
+          sums[0] += 1;
+          sums[1] += Math.floor(index / image.columns);
+          sums[2] += index % image.columns;
         }
-      }
+      });
     }
   }
-  return voxels;
+  return drawn;
 };
 
 const segmentsAreThere = () => window.services.segmentationService.getSegmentations().length > 0;
@@ -231,12 +236,12 @@ async function showEach(page, name, modalities) {
   for (const modality of modalities) {
     await page.evaluate(show, 'Modality', modality);
     await settle(page);
-    if (['CT', 'PT'].includes(modality)) {
-      await page.evaluate(goTo, SHOWN_SHARE);
-      await settle(page);
-    }
     if (modality === 'SEG') {
       await page.waitForFunction(segmentsAreThere, { timeout: SEGMENTS_MS, polling: POLL_MS }).catch(() => {});
+      await settle(page);
+    }
+    if (['CT', 'PT', 'SEG'].includes(modality)) {
+      await page.evaluate(goTo, SHOWN_SHARE);
       await settle(page);
     }
     await page.screenshot({ path: join(job.out, `${name}-${modality}.png`) });

@@ -133,7 +133,9 @@ def seen(written: Written, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def fill(orthanc: Orthanc, written: Written, folder: Path) -> Iterator[Page]:
     """Each study into the archive, in the order in which a hospital might get them."""
-    pet_spec = replace(SPEC, visit=1)
+    pet_spec = replace(
+        SPEC, visit=1, fov_mm=544.0
+    )  # 136 x 136: planes of whole bytes, of which a SEG has one bit a voxel
     for encoding, study, spec in (
         ("sc", written.study, SPEC),
         ("pet", make_study(folder / "pet" / "ct", spec=pet_spec), pet_spec),
@@ -292,10 +294,23 @@ def test_the_basic_viewer_shows_the_pet_from_suv_0_to_5(viewer: Seen) -> None:
     assert "SYNTHETIC FDG PET SUVbw - AI, RESEARCH ONLY" in shown["text"]
 
 
-def test_the_basic_viewer_draws_every_voxel_of_the_districts(viewer: Seen) -> None:
-    districts = viewer.study.districts
-    voxels = {one.key: int((districts.labels == one).sum()) for one in districts.present}
-    assert viewer.report["shown"]["segments"] == voxels
+def test_the_basic_viewer_draws_every_voxel_of_the_districts_in_place(seen: dict[str, Seen]) -> None:
+    page = seen["viewer-pet"]
+    assert page.study.suv.suv[0].size % 8 == 0
+    assert page.report["shown"]["segments"] == voxels_of_districts(page)
+
+
+@pytest.mark.xfail(reason="OHIF reads each frame of a SEG from a whole byte on: 125 x 125 bits end within one")
+def test_the_basic_viewer_draws_districts_whose_planes_do_not_end_with_a_byte(seen: dict[str, Seen]) -> None:
+    page = seen["viewer-sc"]
+    assert page.report["shown"]["segments"] == voxels_of_districts(page)
+
+
+def voxels_of_districts(page: Seen) -> dict[str, list[int]]:
+    """Of each district: its voxels, the sum of their rows and that of their columns."""
+    districts = page.study.districts
+    where = {one.key: np.nonzero(districts.labels == one) for one in districts.present}
+    return {key: [len(z), int(y.sum()), int(x.sum())] for key, (z, y, x) in where.items()}
 
 
 @pytest.mark.xfail(reason="OHIF opens only reports whose measurements have coordinates: ours refer to segments")
