@@ -133,9 +133,7 @@ def seen(written: Written, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def fill(orthanc: Orthanc, written: Written, folder: Path) -> Iterator[Page]:
     """Each study into the archive, in the order in which a hospital might get them."""
-    pet_spec = replace(
-        SPEC, visit=1, fov_mm=544.0
-    )  # 136 x 136: planes of whole bytes, of which a SEG has one bit a voxel
+    pet_spec = replace(SPEC, visit=1, fov_mm=544.0)  # 136 x 136: planes of whole bytes in a SEG
     for encoding, study, spec in (
         ("sc", written.study, SPEC),
         ("pet", make_study(folder / "pet" / "ct", spec=pet_spec), pet_spec),
