@@ -31,7 +31,8 @@ readers: setup
 	$(BIN)/python tests/readers/install_readers.py
 
 # The pictures of docs/viewers.md, as the test of OHIF leaves them
-VIEWER_PICTURES := tmtv-sc tmtv-pet tmtv-sc-region tmtv-weightless-region viewer-sc-OT beside-a-real-pet-ours-first
+VIEWER_PICTURES := tmtv-sc tmtv-pet tmtv-sc-region tmtv-weightless-region viewer-sc-PT viewer-sc-OT viewer-pet-SEG \
+	beside-a-real-pet-ours-first beside-a-real-pet-own-frame
 viewer-pictures: readers
 	mkdir -p docs/images/viewers runs
 	$(BIN)/python -m pytest tests/readers/test_reader_ohif.py --basetemp=runs/viewers

@@ -259,6 +259,7 @@ class WebConfig(_Table):
     verify_tls: bool = True
     allow_http: bool = False
     connect_timeout_s: Seconds = 10.0
+    upload_timeout_s: Seconds = 600.0
     answer_timeout_s: Seconds = 60.0
     batch_bytes: int = Field(default=32_000_000, ge=1_000_000, le=1_000_000_000)
 
@@ -281,6 +282,8 @@ class WebConfig(_Table):
     @field_validator(*_WEB_FILES, mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.isprintable():  # as a certificate that was pasted here
+            raise ValueError("the path of a file, in one line")
         return None if value == "" else value
 
     @model_validator(mode="after")
@@ -487,6 +490,8 @@ def _may_be_shown(loc: tuple[int | str, ...], value: Any) -> bool:
     """Whether a wrong value can hold no secret: an address can have a password or a token in it, a table any key."""
     key = str(loc[-1]) if loc else ""
     if isinstance(value, dict | list) or any(word in key for word in ("password", "token", "secret")):
+        return False
+    if key in _WEB_FILES:
         return False
     return not ("url" in key and re.search("[@?#]", str(value)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
 from pipeline.types import PipelineOptions
@@ -14,6 +15,7 @@ from storage.records import Job
 RECALLED = "recalled"  # in a job's details: its result was taken back, and it stands in nobody's way
 RECALLED_AT = "recalled_at"  # in a job's details: the destinations where it was taken back, not everywhere
 RERUN = "rerun"  # in a job's details: why the result of the job that it supersedes was computed again
+WRITTEN = "written"  # in a job's details: the time that the instances of its result carry
 
 OTHER_SERIES = "other_series"  # the reason of a job whose result, computed in place, was not the series that it sent
 SAME_AS = "same_as"  # in a job's details: the job whose series its result turned out to be, so that it was not sent
@@ -38,6 +40,12 @@ def asked_for(options: PipelineOptions) -> dict[str, Any]:
 def result_uids(job: Job) -> set[str]:
     """The series UIDs of a job's result; none before it has one."""
     return {str(series["series_uid"]) for series in job.details.get("result_series") or ()}
+
+
+def written_at(job: Job) -> datetime | None:
+    """The time that the instances of its result carry; None before a run of it began, or of an older version."""
+    told = job.details.get(WRITTEN)
+    return datetime.fromisoformat(told) if told else None
 
 
 def superseded_by(ledger: Ledger, job: Job) -> list[Job]:

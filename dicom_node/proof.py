@@ -149,7 +149,8 @@ def judge_ask(delivery: Delivery, uid: str, outcome: RequestOutcome, destination
 def judge_count(delivery: Delivery, outcome: CountOutcome, destination: DestinationConfig) -> Step:
     """VISIBLE when exactly the instances that we sent are shown; what cannot be asked stays where it is.
 
-    So does an optional companion that is stored and never shown: some archives list no presentation states.
+    So does an optional companion that is stored and never shown, or about which the archive does not answer: some
+    list no presentation states, and the PET series has a proof of its own.
     """
     goal = goal_of(destination)
     if outcome.ok and outcome.count == delivery.instances:
@@ -162,11 +163,9 @@ def judge_count(delivery: Delivery, outcome: CountOutcome, destination: Destinat
     checks = delivery.checks + 1
     if code == "interrupted":
         return Step(state=delivery.state, goal=goal, retry_in_s=0.0)
-    if outcome.permanent:
-        return Step(state=DeliveryState.FAILED, goal=goal, code=code, text=text)
-    if checks >= destination.max_attempts:
-        text = f"{text}; given up after {checks} looks"
-        if outcome.ok and delivery.kind in OPTIONAL_KINDS:
+    if outcome.permanent or checks >= destination.max_attempts:
+        text += "" if outcome.permanent else f"; given up after {checks} looks"
+        if delivery.kind in OPTIONAL_KINDS - {REJECTION}:  # of a note nothing is counted: its trouble is another
             text = f"{text}; it is stored, and optional"
             return Step(state=delivery.state, goal=delivery.state, code=code, text=text)
         return Step(state=DeliveryState.FAILED, goal=goal, code=code, text=text)

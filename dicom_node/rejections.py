@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -26,9 +27,9 @@ from pipeline.outputs.rejection_note import (
     series_to_json,
 )
 from pipeline.result import read_summary
-from storage.deliveries import seen_there
+from storage.deliveries import seen_there, taken_back_at
 from storage.durable import fsync_folder, link_file, make_folder, write_temp
-from storage.errors import IllegalMove, NoSpace
+from storage.errors import IllegalMove, NoSpace, StorageError
 from storage.ledger import Ledger, utc_now
 from storage.records import PROOF_STATES, REJECTION, Delivery, Event, Job, NewDelivery
 from storage.rejections import OPEN_AGAIN, REJECTABLE, STOPPABLE
@@ -153,6 +154,9 @@ def _note(
     if path.is_file():  # written once: its bytes may be on their way
         return read_rejected_series([path]).series_uid
     rejected = _series(spool, job.id, f"{delivery.kind}-{delivery.encoding}")
+    if rejected.series_uid != delivery.series_uid:  # files or names of another run of the job
+        text = f"what is kept is series {rejected.series_uid}, the ledger says that {delivery.series_uid} was sent"
+        raise OutputError("result_unreadable", text)
     note = encode_rejection_note(rejected, reason=reason, description=description, created=clock(), encoding=encoding)
     make_folder(path.parent)
     temp = write_temp(path, (note.instances[0].data,))
@@ -170,7 +174,7 @@ def _series(spool: Spool, job_id: str, name: str) -> RejectedSeries:
     files = outbox_files(spool.result_folder(job_id) / name)
     if files:
         return read_rejected_series(files)
-    kept = spool.references(job_id).get(name)
+    kept = _kept(spool, job_id).get(name)
     if kept is None:
         raise OutputError(
             "result_unreadable", f"series {name} of job {job_id}: neither its files nor its names are there"
@@ -178,8 +182,18 @@ def _series(spool: Spool, job_id: str, name: str) -> RejectedSeries:
     return series_from_json(kept)
 
 
+def _kept(spool: Spool, job_id: str) -> dict[str, str]:
+    """`Spool.references`; raises OutputError where they are damaged."""
+    try:
+        return spool.references(job_id)
+    except ValueError as error:
+        raise OutputError("result_unreadable", f"what was kept of the result of job {job_id} is damaged") from error
+
+
 def keep_references(spool: Spool, job_id: str) -> None:
     """Before a result is removed: keep what names its series, so that it can be rejected for a year.
+
+    A damaged series is left out, and the others are kept: it must not fill the disk for ever.
 
     Raises:
         OSError, NoSpace: not now; the result must stay.
@@ -187,19 +201,29 @@ def keep_references(spool: Spool, job_id: str) -> None:
     folder = spool.result_folder(job_id)
     if not spool.has_result(job_id) or spool.has_references(job_id):
         return
+    texts = {}
     try:
-        texts = {
-            series.folder: series_to_json(read_rejected_series(outbox_files(folder / series.folder)))
-            for series in read_summary(folder).series
-        }
-        spool.keep_references(job_id, texts)
-    except OutputError as error:  # a damaged result must not fill the disk for ever
-        log.warning("rejection.no_references", job_id=job_id, reason=error.text)
-        if isinstance(error.__cause__, OSError):
-            raise error.__cause__ from error
+        for name in _series_folders(folder, job_id):
+            try:
+                texts[name] = series_to_json(read_rejected_series(outbox_files(folder / name)))
+            except OutputError as error:
+                log.warning("rejection.no_references", job_id=job_id, series=name, reason=error.text)
+        if texts:
+            spool.keep_references(job_id, texts)
     except (OSError, NoSpace) as error:
         log.warning("rejection.references_later", job_id=job_id, reason=type(error).__name__)
         raise
+
+
+def _series_folders(folder: Path, job_id: str) -> list[str]:
+    """The folders of a result's series; none where its summary is damaged. Raises OSError when it cannot be read."""
+    try:
+        return [series.folder for series in read_summary(folder).series]
+    except OutputError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from error
+        log.warning("rejection.no_references", job_id=job_id, reason=error.text)
+        return []
 
 
 # ---- results that a later one replaces
@@ -217,10 +241,11 @@ def reject_superseded(config: Config, ledger: Ledger, spool: Spool, *, clock: Ca
     for job in ledger.superseding(since=clock() - LOOK_BACK):
         pets = {d.destination: d for d in ledger.deliveries(job.id) if d.kind == "pet"}
         there = {name for name, delivery in pets.items() if name in wanted and delivery.proven}
+        there = _not_taken_back(job, there)  # itself rejected, it is not there to replace anything
         for old in _replaced(ledger, job) if there else ():
             try:
                 opened += _replace(ledger, spool, job, old, there, clock)
-            except (OSError, NoSpace) as error:  # it passes: the next call does it, and the other jobs go on
+            except (OSError, StorageError) as error:  # the next call tries it again, and the other jobs go on
                 log.warning("rejection.later", job_id=old.id, reason=type(error).__name__)
     return opened
 
@@ -229,7 +254,7 @@ def _replace(
     ledger: Ledger, spool: Spool, job: Job, old: Job, there: Collection[str], clock: Callable[[], datetime]
 ) -> int:
     told = dict(old.details.get("superseded_at") or {})
-    due = {d.destination for d in ledger.deliveries(old.id) if d.destination in there} - told.keys()
+    due = _not_taken_back(old, {d.destination for d in ledger.deliveries(old.id) if d.destination in there})
     if not due:
         return 0
     done = reject(
@@ -248,6 +273,12 @@ def _replace(
     for text in done.unnamed:
         log.warning("rejection.not_written", job_id=old.id, reason=text)
     return done.opened
+
+
+def _not_taken_back(job: Job, destinations: Collection[str]) -> set[str]:
+    """Of the destinations those where the job's result was neither recalled nor replaced."""
+    gone = taken_back_at(job.details)
+    return set() if "" in gone else set(destinations) - gone
 
 
 def _replaced(ledger: Ledger, job: Job) -> list[Job]:

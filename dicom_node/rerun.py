@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from uuid import uuid4
 
 from dicom_node.config import Config
 from dicom_node.errors import RerunRefused
-from dicom_node.incoming import STANDING
+from dicom_node.incoming import STANDING, stands
 from dicom_node.lineage import RERUN, asked_for, result_uids
 from dicom_node.worker import pipeline_options
 from pipeline.bundle import bundle_path, load_bundle
 from pipeline.provenance import software_version
+from storage.errors import StorageError
 from storage.ledger import Ledger
 from storage.records import Job, JobState
 from storage.spool import Spool
 
 _KEPT = ("coverage_mm", "spacing_mm", "slices")  # the series is the same: so are these
+_NO_CT = "its CT is not in the spool any more (storage.keep_inputs_days): route the study again first"
 
 
 def changes(job: Job, config: Config, spool: Spool) -> tuple[str, ...]:
@@ -60,31 +63,47 @@ def segmentation_names(spool: Spool, job: Job) -> list[str]:
 def rerun(ledger: Ledger, spool: Spool, job: Job, why: Sequence[str]) -> Job:
     """Open and queue a job that computes the series of `job` again and supersedes it.
 
+    Its input is linked first, and the ledger hears of it once, whole: a kill leaves a folder for retention, no job.
+
     Raises:
-        RerunRefused: nothing has changed, another job supersedes this one, or its CT is gone; the text says which.
+        RerunRefused: nothing has changed, another job takes its place, slices of it are arriving, or its CT is gone;
+            the text says which.
+        StaleState: another job of the series was opened at the same time.
     """
     if not why:
         raise RerunRefused("nothing that the result is made of has changed: `dicom-node jobs redeliver` sends it again")
-    successor = next((one for one in ledger.jobs_of_series(job.info.series_uid) if _takes_place_of(one, job)), None)
-    if successor is not None:
-        raise RerunRefused(f"job {successor.id} supersedes it already and is {successor.state}: retry that one")
-    source = next((one for one in (job, *ledger.jobs_of_series(job.info.series_uid)) if _has_ct(spool, one, job)), None)
+    jobs = ledger.jobs_of_series(job.info.series_uid)
+    for one in jobs[: [other.id for other in jobs].index(job.id)]:  # newer than `job`
+        if one.state is JobState.RECEIVING:
+            raise RerunRefused(f"slices of its series are arriving as job {one.id}: wait for its end")
+        if _takes_place_of(one, job):
+            how = "supersedes it already" if one.supersedes == job.id else "of the same series is newer"
+            raise RerunRefused(f"job {one.id} {how} and is {one.state}: retry that one")
+    source = next((one for one in (job, *jobs) if _has_ct(spool, one, job)), None)
     if source is None:
-        raise RerunRefused(
-            "its CT is not in the spool any more (storage.keep_inputs_days): route the study again first"
-        )
-    text = "; ".join(why)
-    new = ledger.open_job(job.info, supersedes=job.id)
-    count = spool.link_previous(new.id, source.id)
+        raise RerunRefused(_NO_CT)
+    new_id = uuid4().hex
     details = {RERUN: list(why), **{key: job.details[key] for key in _KEPT if key in job.details}}
-    ledger.update(new.id, instances=count, source_digest=job.source_digest, details=details)
-    ledger.note(job.id, "superseded", f"computed again as job {new.id}: {text}", details={"successor": new.id})
-    return ledger.move(new.id, JobState.QUEUED, code="rerun", text=f"job {job.id} computed again: {text}")
+    try:
+        count = spool.link_previous(new_id, source.id)
+        known = [one.id for one in jobs]
+        return ledger.open_successor(
+            new_id, job.id, known=known, instances=count, details=details, code="rerun", text="; ".join(why)
+        )
+    except FileNotFoundError as error:  # retention removes it at this moment
+        spool.discard_work(new_id)
+        raise RerunRefused(_NO_CT) from error
+    except StorageError:
+        spool.discard_work(new_id)
+        raise
 
 
 def _takes_place_of(one: Job, job: Job) -> bool:
-    """A successor that is on its way, or has brought a result of its own."""
-    if one.supersedes != job.id or one.state not in STANDING:
+    """A successor, or what was routed again, that is on its way or has brought a result of its own.
+
+    One that was recalled as well still stands here where it supersedes `job`: the two would be computed alike.
+    """
+    if one.state not in STANDING or not (one.supersedes == job.id or stands(one)):
         return False
     return one.state is not JobState.DONE or not (result_uids(one) & result_uids(job))
 

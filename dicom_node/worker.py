@@ -20,7 +20,17 @@ import structlog
 
 from dicom_node.config import Config, DestinationConfig
 from dicom_node.engine import Engine, EngineError, EngineStopped
-from dicom_node.lineage import OTHER_SERIES, RECALLED, RERUN, SAME_AS, asked_for, series_out
+from dicom_node.lineage import (
+    OTHER_SERIES,
+    RECALLED,
+    RERUN,
+    SAME_AS,
+    WRITTEN,
+    asked_for,
+    result_uids,
+    series_out,
+    written_at,
+)
 from dicom_node.retry import retry_delay_s
 from dicom_node.settle import OPTIONAL_KINDS
 from pipeline.errors import DistrictError, GateRefusal, PipelineError, UnsupportedSeries
@@ -125,7 +135,9 @@ def pipeline_options(config: Config) -> PipelineOptions:
     )
 
 
-REFERRING_KINDS = frozenset({"sr", "gsps", "pcps"})  # to the planes of one PET series, which another encoding lacks
+REFERRING_KINDS = frozenset(
+    {"seg", "sr", "gsps", "pcps"}
+)  # to the planes of one PET series, which another encoding lacks
 
 
 def new_deliveries(series: Sequence[SeriesSummary], destinations: Sequence[DestinationConfig]) -> list[NewDelivery]:
@@ -245,7 +257,10 @@ class Worker:
         began = monotonic()
         try:
             if not self._spool.has_result(job.id):
-                self._run(job)
+                self._run(job, self._first_created(job))
+            if (written := self._written_elsewhere(job.id)) is not None:
+                self._spool.discard_result(job.id)
+                self._run(job, written)
             done = self._complete(job)
         except StaleState:
             self._discard(job)
@@ -263,7 +278,7 @@ class Worker:
             if self._options.shadow is not None:
                 self._shadow(job)
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: Job, created: datetime) -> None:
         paths = self._spool.ct_files(job.id)
         if not paths:
             raise NotFound(f"job {job.id}: no CT files")
@@ -271,35 +286,64 @@ class Worker:
         shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)  # left by a killed run
         watch = _Watch(self._ledger, job.id, self._owner, self._config.engine.lease_s, lambda: self._stop_at)
         options = self._options_for(job)
-        self._ledger.update(job.id, details=_made_of(options))
+        self._ledger.update(job.id, details={**_made_of(options), WRITTEN: created.isoformat()})
         self._engine.run(
             job.id,
             paths,
             options,
             folder,
-            self._first_created(job),
+            created,
             on_progress=watch.on_progress,
             should_stop=watch.should_stop,
         )
         watch.end()
 
     def _options_for(self, job: Job) -> PipelineOptions:
-        """With the SEG objects that came with the job's study, where the configuration uses them."""
+        """With the SEG objects that came with the job's study, where the configuration uses them.
+
+        A viewer in which somebody corrected the districts on our PET names that series, and not the CT.
+        """
         if not self._config.pipeline.uses_segmentations:
             return self._options
         found = tuple(self._spool.segmentations(job.info.study_uid))
-        return replace(self._options, districts=replace(self._options.districts, segmentations=found))
+        jobs = self._ledger.jobs_of_series(job.info.series_uid)
+        made = tuple(sorted(set().union(*(result_uids(one) for one in jobs))))
+        districts = replace(self._options.districts, segmentations=found, result_series=made)
+        return replace(self._options, districts=districts)
 
     def _first_created(self, job: Job) -> datetime:
         """When these instances first became a job: a repeated run writes the same bytes under the same UIDs.
 
         A result that is made of something else, or in the place of one that was taken back, has a time of its own.
         """
+        if (written := written_at(job)) is not None:
+            return written
         if RERUN in job.details:
             return job.created
         same = [one for one in self._ledger.jobs_of_series(job.info.series_uid) if _same_source(one, job)]
         same = [one for one in same if RECALLED not in one.details]
-        return min((one.created for one in same), default=job.created)
+        latest = next((written for one in same if (written := written_at(one)) is not None), None)
+        return latest or min((one.created for one in same), default=job.created)
+
+    def _written_elsewhere(self, job_id: str) -> datetime | None:
+        """The time in another job's result, where that is the same series with another time in its instances.
+
+        What a result is made of decides its UIDs, and is known when it is there: then it is written again with that
+        time, as one UID never has two contents. What must not be sent from here anyway is left out.
+        """
+        job = self._ledger.get(job_id)
+        uids = {one.series_uid for one in read_summary(self._spool.result_folder(job_id)).series}
+        uids -= series_out(self._ledger, job).keys()
+        first = next(
+            (
+                one
+                for one in reversed(self._ledger.jobs_of_series(job.info.series_uid))
+                if one.id != job_id and result_uids(one) & uids
+            ),
+            None,
+        )
+        written = self._first_created(first) if first is not None else None
+        return written if written != self._first_created(job) else None
 
     def _complete(self, job: Job) -> Job:
         summary = read_summary(self._spool.result_folder(job.id))

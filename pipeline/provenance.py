@@ -43,7 +43,7 @@ def _canonical(value: Any) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultUids:
-    """The UIDs of one result series in one encoding ("sc", "pet" or, of the districts, "binary")."""
+    """The UIDs of one result series in one encoding ("sc" or "pet")."""
 
     source: SourceSeries
     provenance: Provenance

@@ -245,8 +245,7 @@ class EncodedSeries:
     """All instances of one result series, in sending order.
 
     `kind`: "pet", "mip", "seg", "uncertainty", "sr" (measurement report), "gsps" or "pcps" (presentation states).
-    `encoding`: "sc" or "pet", for "seg" its segmentation type, "binary"; of a report or presentation state that of the
-    PET series which it refers to.
+    `encoding`: "sc" or "pet"; of a SEG, report or presentation state that of the PET series which it refers to.
     """
 
     kind: str
@@ -336,6 +335,7 @@ class DistrictOptions:
 
     chain: tuple[str, ...] = ("builtin",)  # tried in order
     segmentations: tuple[Path, ...] = ()
+    result_series: tuple[str, ...] = ()  # UIDs of series made of this CT before: a SEG drawn on one is one of the CT
     nnunet_folder: Path | None = None  # an unzipped nnU-Net v2 model folder
     totalsegmentator_weights: Path | None = None  # None: where TotalSegmentator itself looks
     timeout_s: float = 900.0  # for a segmenter with a process of its own; then it is ended

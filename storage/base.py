@@ -1,4 +1,10 @@
-"""What the ledger's parts share: sessions, the clock, rows by id, and the one way to write an event."""
+"""What the ledger's parts share: sessions, the clock, rows by id, and the one way to write an event.
+
+Locks of rows, where the database has them (PostgreSQL; SQLite has one writer), are taken in one order, so that two
+transactions never wait for each other: the job, then its deliveries, then their commitment transactions. Who changes
+a delivery holds its job, with two exceptions: `renew_delivery` takes one row and waits for no other, and what looks
+for work (`claim…`, `sweep`) waits for nobody: it skips what is locked (SKIP LOCKED) and finds it next time.
+"""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class DeliveryLedger(LedgerBase):
                 )
                 .order_by(DeliveryRow.next_attempt.is_not(None), DeliveryRow.next_attempt, DeliveryRow.id)
                 .limit(1)
-                .with_for_update(of=DeliveryRow, skip_locked=True)
+                .with_for_update(of=[JobRow, DeliveryRow], skip_locked=True)
             )
             if row is None:
                 return None
@@ -115,7 +115,7 @@ class DeliveryLedger(LedgerBase):
         failed. Raises `StaleState` when the delivery is not leased to `owner` any more (cancelled, swept).
         """
         with self._write() as session:
-            row = self._delivery(session, delivery_id)
+            job, row = self._delivery(session, delivery_id)
             if row.state != DeliveryState.SENDING.value or row.lease_owner != owner:
                 raise StaleState(f"delivery {delivery_id}: is {row.state}, not being sent by {clean(owner)!r}")
             self._move_delivery(row, state)
@@ -138,7 +138,7 @@ class DeliveryLedger(LedgerBase):
                 statuses=dict(Counter(statuses.values())),
                 next_attempt=row.next_attempt,
             )
-            self._settle(session, self._job(session, row.job_id))
+            self._settle(session, job)
             return delivery_of(row)
 
     def _delivery_event(self, session: Session, row: DeliveryRow, code: str, text: str, **details: Any) -> None:
@@ -152,11 +152,13 @@ class DeliveryLedger(LedgerBase):
         }
         self._event(session, row.job_id, code, text, stage="delivery", details={**named, **details})
 
-    def _delivery(self, session: Session, delivery_id: int) -> DeliveryRow:
-        row = session.get(DeliveryRow, delivery_id, with_for_update=True)
-        if row is None:
+    def _delivery(self, session: Session, delivery_id: int) -> tuple[JobRow, DeliveryRow]:
+        """A delivery and its job, both locked, in the order of `storage.base`. Raises `NotFound`."""
+        job_id = session.scalar(select(DeliveryRow.job_id).where(DeliveryRow.id == delivery_id))
+        if job_id is None:
             raise NotFound(f"no delivery {delivery_id} in the ledger")
-        return row
+        job = self._job(session, job_id)
+        return job, session.get_one(DeliveryRow, delivery_id, with_for_update=True)
 
     def _move_delivery(self, row: DeliveryRow, to: DeliveryState) -> None:
         """The only place where a delivery's state changes."""
@@ -263,11 +265,12 @@ class DeliveryLedger(LedgerBase):
         now = self._clock()
         rows = session.scalars(
             select(DeliveryRow)
+            .join(JobRow, JobRow.id == DeliveryRow.job_id)
             .where(
                 DeliveryRow.state == DeliveryState.SENDING.value,
                 or_(DeliveryRow.lease_until.is_(None), DeliveryRow.lease_until < now),
             )
-            .with_for_update()
+            .with_for_update(of=[JobRow, DeliveryRow], skip_locked=True)
         ).all()
         for row in rows:
             owner = row.lease_owner

@@ -102,40 +102,37 @@ class Ledger(ProofLedger, RejectionLedger):
 
     def open_job(self, info: SeriesInfo, *, supersedes: str = "") -> Job:
         """A new job in RECEIVING; `supersedes` names the job of the same series that it takes the place of."""
-        now = self._clock()
-        row = JobRow(
-            id=uuid4().hex,
-            state=JobState.RECEIVING.value,
-            study_uid=clean(info.study_uid),
-            series_uid=clean(info.series_uid),
-            accession=clean(info.accession),
-            patient_id=clean(info.patient_id),
-            modality=clean(info.modality),
-            sop_class_uid=clean(info.sop_class_uid),
-            series_number=clean(info.series_number),
-            series_description=clean(info.series_description),
-            study_date=clean(info.study_date),
-            calling_ae=clean(info.calling_ae),
-            peer_address=clean(info.peer_address),
-            created=now,
-            updated=now,
-            instances=0,
-            attempts=0,
-            reason_code="",
-            reason="",
-            stage="",
-            supersedes=supersedes,
-            source_digest="",
-            lease_owner="",
-            has_result=False,
-            details={},
-        )
         with self._write() as session:
-            session.add(row)
-            session.flush()
-            who = f"from {row.calling_ae} at {row.peer_address}"
-            late = f", supersedes job {supersedes}" if supersedes else ""
-            self._event(session, row.id, "opened", f"series {row.series_uid} {who}{late}", details={"to": row.state})
+            return job_of(self._opened(session, uuid4().hex, info, supersedes))
+
+    def open_successor(
+        self,
+        job_id: str,
+        earlier_id: str,
+        *,
+        known: Collection[str],
+        instances: int,
+        details: Mapping[str, Any],
+        code: str,
+        text: str,
+    ) -> Job:
+        """A QUEUED job that computes the series of job `earlier_id` again; one transaction, so that no kill halves it.
+
+        `job_id` is the caller's (a UUID in hex): the input lies in the spool already. `known` are the ids of the jobs
+        of this series that the caller decided upon; raises `StaleState` when there is another one now.
+        """
+        with self._write() as session:
+            earlier = self._job(session, earlier_id)
+            jobs = session.scalars(select(JobRow.id).where(JobRow.series_uid == earlier.series_uid))
+            unknown = sorted(set(jobs) - set(known))
+            if unknown:
+                raise StaleState(f"job {earlier_id}: job {unknown[0]} of its series was opened meanwhile")
+            row = self._opened(session, job_id, job_of(earlier).info, earlier_id)
+            row.instances, row.source_digest = instances, earlier.source_digest
+            _merge(row, details)
+            told = f"computed again as job {job_id}: {text}"
+            self._event(session, earlier_id, "superseded", told, details={"successor": job_id})
+            self._move(session, row, JobState.QUEUED, code=code, text=f"job {earlier_id} computed again: {text}")
             return job_of(row)
 
     def update(
@@ -375,7 +372,7 @@ class Ledger(ProofLedger, RejectionLedger):
                     JobRow.state == JobState.RUNNING.value,
                     or_(JobRow.lease_until.is_(None), JobRow.lease_until < now),
                 )
-                .with_for_update()
+                .with_for_update(skip_locked=True)
             ).all()
             for row in rows:
                 self._take_back(session, row, last=row.attempts >= max_attempts, again=now + timedelta(seconds=retry_s))
@@ -390,9 +387,12 @@ class Ledger(ProofLedger, RejectionLedger):
         living = select(JobRow.id).where(JobRow.state.not_in([state.value for state in FINAL_JOB_STATES]))
         open_deliveries = select(DeliveryRow.id).where(DeliveryRow.job_id.in_(living))
         with self._write() as session:
+            old = select(CommitmentRow.transaction_uid).where(
+                CommitmentRow.asked < when, CommitmentRow.delivery_id.not_in(open_deliveries)
+            )
             session.execute(
                 delete(CommitmentRow)
-                .where(CommitmentRow.asked < when, CommitmentRow.delivery_id.not_in(open_deliveries))
+                .where(CommitmentRow.transaction_uid.in_(old.with_for_update(skip_locked=True)))
                 .execution_options(synchronize_session=False)
             )
             found = session.execute(
@@ -403,6 +403,43 @@ class Ledger(ProofLedger, RejectionLedger):
             return found.rowcount  # type: ignore[attr-defined]
 
     # ---- inside
+
+    def _opened(self, session: Session, job_id: str, info: SeriesInfo, supersedes: str) -> JobRow:
+        """The row of a new job in RECEIVING, with its first event."""
+        now = self._clock()
+        row = JobRow(
+            id=job_id,
+            state=JobState.RECEIVING.value,
+            study_uid=clean(info.study_uid),
+            series_uid=clean(info.series_uid),
+            accession=clean(info.accession),
+            patient_id=clean(info.patient_id),
+            modality=clean(info.modality),
+            sop_class_uid=clean(info.sop_class_uid),
+            series_number=clean(info.series_number),
+            series_description=clean(info.series_description),
+            study_date=clean(info.study_date),
+            calling_ae=clean(info.calling_ae),
+            peer_address=clean(info.peer_address),
+            created=now,
+            updated=now,
+            instances=0,
+            attempts=0,
+            reason_code="",
+            reason="",
+            stage="",
+            supersedes=supersedes,
+            source_digest="",
+            lease_owner="",
+            has_result=False,
+            details={},
+        )
+        session.add(row)
+        session.flush()
+        who = f"from {row.calling_ae} at {row.peer_address}"
+        late = f", supersedes job {supersedes}" if supersedes else ""
+        self._event(session, row.id, "opened", f"series {row.series_uid} {who}{late}", details={"to": row.state})
+        return row
 
     def _take_back(self, session: Session, row: JobRow, *, last: bool, again: datetime) -> None:
         text = f"{row.lease_owner or 'the worker'} stopped in stage {row.stage or 'start'}, attempt {row.attempts}"

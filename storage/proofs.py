@@ -57,7 +57,7 @@ class ProofLedger(DeliveryLedger):
                 )
                 .order_by(DeliveryRow.next_attempt.is_not(None), DeliveryRow.next_attempt, DeliveryRow.id)
                 .limit(1)
-                .with_for_update(of=DeliveryRow, skip_locked=True)
+                .with_for_update(of=[JobRow, DeliveryRow], skip_locked=True)
             )
             if row is None:
                 return None
@@ -66,10 +66,15 @@ class ProofLedger(DeliveryLedger):
 
     def reclaim_proofs(self, owner: str) -> int:
         """At start: what an earlier life of `owner` was asking is due again. Returns how many."""
+        mine = DeliveryRow.state.in_(_PROVABLE), DeliveryRow.lease_owner == owner
         with self._write() as session:
+            holding = select(DeliveryRow.job_id).where(*mine)
+            session.scalars(
+                select(JobRow.id).where(JobRow.id.in_(holding)).order_by(JobRow.seq).with_for_update()
+            ).all()
             found = session.execute(
                 update(DeliveryRow)
-                .where(DeliveryRow.state.in_(_PROVABLE), DeliveryRow.lease_owner == owner)
+                .where(*mine)
                 .values(lease_owner="", lease_until=None, next_attempt=self._clock())
                 .execution_options(synchronize_session=False)
             )
@@ -99,7 +104,7 @@ class ProofLedger(DeliveryLedger):
         Raises `StaleState` when the delivery is not leased to `owner` any more.
         """
         with self._write() as session:
-            row = self._leased(session, delivery_id, owner)
+            job, row = self._leased(session, delivery_id, owner)
             was, checks = DeliveryState(row.state), row.checks
             if state is was:
                 row.lease_owner, row.lease_until = "", None
@@ -119,7 +124,7 @@ class ProofLedger(DeliveryLedger):
             if state is not was or text:
                 told = code or _ENDED_CODES.get(state, "delivery_unproven")
                 self._proof_event(session, row, told, text or f"{row.destination} has {row.instances} instances")
-            self._settle(session, self._job(session, row.job_id))
+            self._settle(session, job)
             return delivery_of(row)
 
     # ---- commitment transactions
@@ -127,7 +132,7 @@ class ProofLedger(DeliveryLedger):
     def open_commitment(self, delivery_id: int, owner: str, transaction_uid: str) -> Commitment:
         """Write a transaction before it is asked; an earlier one without a report lapses. Raises `StaleState`."""
         with self._write() as session:
-            row = self._leased(session, delivery_id, owner)
+            _, row = self._leased(session, delivery_id, owner)
             session.execute(
                 update(CommitmentRow)
                 .where(CommitmentRow.delivery_id == delivery_id, CommitmentRow.state == CommitmentState.ASKED.value)
@@ -164,7 +169,7 @@ class ProofLedger(DeliveryLedger):
             known = session.get(CommitmentRow, transaction_uid)
             if known is None:
                 return Report.UNKNOWN
-            row = self._delivery(session, known.delivery_id)  # locked before its transaction, as everywhere
+            _, row = self._delivery(session, known.delivery_id)  # locked before its transaction
             asked = session.get_one(CommitmentRow, transaction_uid, with_for_update=True, populate_existing=True)
             counts = f"{len(committed)} of {row.instances} instances committed, {len(failed)} refused"
             if asked.state not in _OPEN:
@@ -183,11 +188,11 @@ class ProofLedger(DeliveryLedger):
 
     # ---- inside
 
-    def _leased(self, session: Session, delivery_id: int, owner: str) -> DeliveryRow:
-        row = self._delivery(session, delivery_id)
+    def _leased(self, session: Session, delivery_id: int, owner: str) -> tuple[JobRow, DeliveryRow]:
+        job, row = self._delivery(session, delivery_id)
         if row.state not in _PROVABLE or row.lease_owner != owner:
             raise StaleState(f"delivery {delivery_id}: is {row.state}, its proof is not asked by {clean(owner)!r}")
-        return row
+        return job, row
 
     def _close(self, session: Session, transaction_uid: str, outcome: CommitmentState) -> None:
         asked = session.get(CommitmentRow, transaction_uid, with_for_update=True)

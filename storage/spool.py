@@ -287,14 +287,19 @@ class Spool:
         Where it finds the disk full or failing the result stays for the next time, and the others go: so do inputs and
         quarantined files, which come first and make room.
         `is_over` says of a study (by UID) that no job of it waits: then its SEG objects are inputs like others.
-        Nothing else of the inbox is touched: what was acknowledged and is no job yet waits. Returns what was
-        removed, as paths in the spool.
+        Halves that a kill left beside jobs and results go after a day. Nothing else of the inbox is touched: what
+        was acknowledged and is no job yet waits. Returns what was removed, as paths in the spool.
         """
         removed = []
 
-        def over(top: Path, keep: timedelta) -> list[Path]:
-            old = (path for path in sorted(top.iterdir()) if _HEX.fullmatch(path.name) and _age(path, now) > keep)
-            return [folder for folder in old if is_final(folder.name)]
+        def is_over_age(folder: Path, keep: timedelta) -> bool:
+            with suppress(FileNotFoundError):  # somebody else removed it
+                return bool(_HEX.fullmatch(folder.name)) and _age(folder, now) > keep and is_final(folder.name)
+            return False
+
+        def over(top: Path, keep: timedelta) -> Iterator[Path]:
+            # one after the other: with many to remove, the last is asked about when its turn has come
+            return (path for path in sorted(top.iterdir()) if is_over_age(path, keep))
 
         for folder in over(self._work, keep_inputs):
             remove_tree(folder)
@@ -309,16 +314,35 @@ class Spool:
             if _age(path, now) > keep_references:
                 path.unlink(missing_ok=True)
                 removed.append(str(path.relative_to(self.root)))
+        for path in self._leftovers(now, is_final):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            removed.append(str(path.relative_to(self.root)))
         for folder in over(self._outbox, keep_results):
             try:
                 before_result(folder.name)
             except (StorageError, OSError):  # it said so; what names a result must be kept before that goes
+                continue
+            # again: while its names were kept it may have been asked for again, or a rejection note written into it
+            if not is_over_age(folder, keep_results):
                 continue
             remove_tree(folder)
             removed.append(str(folder.relative_to(self.root)))
         return removed
 
     # ---- inside
+
+    def _leftovers(self, now: datetime, is_final: Callable[[str], bool]) -> list[Path]:
+        """What a killed run or removal left beside jobs and results (`<job_id>.tmp`, `<job_id>.old`, `.<token>.tmp`).
+
+        A node that never stops never calls `clean_temp`. Only what is a day old, and of no job that goes on.
+        """
+        found = []
+        for path in sorted((*self._work.iterdir(), *self._outbox.iterdir())):
+            job_id, _, rest = path.name.partition(".")
+            with suppress(FileNotFoundError):
+                if rest and _age(path, now) > A_DAY and (not job_id or (_HEX.fullmatch(job_id) and is_final(job_id))):
+                    found.append(path)
+        return found
 
     def _reference(self, job_id: str) -> Path:
         return self._references / f"{_hex(job_id)}.json"

@@ -8,6 +8,7 @@ assert web.stored == {...}
 from __future__ import annotations
 
 import json
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -91,6 +92,7 @@ class FakeWeb:
     """The service. `answer` is asked for every POST, `found` for every GET: (path, query) to a list of data sets.
 
     Who posts more than `most_bytes` is answered 413 while still sending, as a proxy does. With `tls` it speaks https.
+    The first `slow` requests are read at 0.3 MB/s.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class FakeWeb:
         *,
         found: Callable[[str, Mapping[str, list[str]]], Any] = lambda _path, _query: [],
         most_bytes: int = 1 << 40,
+        slow: int = 0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.posts: list[Posted] = []
@@ -109,7 +112,10 @@ class FakeWeb:
         self.stopped = threading.Event()
         self.most_bytes = most_bytes
         self._tls = tls
+        self.slow = slow
         self._server = _Server(("127.0.0.1", 0), _handler(self))
+        if slow:  # else the kernel would take megabytes at once
+            self._server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
         if tls is not None:  # the handshake is the handler's, in its own thread
             self._server.socket = tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         self.port: int = self._server.server_address[1]
@@ -166,7 +172,10 @@ def _handler(web: FakeWeb) -> type[BaseHTTPRequestHandler]:
                 self._give(Answer(status=413))
                 self.rfile.read(length)
                 return
-            raw = self.rfile.read(length)
+            raw = self._slowly(length) if web.slow else self.rfile.read(length)
+            if len(raw) < length:  # who posted has given up
+                self.close_connection = True
+                return
             posted = Posted(
                 number=len(web.posts) + 1,
                 path=self.path,
@@ -175,6 +184,16 @@ def _handler(web: FakeWeb) -> type[BaseHTTPRequestHandler]:
                 instances=_parts(raw, self.headers["Content-Type"]),
             )
             self._give(web.answer_to(posted))
+
+        def _slowly(self, length: int) -> bytes:
+            web.slow -= 1
+            raw = b""
+            while len(raw) < length and not web.stopped.wait(0.05):
+                block = self.rfile.read(min(length - len(raw), 1 << 14))
+                if not block:
+                    break
+                raw += block
+            return raw
 
         def do_GET(self) -> None:
             self._give(web.find(self.path))

@@ -116,6 +116,7 @@ def running_orthanc(
         "LuaScripts": [str(path) for path in lua_scripts],
         "DicomModalities": {name: [ae, "127.0.0.1", port] for name, (ae, port) in modalities.items()},
         "DicomAlwaysAllowStore": True,
+        "SyncStorageArea": False,  # a test's archive need not outlive the machine
         "StableAge": 2,
         "JobsHistorySize": 100,
     }

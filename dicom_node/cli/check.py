@@ -44,7 +44,7 @@ def check(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prove config, disk, ledger, bundle, device, port, peers (C-ECHO), services (QIDO). Exit code 1 when one fails."""
+    """Prove config, disk, ledger, bundle, device, port, peers and what they take. Exit code 1 when one fails."""
     findings = list(_findings(config, quick))
     if as_json:
         print_json([asdict(finding) for finding in findings])
@@ -77,8 +77,11 @@ def _findings(path: Path, quick: bool) -> Iterator[Finding]:
     for destination in config.destinations:
         if destination.url:
             yield check_web(destination)
-        elif destination.commitment or destination.verify:
+            continue
+        if destination.commitment or destination.verify:
             yield check_proof(config, destination)
+        if destination.transfer_syntax != "explicit":
+            yield check_compression(config, destination)
 
 
 def _summary(config: Config) -> str:
@@ -209,6 +212,35 @@ def check_proof(config: Config, destination: DestinationConfig) -> Finding:
     if destination.commitment:
         text += f"; its reports must reach {config.node.ae_title} on port {config.node.port}"
     return Finding(check=name, verdict=Verdict.OK, text=text)
+
+
+def check_compression(config: Config, destination: DestinationConfig) -> Finding:
+    """The archive takes our images in the configured transfer syntax; else they go uncompressed, so it warns."""
+    from dicom_node.net.compression import TRANSFER_SYNTAXES
+    from dicom_node.net.link import Trouble, offered
+
+    name = f"compression {destination.name}"
+    wanted = _image_classes(config, destination)
+    syntax = TRANSFER_SYNTAXES[destination.transfer_syntax]
+    answer = offered(
+        config.peer(destination.peer), list(wanted), calling_ae=config.node.ae_title, syntaxes=[str(syntax)]
+    )
+    if isinstance(answer, Trouble):
+        return Finding(check=name, verdict=Verdict.WARN, text=answer.text)
+    declined = " and ".join(what for sop_class, what in wanted.items() if sop_class not in answer)
+    if declined:
+        text = f"does not accept {syntax.name} for {declined}: sent uncompressed"
+        return Finding(check=name, verdict=Verdict.WARN, text=text)
+    return Finding(check=name, verdict=Verdict.OK, text=f"accepts {syntax.name} for {' and '.join(wanted.values())}")
+
+
+def _image_classes(config: Config, destination: DestinationConfig) -> dict[str, str]:
+    """SOP class -> its name for a person, of the images that this destination gets and that can be compressed."""
+    from pydicom.uid import PositronEmissionTomographyImageStorage, SecondaryCaptureImageStorage
+
+    pet = {str(PositronEmissionTomographyImageStorage): "PET"} if destination.encoding == "pet" else {}
+    captures = destination.encoding == "sc" or (config.output.mip and destination.send_mip)
+    return pet | ({str(SecondaryCaptureImageStorage): "Secondary Capture"} if captures else {})
 
 
 def check_web(destination: DestinationConfig) -> Finding:

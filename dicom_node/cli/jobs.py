@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +27,10 @@ from dicom_node.cli.common import (
     safe,
     table,
 )
+from dicom_node.cli.recalled import recalled_lines
 from dicom_node.config import Config, load_config
 from dicom_node.errors import RerunRefused
-from dicom_node.lineage import OTHER_SERIES, RECALLED, RERUN
+from dicom_node.lineage import OTHER_SERIES, RERUN
 from pipeline.errors import PipelineError
 from storage.deliveries import taken_back_at
 from storage.errors import StorageError
@@ -134,7 +134,7 @@ def show_job(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG, as_json: AsJson
             }
         )
         return
-    print_job(job)
+    print_job(job, deliveries)
     if deliveries:
         sent = table("deliveries", "destination", "what", "state", "sent", "attempts", "proof", "next", "why")
         for delivery in deliveries:
@@ -169,7 +169,7 @@ def proof_text(delivery: Delivery) -> str:
     return "\n".join(lines)
 
 
-def print_job(job: Job) -> None:
+def print_job(job: Job, deliveries: Sequence[Delivery] = ()) -> None:
     """State, reason, stage times and SUV per district; also used by the demo."""
     head = table(f"job {job.id}", "what", "value")
     info = job.info
@@ -186,7 +186,7 @@ def print_job(job: Job) -> None:
         ("attempts", str(job.attempts)),
         ("supersedes", job.supersedes),
         ("computed again", "; ".join(job.details.get(RERUN) or ())),
-        ("recalled", recalled_text(job)),
+        *(("recalled", line) for line in recalled_lines(job, deliveries)),
     ):
         if value:
             head.add_row(what, safe(value))
@@ -195,15 +195,6 @@ def print_job(job: Job) -> None:
     print_outcome(found.get("stage_seconds") or {}, found.get("stats") or [], found.get("notes") or [])
     if found.get("shadow"):
         _print_shadow(found["shadow"])
-
-
-def recalled_text(job: Job) -> str:
-    """`2026-11-22 08:15:00, 113001 Rejected for Quality Reasons`; "" for a job that was not recalled."""
-    recalled = job.details.get(RECALLED)
-    if not recalled:
-        return ""
-    when = local_time(datetime.fromisoformat(recalled["time"]))
-    return f"{when}, {recalled['code']} {recalled['meaning']}: do not use its result"
 
 
 def _print_shadow(shadow: Mapping[str, Any]) -> None:
@@ -231,6 +222,11 @@ def _change(path: Path, job_id: str, change: Callable[[Ledger, Config, str], Job
             now = change(ledger, config, job.id)
         except (StorageError, RerunRefused, PipelineError) as error:
             raise fail(f"job {job.id[:8]}: {error}") from error
+        except OSError as error:  # of the spool's disk; the ledger is changed last, so that the command can be repeated
+            why = error.strerror or type(error).__name__
+            raise fail(
+                f"job {job.id[:8]}: spool_failed: {why}; the job is unchanged: mend the disk, then again"
+            ) from error
     if now.id != job.id:
         console.print(f"job {now.id[:8]}: {now.state.value}, supersedes job {job.id[:8]}")
         return

@@ -83,8 +83,8 @@ def run(
 
     Of the configuration it is read where installed bundles are, the settings of the segmenters, and `[gate]`.
     `--districts dicom_seg` takes the districts from a SEG in CT_FOLDER that refers to the CT.
-    Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, seg-binary/, uncertainty-sc/, sr-*/, gsps-*/ and pcps-*/ (one for
-    each encoding of the PET), overview.png and result.json into OUT_FOLDER.
+    Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, uncertainty-sc/, seg-*/, sr-*/, gsps-*/ and pcps-*/ (one for each
+    encoding of the PET), overview.png and result.json into OUT_FOLDER.
     """
     from pipeline.bundle import bundle_path, load_bundle
     from pipeline.ct_reader import choose_ct

@@ -20,7 +20,7 @@ from dicom_node.cli.common import (
     print_json,
     safe,
 )
-from dicom_node.cli.jobs import recalled_text
+from dicom_node.cli.recalled import recalled_lines
 from dicom_node.lineage import RERUN, SAME_AS
 from storage.ledger import Ledger
 from storage.records import PROOF_STATES, Delivery, DeliveryState, Event, Job, JobFilter, JobState
@@ -137,8 +137,8 @@ def _explain(job: Job, deliveries: list[Delivery]) -> None:
         _say(f"    {what} job {job.supersedes[:8]}{'' if why else ' began'}: use this result, not that one")
     if same := job.details.get(SAME_AS):
         _say(f"    its series are those of job {same[:8]}, which sent them or was recalled: nothing was sent twice")
-    if recalled := recalled_text(job):
-        _say(f"    recalled: {recalled}")
+    for line in recalled_lines(job, deliveries):
+        _say(f"    recalled: {line}")
     for destination, successor in sorted((job.details.get("superseded_at") or {}).items()):
         _say(f"    {destination}: asked to hide it when job {successor[:8]} had arrived")
     for delivery in deliveries:

@@ -15,14 +15,15 @@ OBJECTS = {
     "pet-sc": 'The synthetic PET series, `encoding = "sc"`',
     "pet-pet": 'The synthetic PET series, `encoding = "pet"`',
     "mip-sc": "The MIP picture",
-    "seg-binary": "The districts",
+    "seg-sc": "The districts, on the planes of `sc`",
+    "seg-pet": "The districts, on the planes of `pet`",
     "uncertainty-sc": "The uncertainty map",
     "sr-sc": "The measurement report",
     "gsps-sc": "The grayscale presentation state",
     "pcps-sc": "The pseudo-color presentation state",
     "rejection-kos": "The rejection note",
 }
-MODELS = {"pet-pet": "pet-sc", "uncertainty-sc": "pet-sc", "pcps-sc": "gsps-sc"}
+MODELS = {"pet-pet": "pet-sc", "seg-pet": "seg-sc", "uncertainty-sc": "pet-sc", "pcps-sc": "gsps-sc"}
 TEMPLATES = {"sr-sc": "TID 1500", "rejection-kos": "TID 2010"}
 APART = "rejection-kos"  # made long after the result, and of another kind
 

@@ -25,6 +25,7 @@ from dicom_node.net.scp import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_
 
 TRANSIENT_REJECTION = 2  # PS3.8 table 9-21, field Result
 PRESENTATION_SERVICE = 3  # the same table, field Source: congestion or a limit of associations, whatever the Result
+UNCOMPRESSED = (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
 _JOIN_S = 10.0  # for pynetdicom's threads to see that their socket is closed
 REJECTIONS = {  # PS3.8 table 9-21: (Source, Reason)
     (1, 1): "no reason given",
@@ -176,10 +177,15 @@ def dimse_status(answer: Dataset) -> int | None:
 
 
 def offered(
-    peer: PeerConfig, classes: Sequence[str], *, calling_ae: str, timeouts: Timeouts | None = None
+    peer: PeerConfig,
+    classes: Sequence[str],
+    *,
+    calling_ae: str,
+    syntaxes: Sequence[str] = UNCOMPRESSED,
+    timeouts: Timeouts | None = None,
 ) -> frozenset[str] | Trouble:
-    """Which of these SOP classes a peer accepts in uncompressed transfer syntaxes; a `Trouble` when none is known."""
-    contexts = [build_context(sop_class, [ExplicitVRLittleEndian, ImplicitVRLittleEndian]) for sop_class in classes]
+    """Which of these SOP classes a peer accepts in one of the transfer syntaxes; a `Trouble` when none is known."""
+    contexts = [build_context(sop_class, list(syntaxes)) for sop_class in classes]
     with Link(peer, contexts, calling_ae, timeouts or Timeouts(), 16382) as link:
         if link.trouble is None:
             return frozenset(str(context.abstract_syntax) for context in link.assoc.accepted_contexts)

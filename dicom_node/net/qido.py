@@ -15,7 +15,7 @@ from dicomweb_client import DICOMwebClient
 
 from dicom_node.config import WebConfig
 from dicom_node.net.query import CountOutcome
-from dicom_node.net.web import WebFailure, first_value, not_dicomweb, web_session
+from dicom_node.net.web import WebFailure, first_value, not_dicomweb, uid_value, web_session
 
 SOP_INSTANCE, SERIES_INSTANCE, SERIES_INSTANCES = "00080018", "0020000E", "00201209"
 _NOT_FOUND = 404
@@ -79,7 +79,7 @@ def _told(client: DICOMwebClient, study_uid: str, series_uid: str) -> int | None
     found = client.search_for_series(
         study_uid, fields=[SERIES_INSTANCES], search_filters={"SeriesInstanceUID": series_uid}
     )
-    shown = [one for one in found if first_value(one, SERIES_INSTANCE) == series_uid]
+    shown = [one for one in found if uid_value(one, SERIES_INSTANCE) == series_uid]
     if not shown:
         return 0
     numbers = [int(number) for one in shown if str(number := first_value(one, SERIES_INSTANCES)).isdecimal()]
@@ -93,7 +93,7 @@ def _counted(client: DICOMwebClient, study_uid: str, series_uid: str, should_sto
         if should_stop():
             raise WebFailure("interrupted", "stopped while counting", permanent=False)
         page = client.search_for_instances(study_uid, series_uid, limit=_PAGE, offset=len(seen))
-        new = {str(first_value(one, SOP_INSTANCE)) for one in page} - seen
+        new = {uid_value(one, SOP_INSTANCE) for one in page} - seen - {""}
         if not new:
             break
         seen |= new

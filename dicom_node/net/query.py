@@ -61,7 +61,8 @@ def count_series_instances(
             if trouble is None and count is None:
                 query = _query("IMAGE", study_uid, series_uid, "SOPInstanceUID")
                 found, trouble = _find(link, query, peer, should_stop)
-                count = len({str(one.SOPInstanceUID) for one in found if one.get("SOPInstanceUID")})
+                ours = [one for one in found if str(one.get("SeriesInstanceUID") or series_uid) == series_uid]
+                count = len({str(one.SOPInstanceUID) for one in ours if one.get("SOPInstanceUID")})
     seconds = monotonic() - began
     if trouble is None:
         return CountOutcome(count=count, seconds=seconds)
@@ -86,8 +87,15 @@ def _told(shown: list[Dataset]) -> int | None:
     """The number that a SERIES answer gives; 0 without an answer, None where none of them gives it."""
     if not shown:
         return 0
-    numbers = [int(one.NumberOfSeriesRelatedInstances) for one in shown if one.get("NumberOfSeriesRelatedInstances")]
-    return max(numbers, default=None)
+    return max(filter(None, map(_number, shown)), default=None)
+
+
+def _number(answer: Dataset) -> int | None:
+    """What an archive says that it has of a series; None where it says nothing, or what is no such number."""
+    try:  # pydicom reads a value when it is asked for
+        return max(0, int(answer.get("NumberOfSeriesRelatedInstances") or 0)) or None
+    except (ValueError, TypeError, OverflowError):  # "many", "3\\3"
+        return None
 
 
 def _find(

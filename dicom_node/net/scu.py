@@ -53,17 +53,6 @@ class SendOutcome(RequestOutcome):
         return sum(is_stored(status) for status in self.statuses.values())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EchoOutcome:
-    """Whether the peer answers C-ECHO, in which time, and why not."""
-
-    ok: bool
-    code: str = ""
-    text: str = ""
-    permanent: bool = False
-    seconds: float = 0.0
-
-
 def is_stored(status: str) -> bool:
     """Whether an instance's status word says that the peer has it (success or a warning, PS3.4 B.2.3)."""
     return status.startswith("0x") and classify(int(status, 16)) is Outcome.OK
@@ -106,8 +95,8 @@ def send_series(
     return _outcome(statuses, trouble or _refusal(statuses, peer), began, note)
 
 
-def echo(peer: PeerConfig, *, calling_ae: str, timeouts: Timeouts | None = None) -> EchoOutcome:
-    """C-ECHO (PS3.4 annex A): does the peer answer, and does it know us?"""
+def echo(peer: PeerConfig, *, calling_ae: str, timeouts: Timeouts | None = None) -> RequestOutcome:
+    """C-ECHO (PS3.4 annex A): does the peer answer, and does it know us, in which time, and why not?"""
     began = monotonic()
     with Link(peer, [echo_context()], calling_ae, timeouts or Timeouts(), 16382) as link:
         trouble = link.trouble
@@ -119,8 +108,8 @@ def echo(peer: PeerConfig, *, calling_ae: str, timeouts: Timeouts | None = None)
                 trouble = Trouble("echo_refused", f"C-ECHO was answered with 0x{status:04X}", True)
     seconds = monotonic() - began
     if trouble:
-        return EchoOutcome(ok=False, code=trouble.code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
-    return EchoOutcome(ok=True, seconds=seconds)
+        return RequestOutcome(code=trouble.code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
+    return RequestOutcome(seconds=seconds)
 
 
 def echo_context() -> PresentationContext:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -24,13 +25,14 @@ from dicom_node.net.answers import AnswerError
 from dicom_node.net.part10 import Part10, read_part10
 from dicom_node.net.scu import NOT_SENT, SendOutcome, is_stored
 from dicom_node.net.status import Outcome, classify, status_text
-from dicom_node.net.web import WebFailure, first_value, http_failure, unreadable, values, web_session, where
+from dicom_node.net.web import WebFailure, first_value, http_failure, uid_value, unreadable, values, web_session, where
 
 NO_RESPONSE = "no_response"  # sent, and nobody knows what became of it
 FAILED_SOP, REFERENCED_SOP = "00081198", "00081199"  # sequences of the answer (PS3.18 annex I.2)
 SOP_INSTANCE, WARNING_REASON, FAILURE_REASON = "00081155", "00081196", "00081197"
 
 _BAD_REQUEST = 400
+_REFUSALS = (3, 4)  # classes of HTTP statuses that say: not done
 # stored all, some, none (PS3.18 table 10.5.3-1); Orthanc says 400 when one file is broken, and names those it stored
 _ANSWERS = frozenset({200, 202, 409, _BAD_REQUEST})
 _BLOCK = 1 << 16
@@ -42,6 +44,10 @@ _AZURE_EXISTS = 0xB00E  # 45070, Microsoft's DICOM service: the instance is alre
 
 class _Stopped(Exception):
     """`should_stop` said so."""
+
+
+class _TooSlow(Exception):
+    """A request is not on its way in the time that it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +126,8 @@ def _store_all(
             if failure.code == "request_too_large" and len(batch) > 1:
                 limit = sum(one.size for one in batch) // 2
                 continue
+            if failure.status is None or failure.status // 100 not in _REFUSALS:  # it may have stored some of them
+                statuses.update(dict.fromkeys((one.uid for one in batch), NO_RESPONSE))
             raise
         except (requests.RequestException, AnswerError):
             statuses.update(dict.fromkeys((one.uid for one in batch), NO_RESPONSE))
@@ -142,13 +150,14 @@ def _first_batch(instances: Sequence[_Instance], limit: int) -> Sequence[_Instan
 class _Multipart:
     """The body of one request, read from the files while it is sent (RFC 2387).
 
-    It knows its length, so that it goes out with a Content-Length: some services take no chunked request.
+    It knows its length, so that it goes out with a Content-Length: some services take no chunked request. After
+    `limit_s` seconds no further block is given out: a socket limits only how long one block may take.
     """
 
-    def __init__(self, paths: Sequence[Path], should_stop: Callable[[], bool]) -> None:
+    def __init__(self, paths: Sequence[Path], should_stop: Callable[[], bool], limit_s: float = inf) -> None:
         boundary = uuid4().hex
         self.content_type = f'multipart/related; type="application/dicom"; boundary={boundary}'
-        self._paths, self._should_stop = paths, should_stop
+        self._paths, self._should_stop, self._limit_s = paths, should_stop, limit_s
         self._head = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
         self._tail = f"--{boundary}--\r\n".encode()
         self._length = sum(len(self._head) + path.stat().st_size + 2 for path in paths) + len(self._tail)
@@ -157,12 +166,15 @@ class _Multipart:
         return self._length
 
     def __iter__(self) -> Iterator[bytes]:
+        until = monotonic() + self._limit_s
         for path in self._paths:
             if self._should_stop():
                 raise _Stopped
             yield self._head
             with path.open("rb") as file:
                 while block := file.read(_BLOCK):
+                    if monotonic() > until:
+                        raise _TooSlow
                     yield block
             yield b"\r\n"
         yield self._tail
@@ -172,14 +184,20 @@ def _post(
     session: requests.Session, service: WebConfig, batch: Sequence[_Instance], should_stop: Callable[[], bool]
 ) -> Mapping[str, Any]:
     """One request; the Store Instances Response as DICOM JSON, or `WebFailure`."""
-    body = _Multipart([instance.path for instance in batch], should_stop)
-    response = session.post(
-        f"{service.url}/studies",
-        data=body,
-        headers={"Content-Type": body.content_type, "Accept": "application/dicom+json"},
-        timeout=(service.connect_timeout_s, service.answer_timeout_s),
-        allow_redirects=False,
-    )
+    size = sum(instance.size for instance in batch)
+    limit_s = service.upload_timeout_s * max(1.0, size / service.batch_bytes)  # one instance can be a large batch
+    body = _Multipart([instance.path for instance in batch], should_stop, limit_s)
+    try:
+        response = session.post(
+            f"{service.url}/studies",
+            data=body,
+            headers={"Content-Type": body.content_type, "Accept": "application/dicom+json"},
+            timeout=(service.connect_timeout_s, service.answer_timeout_s),
+            allow_redirects=False,
+        )
+    except _TooSlow as error:
+        text = f"{where(service)} did not take a request of {size / 1e6:.1f} MB within {limit_s:.3g} s"
+        raise WebFailure("upload_timeout", text, permanent=False) from error
     if response.status_code not in _ANSWERS:
         raise http_failure(service, response)
     try:
@@ -200,9 +218,9 @@ def _batch_statuses(answer: Mapping[str, Any], uids: Sequence[str]) -> dict[str,
     """
     told = dict.fromkeys(uids, NO_RESPONSE)
     for item in values(answer, REFERENCED_SOP):
-        told[str(first_value(item, SOP_INSTANCE))] = _stored_word(_number(item, WARNING_REASON, 0))
+        told[uid_value(item, SOP_INSTANCE)] = _stored_word(_number(item, WARNING_REASON, 0))
     for item in values(answer, FAILED_SOP):
-        told[str(first_value(item, SOP_INSTANCE))] = _failed_word(_number(item, FAILURE_REASON, _PROCESSING_FAILURE))
+        told[uid_value(item, SOP_INSTANCE)] = _failed_word(_number(item, FAILURE_REASON, _PROCESSING_FAILURE))
     return {uid: told[uid] for uid in uids}
 
 

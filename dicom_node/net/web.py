@@ -5,11 +5,12 @@
 
 WebFailure codes. Permanent, an operator's matter: secret_unreadable, tls_untrusted, tls_failed, unauthorized,
 forbidden, service_not_found, redirected, request_refused, request_too_large, answer_unreadable, answer_too_large.
-Worth another try: connection_failed, no_response, service_busy, server_error.
+Worth another try: connection_failed, upload_timeout, no_response, service_busy, server_error.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
@@ -137,6 +138,11 @@ def first_value(ds: Any, tag: str) -> Any:
     return next(iter(values(ds, tag)), None)
 
 
+def uid_value(ds: Any, tag: str) -> str:
+    """The first of them as a UID, without the padding that belongs into files only (PS3.5 section 6.2); "" for none."""
+    return str(first_value(ds, tag) or "").strip(" \0")
+
+
 class _Bearer(AuthBase):
     """RFC 6750. As an authentication of the session, not a header of it: it is never sent after a redirect."""
 
@@ -150,20 +156,20 @@ class _Bearer(AuthBase):
 
 def _auth(service: WebConfig) -> AuthBase | None:
     if service.token_file:
-        return _Bearer(_secret(service.token_file))
+        return _Bearer(_secret("token_file", service.token_file))
     if service.password_file:
-        return HTTPBasicAuth(service.username.encode(), _secret(service.password_file).encode())
+        return HTTPBasicAuth(service.username.encode(), _secret("password_file", service.password_file).encode())
     return None
 
 
-def _secret(path: Path) -> str:
+def _secret(key: str, path: Path) -> str:
     """The file's text without the line break at its end. A header cannot hold any other, nor more than Latin-1."""
     try:
         value = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _secret_failure(path, "cannot be read") from error
+    except (OSError, ValueError) as error:  # not text, or no path
+        raise _secret_failure(key, path, "cannot be read") from error
     if not value or not value.isprintable():
-        raise _secret_failure(path, "is empty or has more than one line")
+        raise _secret_failure(key, path, "is empty or has more than one line")
     return value
 
 
@@ -174,7 +180,7 @@ def _ca(service: WebConfig) -> str | bool:
     try:
         ssl.create_default_context(cafile=service.ca_file)
     except OSError as error:  # also ssl.SSLError: no certificate in it
-        raise _secret_failure(service.ca_file, "is not a readable PEM file of certificates") from error
+        raise _secret_failure("ca_file", service.ca_file, "is not a readable PEM file of certificates") from error
     return str(service.ca_file)
 
 
@@ -186,13 +192,16 @@ def _client_cert(service: WebConfig) -> tuple[str, str] | None:
     try:
         ssl.create_default_context().load_cert_chain(service.client_cert_file, key, password="")
     except OSError as error:
-        text = f"with {key} is not a readable certificate with its key, or the key has a pass phrase"
-        raise _secret_failure(service.client_cert_file, text) from error
+        text = "is not a readable certificate with its key in client_key_file, or the key has a pass phrase"
+        raise _secret_failure("client_cert_file", service.client_cert_file, text) from error
     return str(service.client_cert_file), str(key)
 
 
-def _secret_failure(path: Path, why: str) -> WebFailure:
-    return WebFailure("secret_unreadable", f"{path} {why}", permanent=True)
+def _secret_failure(key: str, path: Path, why: str) -> WebFailure:
+    """The path is shown where it is one: a token that was pasted in its place must not be printed."""
+    is_file = os.path.isfile(path)  # noqa: PTH113  # Path.is_file raises where a token is too long for a name
+    shown = f"{key} {path}" if is_file else f"{key}, which names no file,"
+    return WebFailure("secret_unreadable", f"{shown} {why}", permanent=True)
 
 
 def _failure(service: WebConfig, error: requests.RequestException) -> WebFailure:
@@ -207,6 +216,9 @@ def _failure(service: WebConfig, error: requests.RequestException) -> WebFailure
         return WebFailure("no_response", text, permanent=False)
     if isinstance(error, requests.exceptions.JSONDecodeError):
         return not_dicomweb(service)
+    if not isinstance(error, requests.Timeout) and any(isinstance(cause, TimeoutError) for cause in _causes(error)):
+        text = f"{at} took nothing of what was sent for {service.connect_timeout_s:g} s"
+        return WebFailure("upload_timeout", text, permanent=False)
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             text = f"{at}: its certificate is not trusted: {cause.verify_message}"

@@ -1,24 +1,21 @@
 """Districts from a DICOM Segmentation object of the CT's study: a person's, or another program's.
 
-Of the SEG objects that refer to the CT the newest is tried first. Its segments are matched to districts by SNOMED
-code, then by label; left and right limbs, and parts of a region, join. It is refused, with a code and a sentence, and
-the next segmenter of the chain is tried: no_seg, seg_own, seg_unreadable, seg_frame_of_reference, seg_geometry,
-seg_too_large, seg_no_districts, seg_overlap, seg_coverage.
+Of the SEG objects that refer to the CT, or to a PET series that was made of it, the newest is tried first. Its segments
+are matched to districts by SNOMED code, then by label; left and right limbs, and parts of a region, join. It is
+refused, with a code and a sentence, and the next segmenter of the chain is tried: no_seg, seg_own, seg_unreadable,
+seg_frame_of_reference, seg_geometry, seg_too_large, seg_no_districts, seg_overlap, seg_coverage.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
-from pydicom.sr.codedict import codes
-from pydicom.sr.coding import Code
 from scipy import ndimage
 
 from pipeline.ct_reader import quiet_pydicom
 from pipeline.districts.builtin import without_slivers
+from pipeline.districts.names import PARTS, WHOLE_REGIONS, district_coded, district_named
 from pipeline.districts.outside import find_body, nearest_filled
 from pipeline.districts.seg_object import (
     Planes,
@@ -31,7 +28,6 @@ from pipeline.districts.seg_object import (
 )
 from pipeline.errors import DistrictError, SegmenterUnavailable
 from pipeline.geometry import bounding_box, resample
-from pipeline.outputs.codes import DISTRICT_CODES
 from pipeline.types import CtVolume, District, DistrictMap, DistrictOptions, Grid, LabelVolume, SourceSeries
 
 NAME = "dicom_seg"
@@ -45,32 +41,6 @@ MAX_TRIED = 5  # SEG objects of a study: the newest; the job has a deadline
 DIGEST_SHOWN = 12
 ALGORITHM_SHOWN = 40  # characters of a text that is somebody else's
 
-# Whole regions first, then parts that together make one; SRT spellings count as the same (PS3.16 annex L).
-CODED: tuple[tuple[Code, District], ...] = (
-    *((code, district) for district, code in DISTRICT_CODES.items()),
-    (codes.SCT.HeadAndNeck, District.HEAD),
-    (codes.SCT.Thorax, District.TRUNK),
-    (codes.SCT.Abdomen, District.TRUNK),
-    (codes.SCT.Pelvis, District.TRUNK),
-    (codes.SCT.AbdomenAndPelvis, District.TRUNK),
-    (codes.SCT.ChestAndAbdomen, District.TRUNK),
-    (codes.SCT.ChestAbdomenAndPelvis, District.TRUNK),
-    (codes.SCT.UpperArm, District.ARMS),
-    (codes.SCT.Forearm, District.ARMS),
-    (codes.SCT.Hand, District.ARMS),
-    (codes.SCT.Thigh, District.LEGS),
-    (codes.SCT.LowerLeg, District.LEGS),
-    (codes.SCT.Foot, District.LEGS),
-)
-LABELED: Mapping[str, District] = {
-    **dict.fromkeys(("head", "head and neck", "head neck"), District.HEAD),
-    **dict.fromkeys(("trunk", "torso"), District.TRUNK),
-    **dict.fromkeys(("arm", "upper limb", "upper extremity"), District.ARMS),
-    **dict.fromkeys(("leg", "lower limb", "lower extremity"), District.LEGS),
-}
-_SIDE = {"left", "right", "l", "r", "both"}
-_PLURAL = {"arms": "arm", "legs": "leg", "limbs": "limb", "extremities": "extremity"}
-
 
 def segment(ct: CtVolume, grid: Grid, options: DistrictOptions) -> DistrictMap:
     """Districts of `ct` on `grid` from one of `options.segmentations`.
@@ -79,7 +49,7 @@ def segment(ct: CtVolume, grid: Grid, options: DistrictOptions) -> DistrictMap:
     that the SEG itself labeled. Raises SegmenterUnavailable where no SEG serves; DistrictError (no_body).
     """
     with quiet_pydicom():
-        found, refusals = _referring(options.segmentations, ct.source)
+        found, refusals = _referring(options, ct.source)
         for seg in found[:MAX_TRIED]:
             try:
                 return _districts_of(seg, ct, grid)
@@ -90,12 +60,12 @@ def segment(ct: CtVolume, grid: Grid, options: DistrictOptions) -> DistrictMap:
     raise SegmenterUnavailable(refusals[0].code, "; ".join(reason.text for reason in refusals))
 
 
-def _referring(paths: tuple[Path, ...], source: SourceSeries) -> tuple[list[SegObject], list[SegmenterUnavailable]]:
-    """The SEG objects that refer to the CT, the newest first, and why others could not be looked at."""
-    ours = {source.series_uid, *(i.sop_instance_uid for i in source.instances)}
+def _referring(options: DistrictOptions, source: SourceSeries) -> tuple[list[SegObject], list[SegmenterUnavailable]]:
+    """The SEG objects that refer to the CT or to a result of it, the newest first, and why others cannot be read."""
+    ours = {source.series_uid, *(i.sop_instance_uid for i in source.instances), *options.result_series}
     found: list[SegObject] = []
     refusals: list[SegmenterUnavailable] = []
-    for path in paths:
+    for path in options.segmentations:
         try:
             seg = read_seg(path)
         except SegmenterUnavailable as reason:
@@ -152,12 +122,8 @@ def _districts_of(seg: SegObject, ct: CtVolume, grid: Grid) -> DistrictMap:
 
 def district_of(one: Segment) -> District | None:
     """By SNOMED code, else by the words of the label without side and plural; None: not a district."""
-    if one.kind is not None:
-        for code, district in CODED:
-            if one.kind == code:
-                return district
-    words = [w for w in re.split(r"[^a-z]+", one.label.lower()) if w and w not in _SIDE]
-    return LABELED.get(" ".join(_PLURAL.get(word, word) for word in words))
+    coded = district_coded(one.kind, (*WHOLE_REGIONS, *PARTS))
+    return coded if coded is not None else district_named(one.label)
 
 
 def merge(seg: SegObject, planes: Planes, wanted: Mapping[int, District]) -> tuple[LabelVolume, float]:

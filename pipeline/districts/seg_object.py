@@ -119,10 +119,12 @@ def _read(path: Path) -> SegObject:
 
 
 def _references(ds: Dataset) -> Iterator[str]:
-    """Common Instance Reference (PS3.3 C.12.2), the object's and its frames' source images."""
+    """Common Instance Reference (PS3.3 C.12.2), related series (C.7.3.1), source images of object and frames."""
     for series in ds.get("ReferencedSeriesSequence") or ():
         yield str(series.get("SeriesInstanceUID", ""))
         yield from _instances(series.get("ReferencedInstanceSequence"))
+    for series in ds.get("RelatedSeriesSequence") or ():
+        yield str(series.get("SeriesInstanceUID", ""))
     yield from _instances(ds.get("SourceImageSequence"))
     groups = (*(ds.get("SharedFunctionalGroupsSequence") or ()), *(ds.get("PerFrameFunctionalGroupsSequence") or ()))
     for group in groups:

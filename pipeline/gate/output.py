@@ -18,7 +18,16 @@ from scipy import ndimage
 from pipeline.gate import sifted
 from pipeline.gate.seams import worst_seam
 from pipeline.gate.tissues import tissue_means
-from pipeline.types import District, DistrictMap, FloatVolume, GateFinding, GateOptions, GeometryError, SuvVolume
+from pipeline.types import (
+    District,
+    DistrictMap,
+    FloatVolume,
+    GateFinding,
+    GateOptions,
+    GeometryError,
+    LabelVolume,
+    SuvVolume,
+)
 
 Mask = NDArray[np.bool_]
 
@@ -84,9 +93,7 @@ def _check_range(suv: FloatVolume) -> GateFinding | None:
 
 
 def _check_evaluated(suv: SuvVolume, districts: DistrictMap) -> GateFinding | None:
-    evaluated = districts.labels > 0
-    for district in suv.not_evaluated:
-        evaluated &= districts.labels != district
+    evaluated = _evaluated(suv, districts) > 0
     if not evaluated.any():
         return GateFinding(code="nothing_evaluated", text="no district was evaluated: the series would be empty")
     mean = float(suv.suv[evaluated].mean(dtype=np.float64))
@@ -94,6 +101,13 @@ def _check_evaluated(suv: SuvVolume, districts: DistrictMap) -> GateFinding | No
         text = f"the mean SUV of the evaluated body is {mean:.4f}, about 1 is expected"
         return GateFinding(code="nothing_synthesized", text=text)
     return None
+
+
+def _evaluated(suv: SuvVolume, districts: DistrictMap) -> LabelVolume:
+    """The labels [z, y, x] of the districts that were evaluated; the others count as outside of the body."""
+    if not suv.not_evaluated:
+        return districts.labels
+    return np.where(np.isin(districts.labels, suv.not_evaluated), 0, districts.labels).astype(np.uint8)
 
 
 def _check_outside(suv: SuvVolume, districts: DistrictMap) -> GateFinding | None:
@@ -126,7 +140,7 @@ def _tissue_findings(
     options: GateOptions,
 ) -> Iterator[GateFinding]:
     """Lung and dense bone take up little in anybody; every tissue about what it did in the training studies."""
-    labels = np.where(np.isin(districts.labels, suv.not_evaluated), 0, districts.labels)
+    labels = _evaluated(suv, districts)
     limits = {"lung": ("lung_uptake", options.max_lung_suv), "dense_bone": ("bone_uptake", options.max_bone_suv)}
     for tissue, mean in tissue_means(hu, suv.suv, labels, suv.grid.voxel_ml).items():
         code, limit = limits.get(tissue.name, ("", math.inf))

@@ -14,6 +14,7 @@ from pipeline.types import District
 SYNTHESIZING_EQUIPMENT: Code = codes.DCM.SynthesizingEquipment  # PS3.3 C.12.1.1.5 names it for SyntheticData
 PROCESSING_EQUIPMENT: Code = codes.DCM.ProcessingEquipment
 SOURCE_IMAGE: Code = codes.DCM.SourceImageForImageProcessingOperation
+SAME_ANATOMY: Code = codes.cid7210.SameAnatomy
 SUV_BW: Code = codes.DCM.Suvbw
 QUANTITY: Code = codes.SCT.Quantity
 SUV_BW_UNITS: Code = codes.cid85.StandardizedUptakeValueBodyWeight  # g/ml{SUVbw}

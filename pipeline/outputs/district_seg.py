@@ -1,8 +1,10 @@
 """The district map as one DICOM Segmentation object: what a radiologist lays over the CT or the synthetic PET.
 
 BINARY, one segment for each district in the field of view, on the result's grid and in the CT's Frame of Reference
-(PS3.3 A.51). highdicom makes the object; patient, study, dates, UIDs and references are then written by the same
-white list as every other result's, because a CT header is somebody else's input.
+(PS3.3 A.51). It refers to the planes of one PET series, whose grid it shares, so there is one for each encoding of the
+PET; the CT that the districts were found on is its related series. highdicom makes the object; patient, study, dates,
+UIDs and references are then written by the same white list as every other result's, because a CT header is somebody
+else's input.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pipeline.outputs.codes import (
     ANATOMICAL_STRUCTURE,
     ARTIFICIAL_INTELLIGENCE,
     DISTRICT_CODES,
+    SAME_ANATOMY,
     SEGMENTATION,
     SOURCE_IMAGE,
     code_item,
@@ -35,29 +38,31 @@ from pipeline.outputs.codes import (
 from pipeline.outputs.companions import CONTENT_CREATOR, equipment, one_instance, stand_in, write_common_modules
 from pipeline.outputs.header import clean
 from pipeline.outputs.modules import Uids, contributing_equipment
-from pipeline.outputs.pet_series import AXIAL, bracketing, stacked_along_z, with_good_uids
+from pipeline.outputs.pet_series import AXIAL
 from pipeline.outputs.picture import DISTRICT_COLORS
 from pipeline.types import (
     District,
     DistrictMap,
+    EncodedInstance,
     EncodedSeries,
     Grid,
     OutputOptions,
     Provenance,
-    SourceInstance,
     SourceSeries,
 )
 
-KIND, ENCODING = "seg", "binary"
+KIND = "seg"
 SERIES_DESCRIPTION = "SYNTHETIC FDG PET DISTRICTS - AI, RESEARCH ONLY"
 CONTENT_LABEL = "DISTRICTS"
 CONTENT_DESCRIPTION = "Body districts found on CT for a synthetic PET"  # LO: at most 64 characters
+FRAME_DERIVATION = "Found on the CT, on the pixels of the synthetic PET"
 UNKNOWN_VERSION = "unknown"  # AlgorithmVersion is Type 1
 
 
 def encode_district_seg(
     districts: DistrictMap,
     *,
+    pet: EncodedSeries,
     source: SourceSeries,
     provenance: Provenance,
     options: OutputOptions,
@@ -69,12 +74,16 @@ def encode_district_seg(
 
     Args:
         districts: the labels on the result's grid; a district that is absent gets no segment.
-        source: the CT; its series and instances are referenced.
+        pet: the PET series on that grid, one instance for each plane, foot to head; all are referenced.
+        source: the CT, the related series.
         provenance: who made the result; its segmenter is the segments' algorithm.
         options: `seg_series_number`, and what all results share.
-        uids: of the encoding "binary".
+        uids: of the PET's encoding.
         created: aware time, stored with the job.
         not_evaluated: districts that no network was trusted with; their segments say so.
+
+    Returns:
+        A series of kind "seg" in the encoding of `pet`.
 
     Raises:
         OutputError: there is no district to write (no_districts), or as for the PET series.
@@ -104,8 +113,8 @@ def encode_district_seg(
     _describe_segments(ds, districts, present, not_evaluated)
     _write_modules(ds, source, provenance, options, created)
     _fix_dimension_uid(ds, uids.uid("dimorg"))
-    _write_references(ds, source)
-    return one_instance(ds, source, kind=KIND, encoding=ENCODING)
+    _write_references(ds, pet, districts.grid, source)
+    return one_instance(ds, source, kind=KIND, encoding=pet.encoding)
 
 
 def _source_image(grid: Grid, source: SourceSeries) -> Dataset:
@@ -202,46 +211,47 @@ def _fix_dimension_uid(ds: Dataset, uid: str) -> None:
         item.DimensionOrganizationUID = uid
 
 
-def _write_references(ds: Dataset, source: SourceSeries) -> None:
-    """The CT: all of it for the object (PS3.3 C.12.2), and for each frame the one or two slices around it."""
-    found = list({i.sop_instance_uid: i for i in with_good_uids(source)}.values())
+def _write_references(ds: Dataset, pet: EncodedSeries, grid: Grid, source: SourceSeries) -> None:
+    """The PET: all of it for the object (PS3.3 C.12.2), and for each frame the plane that it has the pixels of.
+
+    The CT is a related series (PS3.3 C.7.3.1), and the source of the PET's planes. It is not named beside the PET: of
+    several series OHIF 3.13 takes the one that arrived first, and draws nothing if its rows and columns are others.
+    """
     ds.pop("SourceImageSequence", None)
-    ds.pop("ReferencedSeriesSequence", None)
-    if not found:
-        return
     series = Dataset()
-    series.SeriesInstanceUID = clean("UI", source.series_uid)
-    series.ReferencedInstanceSequence = [_reference(instance) for instance in found]
+    series.SeriesInstanceUID = pet.series_uid
+    series.ReferencedInstanceSequence = [_reference(instance) for instance in pet.instances]
     ds.ReferencedSeriesSequence = [series]
-    items = [_source_item(instance) for instance in found]
-    places_mm = np.array([instance.position_mm for instance in found])
-    if not stacked_along_z(places_mm):  # every frame is made of all of them
-        ds.SharedFunctionalGroupsSequence[0].DerivationImageSequence = [_derivation(items)]
-        for frame in ds.PerFrameFunctionalGroupsSequence:
-            frame.pop("DerivationImageSequence", None)
-        return
+    if clean("UI", source.series_uid):
+        ds.RelatedSeriesSequence = [_related(source)]
+    planes = [_derivation(instance) for instance in pet.instances]
     for frame in ds.PerFrameFunctionalGroupsSequence:
         z_mm = float(frame.PlanePositionSequence[0].ImagePositionPatient[2])
-        frame.DerivationImageSequence = [_derivation(items[bracketing(places_mm[:, 2], z_mm)])]
+        frame.DerivationImageSequence = [planes[round((z_mm - grid.origin_mm[2]) / grid.spacing_mm[0])]]
 
 
-def _reference(instance: SourceInstance) -> Dataset:
+def _related(source: SourceSeries) -> Dataset:
     item = Dataset()
-    item.ReferencedSOPClassUID = clean("UI", instance.sop_class_uid)
-    item.ReferencedSOPInstanceUID = clean("UI", instance.sop_instance_uid)
+    item.StudyInstanceUID = clean("UI", source.study_uid)
+    item.SeriesInstanceUID = clean("UI", source.series_uid)
+    item.PurposeOfReferenceCodeSequence = [code_item(SAME_ANATOMY)]
     return item
 
 
-def _derivation(items: list[Dataset]) -> Dataset:
+def _reference(instance: EncodedInstance) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID = instance.sop_class_uid
+    item.ReferencedSOPInstanceUID = instance.sop_instance_uid
+    return item
+
+
+def _derivation(plane: EncodedInstance) -> Dataset:
     """The Derivation Image macro (PS3.3 C.7.6.16.2.6)."""
+    image = _reference(plane)
+    image.PurposeOfReferenceCodeSequence = [code_item(SOURCE_IMAGE)]
+    image.SpatialLocationsPreserved = "YES"
     derivation = Dataset()
+    derivation.DerivationDescription = FRAME_DERIVATION
     derivation.DerivationCodeSequence = [code_item(SEGMENTATION)]
-    derivation.SourceImageSequence = items
+    derivation.SourceImageSequence = [image]
     return derivation
-
-
-def _source_item(instance: SourceInstance) -> Dataset:
-    item = _reference(instance)
-    item.PurposeOfReferenceCodeSequence = [code_item(SOURCE_IMAGE)]
-    item.SpatialLocationsPreserved = "NO"  # another grid than the CT's
-    return item

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.outputs.district_seg import ENCODING as SEG_ENCODING
 from pipeline.outputs.district_seg import encode_district_seg
 from pipeline.outputs.measurement_report import encode_measurement_report
 from pipeline.outputs.pet_series import encode_pet_series
@@ -85,27 +84,29 @@ def encode_result(
         encode_pet_series(suv, **common, encoding=encoding, uids=uids(encoding), on_progress=on_progress)
         for encoding in options.encodings
     ]
-    companions = _Companions()
+    companions = _Companions()  # SEG, report and presentation states refer to one PET series: there is one for each
     if options.mip:
         companions.add(
             "the MIP picture", partial(encode_mip, suv, **common, encoding=MIP_ENCODING, uids=uids(MIP_ENCODING))
         )
-    seg = None
+    segs: dict[str, EncodedSeries | None] = {}
     if options.seg:
-        shown = {**common, "uids": uids(SEG_ENCODING), "not_evaluated": suv.not_evaluated}
-        seg = companions.add("the districts' SEG", partial(encode_district_seg, districts, **shown))
+        for pet in pets:
+            shown = {**common, "uids": uids(pet.encoding), "not_evaluated": suv.not_evaluated}
+            seg = partial(encode_district_seg, districts, pet=pet, **shown)
+            segs[pet.encoding] = companions.add(f"the districts' SEG ({pet.encoding})", seg)
     if deviation is not None:
         companions.add(
             "the uncertainty map",
             partial(encode_uncertainty_series, deviation, **common, uids=uids(UNCERTAINTY_ENCODING)),
         )
-    for pet in pets:  # what follows refers to one PET series: there is one for each
+    slope = slope_of(suv.suv) if options.presentation_states else ""
+    for pet in pets:
         own = {**common, "grid": suv.grid, "uids": uids(pet.encoding)}
         if options.sr:
-            report = partial(encode_measurement_report, stats, pet=pet, seg=seg, seg_uids=uids(SEG_ENCODING), **own)
+            report = partial(encode_measurement_report, stats, pet=pet, seg=segs.get(pet.encoding), **own)
             companions.add(f"the measurement report ({pet.encoding})", report)
         if options.presentation_states:
-            slope = slope_of(suv.suv)
             gray = partial(encode_grayscale_state, pet, slope=slope, **own)
             color = partial(encode_pseudo_color_state, pet, slope=slope, **own)
             companions.add(f"the grayscale presentation state ({pet.encoding})", gray)

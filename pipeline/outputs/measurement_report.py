@@ -59,7 +59,7 @@ COSINE = hd.sr.CodedConcept("{-1:1}", "UCUM", "{-1:1}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Segments:
-    """The SEG whose segments are measured, if there is one. `uids` made its tracking UIDs, written or not."""
+    """The SEG whose segments are measured, if there is one. `uids` makes its tracking UIDs, written or not."""
 
     uids: Uids
     series: EncodedSeries | None
@@ -80,7 +80,6 @@ def encode_measurement_report(
     provenance: Provenance,
     options: OutputOptions,
     uids: Uids,
-    seg_uids: Uids,
     created: datetime,
 ) -> EncodedSeries:
     """A one-instance SR series with a measurement group for every row of `stats`.
@@ -88,13 +87,12 @@ def encode_measurement_report(
     Args:
         stats: of the districts that are present, in `District` order, from the de-quantized values (g/ml, ml).
         pet: the PET series that was measured; its planes are referenced.
-        seg: the districts' SEG with one segment for each row, or None where none is written.
+        seg: the districts' SEG on that PET series, one segment for each row, or None where none is written.
         grid: of the PET.
         source: the CT.
         provenance: who made the PET.
         options: `sr_series_number`, and what all results share.
-        uids: of the PET's encoding.
-        seg_uids: of the SEG: a district's tracking UID is the same in both objects.
+        uids: of the PET's encoding; a district's tracking UID is the same in report and SEG.
         created: aware time, stored with the job.
 
     Returns:
@@ -105,9 +103,9 @@ def encode_measurement_report(
     """
     if not stats:
         raise OutputError("no_districts", "writing the measurement report: no district is in the field of view")
-    segments = _Segments(uids=seg_uids, series=seg, source_series_uid=clean("UI", source.series_uid))
+    segments = _Segments(uids=uids, series=seg, source_series_uid=clean("UI", source.series_uid))
     if seg is not None and not segments.source_series_uid:
-        segments = _Segments(uids=seg_uids, series=None, source_series_uid="")  # a segment must name its source
+        segments = _Segments(uids=uids, series=None, source_series_uid="")  # a segment must name its source
     evidence = stand_ins(source, pet, *grid.shape[1:])
     if segments.series is not None:
         evidence.append(_seg_stand_in(source, segments.series))

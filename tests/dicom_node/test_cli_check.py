@@ -10,6 +10,12 @@ from typing import Any
 import pytest
 from fake_archive import FakeArchive
 from fake_pacs import free_port
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    JPEGLSLossless,
+    PositronEmissionTomographyImageStorage,
+    RLELossless,
+)
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import Verification
 from typer.testing import CliRunner
@@ -112,6 +118,48 @@ def test_what_an_archive_can_prove_is_told_before_anything_is_sent(
         _, found = findings(write_config(tmp_path, peer(one.port) + "commitment = true\n"))
     assert found["proof pacs"][0] == verdict
     assert text in found["proof pacs"][1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "syntaxes", "verdict", "text"),
+    [
+        ("", [JPEGLSLossless], "ok", "accepts JPEG-LS Lossless Image Compression for Secondary Capture"),
+        ('encoding = "pet"', [JPEGLSLossless], "ok", "for PET and Secondary Capture"),
+        ('encoding = "pet"\nsend_mip = false', [JPEGLSLossless], "ok", "Compression for PET"),
+        (
+            "",
+            [RLELossless],
+            "warn",
+            "does not accept JPEG-LS Lossless Image Compression for Secondary Capture: sent ",
+        ),
+        ('encoding = "pet"', [], "warn", "for PET and Secondary Capture: sent uncompressed"),
+    ],
+)
+def test_whether_an_archive_takes_the_configured_compression_is_told(
+    tmp_path: Path, keys: str, syntaxes: list[str], verdict: str, text: str
+) -> None:
+    with FakeArchive(syntaxes=[ExplicitVRLittleEndian, *syntaxes]) as one:
+        path = write_config(tmp_path, f'{peer(one.port)}transfer_syntax = "jpeg-ls"\n{keys}\n')
+        code, found = findings(path)
+    assert code == 0
+    assert found["compression pacs"][0] == verdict
+    assert text in found["compression pacs"][1]
+
+
+def test_a_class_that_is_not_taken_compressed_is_named(tmp_path: Path) -> None:
+    with FakeArchive(classes=[PositronEmissionTomographyImageStorage], syntaxes=[RLELossless]) as one:
+        path = write_config(tmp_path, f'{peer(one.port)}transfer_syntax = "rle"\nencoding = "pet"\n')
+        _, found = findings(path)
+    assert found["compression pacs"] == (
+        "warn",
+        "does not accept RLE Lossless for Secondary Capture: sent uncompressed",
+    )
+
+
+def test_an_archive_that_is_down_leaves_its_compression_unknown(tmp_path: Path) -> None:
+    _, found = findings(write_config(tmp_path, f'{peer(free_port())}transfer_syntax = "rle"\n'))
+    assert found["compression pacs"][0] == "warn"
+    assert "cannot be reached" in found["compression pacs"][1]
 
 
 @pytest.mark.parametrize("quick", [False, True])

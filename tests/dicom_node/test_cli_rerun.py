@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dicom_node.incoming import source_digest
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.rejections import keep_references
 from storage.records import DeliveryState, Job, JobState, SeriesInfo
+from storage.spool import Spool
 
 RUNNER = CliRunner()
 UIDS = ("2.25.902.1", "2.25.902.2", "2.25.902.3")
@@ -181,3 +183,19 @@ def test_a_result_that_turned_out_to_be_another_series_gets_a_job_of_its_own(
     bench.ledger.fail_run(job.id, "w", code="other_series", text="another", permanent=True, max_attempts=3)
     assert retry(bench, job).exit_code == 0
     assert bench.ledger.jobs_of_series("2.25.902")[0].supersedes == job.id
+
+
+def test_a_retry_on_a_broken_disk_says_so_and_changes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = done(bench)
+    bench.ledger.redeliver(job.id)
+    bench.ledger.cancel(job.id)
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Spool, "keep_references", broken)
+    answer = retry(bench, job, "--rerun")
+    assert (answer.exit_code, type(answer.exception)) == (1, SystemExit)
+    assert f"job {job.id[:8]}: spool_failed: Input/output error" in answer.output
+    assert bench.ledger.get(job.id).state is JobState.CANCELLED
+    assert bench.spool.has_result(job.id)

@@ -37,8 +37,8 @@ def test_run_takes_the_districts_from_a_seg_in_the_folder_and_writes_its_own(tmp
     assert f"{len(paths)} CT slices" in output
     summary = json.loads((out / "result.json").read_text())
     assert summary["provenance"]["segmenter"] == "dicom_seg"
-    assert [s["folder"] for s in summary["series"]] == ["pet-sc", "seg-binary"]
-    written = dcmread(out / "seg-binary" / "0001.dcm")
+    assert [s["folder"] for s in summary["series"]] == ["pet-sc", "seg-sc"]
+    written = dcmread(out / "seg-sc" / "0001.dcm")
     assert [item.SegmentLabel for item in written.SegmentSequence] == list(masks)
     assert written.SegmentSequence[0].SegmentAlgorithmName == "dicom_seg"
 
@@ -50,7 +50,7 @@ def test_run_without_a_seg_says_so_and_goes_on(tmp_path: Path) -> None:
     code, output = run("run", tmp_path / "ct", tmp_path / "out", "--bundle", bundle, "--device", "cpu", *chain)
     assert code == 0, output
     assert "dicom_seg: there is no SEG in the study" in output
-    assert not (tmp_path / "out" / "seg-binary").exists()
+    assert not (tmp_path / "out" / "seg-sc").exists()
 
 
 def test_run_names_the_segmenters_that_there_are(tmp_path: Path) -> None:

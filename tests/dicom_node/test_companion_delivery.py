@@ -33,8 +33,8 @@ SERIES = tuple(
     )
     for n, (kind, encoding) in enumerate(
         [
-            *(("pet", "sc"), ("pet", "pet"), ("mip", "sc"), ("seg", "binary"), ("uncertainty", "sc")),
-            *((kind, encoding) for encoding in ("sc", "pet") for kind in ("sr", "gsps", "pcps")),
+            *(("pet", "sc"), ("pet", "pet"), ("mip", "sc"), ("uncertainty", "sc")),
+            *((kind, encoding) for encoding in ("sc", "pet") for kind in ("seg", "sr", "gsps", "pcps")),
         ],
         start=1,
     )
@@ -50,7 +50,7 @@ def test_a_destination_gets_the_report_and_the_states_of_its_own_pet_after_what_
     wanted = new_deliveries(SERIES, [destination(encoding=encoding)])
     assert tuple(d.kind for d in wanted) == EVERY_KIND
     for delivery in wanted:
-        if delivery.kind in ("pet", "sr", "gsps", "pcps"):
+        if delivery.kind in ("pet", "seg", "sr", "gsps", "pcps"):
             assert delivery.encoding == encoding
 
 
@@ -115,7 +115,7 @@ REFERRING = tuple(f"{kind}-{encoding}" for encoding in ("sc", "pet") for kind in
 
 def test_run_writes_a_report_and_states_for_each_encoding_of_the_pet(result: Path) -> None:
     folders = tuple(s.folder for s in read_summary(result).series)
-    assert folders == ("pet-sc", "pet-pet", "seg-binary", *REFERRING)
+    assert folders == ("pet-sc", "pet-pet", "seg-sc", "seg-pet", *REFERRING)
 
 
 def test_the_report_says_what_the_job_says(result: Path) -> None:
@@ -129,10 +129,24 @@ def test_the_report_says_what_the_job_says(result: Path) -> None:
             assert (mean, top) == (pytest.approx(row.suv_mean, abs=1e-6), pytest.approx(row.suv_max, abs=1e-6))
 
 
+@pytest.mark.parametrize("encoding", ["sc", "pet"])
+def test_report_and_seg_refer_to_the_pet_of_their_own_encoding(result: Path, encoding: str) -> None:
+    pet, seg = (dcmread(result / f"{kind}-{encoding}" / "0001.dcm") for kind in ("pet", "seg"))
+    assert [one.SeriesInstanceUID for one in seg.ReferencedSeriesSequence] == [pet.SeriesInstanceUID]
+    report = hd.sr.srread(result / f"sr-{encoding}" / "0001.dcm")
+    (study,) = report.CurrentRequestedProcedureEvidenceSequence
+    assert {one.SeriesInstanceUID for one in study.ReferencedSeriesSequence} == {
+        pet.SeriesInstanceUID,
+        seg.SeriesInstanceUID,
+    }
+    for group in report.content.get_volumetric_roi_measurement_groups():
+        assert group.referenced_segment.referenced_sop_instance_uid == seg.SOPInstanceUID
+
+
 def test_orthanc_keeps_the_report_and_the_states_beside_their_pet(result: Path, tmp_path: Path) -> None:
     with running_orthanc(tmp_path / "orthanc", modalities={}) as orthanc:
         pacs = PeerConfig(name="pacs", ae_title=orthanc.ae_title, port=orthanc.dicom_port)
-        for folder in ("pet-sc", "seg-binary", *REFERRING[:3], *REFERRING[:3]):  # sent twice: kept once
+        for folder in ("pet-sc", "seg-sc", *REFERRING[:3], *REFERRING[:3]):  # sent twice: kept once
             files = sorted((result / folder).iterdir())
             sent = send_series(files, pacs, calling_ae="SYNPET", timeouts=Timeouts(acse_s=10, dimse_s=10))
             assert sent.ok, f"{folder}: {sent.text}"

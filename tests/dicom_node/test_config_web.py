@@ -66,6 +66,11 @@ def test_a_wrong_web_destination_is_refused_with_the_rule(case: str, tmp_path: P
         ('url = "https://node:s3cret@[pacs.example"', "not an address"),
         ('url = "ftp://pacs.example?token=s3cret"', "begins with https://"),
         (f'{URL}\ntoken_file = ["s3cret"]', "token_file"),
+        (
+            f'{URL}\nclient_cert_file = "c"\nclient_key_file = """-----BEGIN\ns3cret"""',
+            "client_key_file: the path of a file",
+        ),
+        (f'{URL}\ntoken_file = "s3cret\\u0000"', "token_file: the path of a file"),
     ],
 )
 def test_a_secret_of_a_wrong_destination_is_refused_and_not_repeated(keys: str, said: str, tmp_path: Path) -> None:

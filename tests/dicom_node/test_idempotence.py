@@ -147,6 +147,23 @@ def test_a_study_that_is_routed_twice_is_one_series_and_one_computation(house: H
     assert one_content_each(house.pacs)
 
 
+def test_a_series_that_the_archive_lost_is_made_again_byte_for_byte(house: House) -> None:
+    """After retention has removed result and CT: the job says so, and its CT, routed again, gives the same series."""
+    house.route(house.paths)
+    (job,) = house.until_ended(1)
+    house.node.spool.discard_result(job.id)
+    house.node.spool.discard_work(job.id)
+    house.node.ledger.redeliver(job.id)
+    house.until(lambda: house.jobs[0].state is JobState.FAILED)
+    assert {d.reason_code for d in house.node.ledger.deliveries(job.id)} == {"result_missing"}
+    house.route(house.paths)
+    _, again = house.until_ended(2)
+    assert again.state is JobState.DONE
+    assert again.created > job.created
+    assert house.sent(again) == {d.series_uid for d in house.node.ledger.deliveries(job.id)}
+    assert one_content_each(house.pacs)
+
+
 def test_a_late_slice_gives_another_series_and_the_first_one_is_rejected(house: House) -> None:
     house.route(house.paths[:-1])
     (first,) = house.until_ended(1)

@@ -202,12 +202,14 @@ def test_an_archive_that_offers_nothing_stops_at_sent_with_the_reason(desk: Proo
 
 
 class Selective(FakeArchive):
-    """Shows nothing of the series in `hidden`."""
+    """Shows nothing of the series in `hidden`, and cannot look for the one in `refused`."""
 
-    hidden = ""
+    hidden = refused = ""
 
     def _on_find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
-        if event.identifier.SeriesInstanceUID != self.hidden:
+        if event.identifier.SeriesInstanceUID == self.refused:
+            yield 0xC000, None  # Unable to Process
+        elif event.identifier.SeriesInstanceUID != self.hidden:
             yield from super()._on_find(event)
 
 
@@ -222,6 +224,19 @@ def test_a_companion_that_the_archive_never_shows_does_not_fail_the_job(desk: Pr
     assert (pet.kind, pet.state, pet.reason_code) == ("pet", VISIBLE, "")
     assert (mip.kind, mip.state, mip.goal, mip.reason_code) == ("mip", SENT, SENT, "not_visible")
     assert "0 of 4 instances; given up after 2 looks; it is stored, and optional" in mip.reason
+
+
+def test_a_companion_that_the_archive_cannot_look_for_does_not_fail_the_job(desk: ProofDesk) -> None:
+    with Selective() as archive:
+        config = config_for(desk.root, archive, max_attempts=2)
+        desk.finish_job(config, {"pet": SC, "mip": SC})
+        archive.refused = str(dcmread(desk.files["mip"][0]).SeriesInstanceUID)
+        desk.run(archive, config, listen=False)
+        desk.until(lambda: desk.state is JobState.DONE)
+    pet, mip = desk.delivery(0), desk.delivery(1)
+    assert (pet.kind, pet.state, pet.reason_code) == ("pet", VISIBLE, "")
+    assert (mip.kind, mip.state, mip.goal, mip.reason_code) == ("mip", SENT, SENT, "find_refused")
+    assert mip.reason.endswith("given up after 2 looks; it is stored, and optional")
 
 
 def test_commitment_alone_ends_at_committed_or_where_it_is_not_offered_at_sent(desk: ProofDesk) -> None:
@@ -517,7 +532,10 @@ def test_what_a_request_for_commitment_leads_to(
         ({"kind": "gsps", "checks": 1}, {"count": 0}, SENT, VISIBLE, 15.0),
         ({"kind": "gsps", "checks": 2}, {"count": 0}, SENT, SENT, None),  # optional: the job goes on without
         ({"kind": "gsps", "state": COMMITTED, "checks": 2}, {"count": 0}, COMMITTED, COMMITTED, None),
-        ({"kind": "gsps", "checks": 2}, {"code": "connection_failed"}, FAILED, VISIBLE, None),
+        ({"kind": "gsps", "checks": 1}, {"code": "find_refused"}, SENT, VISIBLE, 15.0),
+        ({"kind": "gsps", "checks": 2}, {"code": "find_refused"}, SENT, SENT, None),
+        ({"kind": "seg"}, {"code": "find_refused", "permanent": True}, SENT, SENT, None),
+        ({"kind": "rejection", "checks": 2}, {"code": "internal_error"}, FAILED, VISIBLE, None),
     ],
 )
 def test_what_a_count_means(

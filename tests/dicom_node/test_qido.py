@@ -55,6 +55,12 @@ def test_a_service_that_repeats_its_first_page_does_not_hold_us_up() -> None:
     assert len(web.gets) == 3
 
 
+def test_an_instance_without_a_uid_is_none_and_padding_is_no_part_of_one() -> None:
+    shown = [*instances(1), {"00080018": element("UI", f"{SERIES}.1 ")}, {"00080018": {"vr": "UI"}}, {}]
+    with FakeWeb(found=lambda path, query: shown if path.endswith("/instances") else [series(f"{SERIES}\0")]) as web:
+        assert count_series_instances(web.service(), STUDY, SERIES).count == 1
+
+
 def test_a_stop_ends_the_counting_before_the_next_page() -> None:
     with FakeWeb(found=lambda path, query: instances(1, 2) if path.endswith("/instances") else [series()]) as web:
         counted = count_series_instances(web.service(), STUDY, SERIES, should_stop=lambda: len(web.gets) >= 2)

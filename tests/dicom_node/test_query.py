@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from fake_archive import FakeArchive
 from pydicom import Dataset
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 from pynetdicom import evt
 
 from dicom_node.net import query
@@ -57,3 +60,57 @@ def test_answers_that_do_not_end_in_time_are_given_up(monkeypatch: pytest.Monkey
 def test_a_stop_ends_the_counting() -> None:
     outcome, levels = count(should_stop=lambda: True)
     assert (outcome.code, outcome.count, levels) == ("interrupted", None, ["SERIES"])
+
+
+def told(value: bytes) -> RawDataElement:
+    """Number of Series Related Instances as it comes from the wire."""
+    return RawDataElement(Tag("NumberOfSeriesRelatedInstances"), "IS", len(value), value, 0, False, True)
+
+
+class Odd(FakeArchive):
+    """Says of a series what is no number of instances; shows three of it, and one of another series."""
+
+    says: Any = None
+
+    def _on_find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        level = str(event.identifier.QueryRetrieveLevel)
+        self.levels.append(level)
+        for number in range(4) if level == "IMAGE" else range(1):
+            ds = Dataset()
+            ds.QueryRetrieveLevel, ds.StudyInstanceUID = level, STUDY
+            ds.SeriesInstanceUID = SERIES if number < 3 else f"{SERIES}.9"
+            if level == "IMAGE":
+                ds.SOPInstanceUID = f"{SERIES}.{number}"
+            else:
+                ds.add(told(self.says))
+            yield 0xFF00, ds
+
+
+@pytest.mark.parametrize("says", [b"3\\3 ", b"-1", b"0 ", b"  "])
+def test_what_is_no_number_of_instances_is_counted_instead(says: bytes) -> None:
+    with Odd() as archive:
+        archive.says = says
+        outcome = count_series_instances(archive.peer(), STUDY, SERIES, calling_ae="SYNPET")
+    assert (outcome.ok, outcome.count, archive.levels) == (True, 3, ["SERIES", "IMAGE"])
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR IS")
+@pytest.mark.parametrize("says", [b"many", b"0x3 "])
+def test_what_no_parser_takes_for_a_number_is_none(says: bytes) -> None:
+    assert query._number(Dataset({Tag("NumberOfSeriesRelatedInstances"): told(says)})) is None
+
+
+class Bare(FakeArchive):
+    """Answers the C-FIND, and does not say about which series."""
+
+    def _on_find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        self.levels.append(str(event.identifier.QueryRetrieveLevel))
+        ds = Dataset()
+        ds.QueryRetrieveLevel = "SERIES"
+        yield 0xFF00, ds
+
+
+def test_an_answer_that_names_no_series_shows_none() -> None:
+    with Bare() as archive:
+        outcome = count_series_instances(archive.peer(), STUDY, SERIES, calling_ae="SYNPET")
+    assert (outcome.ok, outcome.count) == (True, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -168,6 +169,45 @@ def test_a_recall_at_one_destination_is_kept_there_also_without_a_note(bench: Be
     )
     assert refused.exit_code == 1
     assert "recalled" in refused.output
+
+
+def told(bench: Bench, job_id: str) -> list[str]:
+    """What `why` and `jobs show` say of a recall; the same, in lines of their own."""
+    config = ("--config", str(bench.root / "config.toml"))
+    why = RUNNER.invoke(app, ["why", "ACC1", *config]).output.splitlines()
+    said = [line.strip().removeprefix("recalled: ") for line in why if line.startswith("    recalled: ")]
+    shown = RUNNER.invoke(app, ["jobs", "show", job_id, *config], env={"COLUMNS": "300"}).output
+    assert all(line in shown for line in said)
+    return said
+
+
+def note_lines(bench: Bench, job_id: str) -> set[str]:
+    found = [d for d in bench.ledger.deliveries(job_id) if d.kind == REJECTION]
+    return {f"by note {d.series_uid} to {d.destination} (PENDING)" for d in found}
+
+
+def test_a_recall_everywhere_is_told_with_its_time_and_its_notes(bench: Bench) -> None:
+    job = bench.finished()
+    bench.send()
+    assert told(bench, job.id) == []
+    ask(bench, "--bundle", "phantom", "--send-rejections", "--yes")
+    when, *notes = told(bench, job.id)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:]+, 113001 Rejected for Quality Reasons: do not use its result", when)
+    assert set(notes) == note_lines(bench, job.id)
+    assert len(notes) == 4
+
+
+def test_a_recall_at_one_destination_is_told_with_its_name(bench: Bench) -> None:
+    job = bench.finished()
+    ask(bench, "--bundle", "phantom", "--send-rejections", "--yes", "--destination", "other")
+    bench.send()
+    ask(bench, "--bundle", "phantom", "--send-rejections", "--yes", "--destination", "pacs")
+    at_other, none, at_pacs, *notes = told(bench, job.id)
+    assert (at_other[:10], none) == ("at other: ", "without a note: nothing of it had arrived")
+    assert at_pacs.startswith("at pacs: ")
+    assert at_pacs.endswith(", 113001 Rejected for Quality Reasons: do not use its result there")
+    assert set(notes) == note_lines(bench, job.id)
+    assert len(notes) == 2
 
 
 def test_a_held_result_recalled_at_one_destination_stays_held_for_the_others(bench: Bench) -> None:

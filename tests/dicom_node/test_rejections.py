@@ -18,12 +18,14 @@ from recall_tools import Bench
 from dicom_node import rejections as rejections_module
 from dicom_node.config import DestinationConfig
 from dicom_node.delivery import Deliveries, outbox_files
+from dicom_node.lineage import RECALLED, RECALLED_AT
 from dicom_node.node import Node
 from dicom_node.proof import asked_of, goal_of
-from dicom_node.rejections import keep_references, reject_superseded
+from dicom_node.recall import recall, results_of
+from dicom_node.rejections import keep_references, reject, reject_superseded
 from pipeline.outputs.rejection_note import KIND, RejectionReason
 from pipeline.types import EncodedSeries
-from storage.errors import NoSpace
+from storage.errors import NoSpace, OtherSeries
 from storage.ledger import open_ledger
 from storage.records import REJECTION, Delivery, DeliveryState, Job, JobState
 
@@ -237,9 +239,93 @@ def test_the_nodes_retention_keeps_what_names_a_result(bench: Bench) -> None:
 
 def test_a_damaged_result_does_not_stop_retention(bench: Bench) -> None:
     old = bench.finished()
-    (bench.spool.result_folder(old.id) / "pet-sc" / "0001.dcm").write_bytes(b"damaged")
+    (bench.spool.result_folder(old.id) / "result.json").write_bytes(b"damaged")
     keep_references(bench.spool, old.id)
     assert bench.spool.references(old.id) == {}
+
+
+def test_a_damaged_series_costs_the_others_not_their_names(bench: Bench) -> None:
+    old = bench.finished()
+    (bench.spool.result_folder(old.id) / "pet-sc" / "0001.dcm").write_bytes(b"damaged")
+    keep_references(bench.spool, old.id)
+    assert set(bench.spool.references(old.id)) == {"pet-pet", "mip-sc"}
+
+
+def test_damaged_names_of_a_removed_result_are_told_and_stop_no_other_rejection(bench: Bench) -> None:
+    old = bench.finished()
+    bench.send()
+    keep_references(bench.spool, old.id)
+    bench.spool.discard_result(old.id)
+    (bench.spool.root / "references" / f"{old.id}.json").write_bytes(b'{"pet-sc": ')
+    done = reject(
+        bench.ledger, bench.spool, old, reason=RejectionReason.QUALITY, description="", code="recalled", text=""
+    )
+    assert done.opened == 0
+    assert "is damaged" in done.unnamed[0]
+
+
+def test_a_note_never_names_another_series_than_the_one_that_was_sent(bench: Bench) -> None:
+    """As after a result was computed anew in place, and its files were lost: the kept names are of the one before."""
+    old, other = bench.finished(), bench.finished(version="4", series_uid="2.25.7")
+    bench.send()
+    keep_references(bench.spool, other.id)
+    names = bench.spool.references(other.id)
+    bench.spool.discard_result(old.id)
+    bench.spool.keep_references(old.id, names)
+    assert take_back(bench, old) == 0
+    assert rejections(bench, old.id) == []
+
+
+def test_a_result_that_was_recalled_replaces_nothing(bench: Bench) -> None:
+    old = bench.finished()
+    bench.send()
+    new = bench.finished(supersedes=old.id, version="4")
+    bench.send()
+    bench.ledger.update(new.id, details={RECALLED: {"time": ""}})  # the old one is the good one, and goes on
+    assert sweep(bench) == 0
+    assert rejections(bench, old.id) == []
+
+
+def test_a_result_that_was_recalled_there_replaces_nothing_there(bench: Bench) -> None:
+    old = bench.finished()
+    bench.send()
+    new = bench.finished(supersedes=old.id, version="4")
+    bench.send()
+    bench.ledger.update(new.id, details={RECALLED_AT: {"pacs": {}}})
+    assert sweep(bench) == 0
+    bench.ledger.update(new.id, details={RECALLED_AT: {"other": {}}})
+    assert sweep(bench) == 2
+
+
+def test_a_recalled_result_gets_no_second_note_with_another_title_when_it_is_replaced(bench: Bench) -> None:
+    old = bench.finished()
+    bench.send()
+    (result,) = results_of(bench.ledger, "phantom")
+    recall(bench.ledger, bench.spool, result, RejectionReason.SAFETY)
+    bench.send()
+    told = rejections(bench, old.id)
+    bench.finished(supersedes=old.id, version="4")
+    bench.send()
+    assert sweep(bench) == 0
+    assert rejections(bench, old.id) == told
+
+
+def test_one_job_that_cannot_be_rejected_stops_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = bench.finished(series_uid="2.25.1"), bench.finished(series_uid="2.25.2")
+    bench.send()
+    bench.finished(supersedes=first.id, version="4", series_uid="2.25.1")
+    bench.finished(supersedes=second.id, version="4", series_uid="2.25.2")
+    bench.send()
+    opened = bench.ledger.reject_result
+
+    def refuse_first(job_id: str, *args: Any, **kwargs: Any) -> int:
+        if job_id == first.id:
+            raise OtherSeries("its note was sent under another UID")
+        return opened(job_id, *args, **kwargs)
+
+    monkeypatch.setattr(bench.ledger, "reject_result", refuse_first)
+    assert sweep(bench) == 2
+    assert len(rejections(bench, second.id)) == 2
 
 
 def test_the_ledger_and_the_writer_have_one_word_for_a_note() -> None:

@@ -28,7 +28,9 @@ SERIES = tuple(
     SeriesSummary(
         kind=kind, encoding=encoding, series_uid=f"2.25.{n}", sop_class_uid="1.2", instances=n, folder=f"{kind}-x"
     )
-    for n, (kind, encoding) in enumerate((("pet", "sc"), ("pet", "pet"), ("mip", "sc"), ("seg", "binary")), start=1)
+    for n, (kind, encoding) in enumerate(
+        (("pet", "sc"), ("pet", "pet"), ("mip", "sc"), ("seg", "sc"), ("seg", "pet")), start=1
+    )
 )
 
 
@@ -37,9 +39,14 @@ def destination(**changes: Any) -> DestinationConfig:
 
 
 @pytest.mark.parametrize("encoding", ["sc", "pet"])
-def test_a_destination_gets_the_seg_last_whatever_its_encoding(encoding: Any) -> None:
+def test_a_destination_gets_the_seg_of_its_own_pet_last(encoding: Any) -> None:
     wanted = new_deliveries(SERIES, [destination(encoding=encoding)])
-    assert [(d.kind, d.encoding) for d in wanted] == [("pet", encoding), ("mip", "sc"), ("seg", "binary")]
+    assert [(d.kind, d.encoding) for d in wanted] == [("pet", encoding), ("mip", "sc"), ("seg", encoding)]
+
+
+def test_a_seg_on_the_pet_series_of_another_encoding_is_not_sent() -> None:
+    wanted = new_deliveries(SERIES[:4], [destination(encoding="pet")])
+    assert [(d.kind, d.encoding) for d in wanted] == [("pet", "pet"), ("mip", "sc")]
 
 
 def test_a_destination_that_wants_no_seg_gets_none() -> None:
@@ -79,7 +86,7 @@ def test_a_job_with_seg_leaves_a_whole_result_and_the_pacs_takes_it(tmp_path: Pa
     result = synthesize_series(paths, bundle, pipeline_options(config), created=datetime(2024, 5, 6, tzinfo=UTC))
     write_result(result, tmp_path / "out")
     summary = read_summary(tmp_path / "out")
-    assert [(s.kind, s.encoding) for s in summary.series] == [("pet", "sc"), ("mip", "sc"), ("seg", "binary")]
+    assert [(s.kind, s.encoding) for s in summary.series] == [("pet", "sc"), ("mip", "sc"), ("seg", "sc")]
     assert summary.series[2].sop_class_uid == SegmentationStorage
     (path,) = sorted((tmp_path / "out" / summary.series[2].folder).iterdir())
     ds = dcmread(path)

@@ -93,6 +93,15 @@ def test_a_seg_waits_beside_its_study_and_goes_with_the_job(intake: Intake, stud
     assert run_job(intake).districts.segmentations == (kept,)
 
 
+def test_a_job_knows_the_series_that_were_made_of_its_ct_before(intake: Intake, study: tuple[list[Path], Path]) -> None:
+    """Who corrects the districts on our PET in a viewer sends a SEG that names the PET, and not the CT."""
+    send(intake, study[0])
+    intake.pass_time(31)
+    assert intake.job().details.get("result_series") is None
+    intake.ledger.update(intake.job().id, details={"result_series": [{"series_uid": "2.25.4711"}]})
+    assert run_job(intake).districts.result_series == ("2.25.4711",)
+
+
 def test_a_seg_opens_no_job_of_its_own(intake: Intake, study: tuple[list[Path], Path]) -> None:
     send(intake, [study[1]])
     intake.pass_time(31)

@@ -67,7 +67,7 @@ def test_a_seg_sent_with_the_ct_decides_and_the_districts_come_back_as_a_seg(tmp
                         break
                     time.sleep(0.05)
             deliveries = node.ledger.deliveries(job.id)
-            written = dcmread(next(node.spool.result_folder(job.id).glob("seg-binary/*.dcm")))
+            written = dcmread(next(node.spool.result_folder(job.id).glob("seg-sc/*.dcm")))
             assert node.ledger.get(job.id).state is JobState.DONE
         finally:
             node.stop()

@@ -15,9 +15,10 @@ import pytest
 import trustme
 from fake_pacs import free_port
 from fake_web import Answer, FakeWeb, Posted, store_everything, stored
+from pydicom import dcmread
 from result_factory import sop_uids, write_instances
 
-from dicom_node.config import WebConfig
+from dicom_node.config import WebConfig, load_config
 from dicom_node.net.answers import MOST_BYTES
 from dicom_node.net.qido import check_service
 from dicom_node.net.scu import SendOutcome
@@ -118,6 +119,19 @@ def test_an_instance_that_the_answer_does_not_name_is_not_counted_as_stored(file
     assert (outcome.stored, outcome.statuses[sop_uids(files)[-1]]) == (COUNT - 1, "no_response")
 
 
+@pytest.mark.parametrize("padding", ["\0", " "])
+def test_a_uid_that_is_padded_as_in_a_file_is_that_uid(files: list[Path], padding: str) -> None:
+    bad = sop_uids(files)[0]
+
+    def padded(posted: Posted) -> Answer:
+        failed = {f"{bad}{padding}": 0xA700}
+        return stored([f"{uid}{padding}" for uid in posted.uids], status=202, failed=failed)
+
+    with FakeWeb(padded) as web:
+        outcome = send_series_web(files, web.service())
+    assert (outcome.stored, outcome.statuses[bad]) == (COUNT - 1, "0xA700")
+
+
 def test_an_instance_in_both_sequences_has_failed(files: list[Path]) -> None:
     first = sop_uids(files)[0]
 
@@ -140,6 +154,7 @@ def test_an_instance_in_both_sequences_has_failed(files: list[Path]) -> None:
         Answer(body=b'{"00081199": 7}'),
         Answer(status=409, body=b"conflict", media_type="text/plain"),
         Answer(status=204),
+        Answer(body=b"<NativeDicomModel/>", media_type="application/dicom+xml"),
     ],
 )
 def test_a_success_that_names_no_instance_is_none(files: list[Path], answer: Answer) -> None:
@@ -147,6 +162,7 @@ def test_a_success_that_names_no_instance_is_none(files: list[Path], answer: Ans
         outcome = send_series_web(files, web.service())
     assert verdict(outcome) == ("answer_unreadable", PERMANENT)
     assert outcome.stored == 0
+    assert set(outcome.statuses.values()) == {"no_response"}  # it was posted: nobody knows what became of it
 
 
 @pytest.mark.parametrize(
@@ -231,7 +247,8 @@ def test_an_http_status_has_a_name(files: list[Path], status: int, code: str, pe
     assert outcome.text.startswith(f"http://127.0.0.1:{web.port}/dicom-web ")
     assert outcome.text.endswith(f"(HTTP {status})")
     uids = sop_uids(files)
-    assert [outcome.statuses[uid] for uid in uids] == ["0x0000"] * 2 + ["not_sent"] * 4
+    second = "no_response" if status >= 500 else "not_sent"  # a service that fails may have stored some of them
+    assert [outcome.statuses[uid] for uid in uids] == ["0x0000"] * 2 + [second] * 2 + ["not_sent"] * 2
 
 
 @pytest.mark.parametrize(
@@ -308,6 +325,50 @@ def test_a_service_that_drips_its_answer_is_given_up(files: list[Path], drip: Li
     assert outcome.text.endswith("did not answer within 0.4 s")
 
 
+LARGE = 8_000_000  # more than the kernel takes from us ahead of the service
+
+
+def _enlarge(path: Path) -> None:
+    ds = dcmread(path)
+    ds.PixelData = bytes(LARGE)
+    ds.Rows, ds.Columns = 2000, 2000
+    ds.save_as(path)
+
+
+def test_a_service_that_takes_a_request_too_slowly_is_given_up_and_tried_again(files: list[Path]) -> None:
+    _enlarge(files[0])
+    with FakeWeb(slow=1) as web:
+        service = web.service(upload_timeout_s=0.3, connect_timeout_s=60)
+        late = send_series_web(files, service)
+        assert (verdict(late), late.stored) == (("upload_timeout", TRANSIENT), 0)
+        assert late.text.endswith("did not take a request of 8.0 MB within 0.3 s")
+        again = send_series_web(files, service.model_copy(update={"upload_timeout_s": 60}))
+    assert (again.ok, again.stored) == (True, COUNT)
+
+
+def test_a_service_that_stops_taking_a_request_is_given_up(files: list[Path]) -> None:
+    _enlarge(files[0])
+    with FakeWeb(slow=1) as web:
+        outcome = send_series_web(files, web.service(upload_timeout_s=60, connect_timeout_s=0.02))
+    assert verdict(outcome) == ("upload_timeout", TRANSIENT)
+    assert outcome.text.endswith("took nothing of what was sent for 0.02 s")
+
+
+def test_a_slow_service_over_tls_is_given_up_too(files: list[Path], authority: Authority) -> None:
+    _enlarge(files[0])
+    with FakeWeb(slow=1, tls=authority.server()) as web:
+        service = web.service(ca_file=authority.file, upload_timeout_s=0.3, connect_timeout_s=60)
+        assert verdict(send_series_web(files, service)) == ("upload_timeout", TRANSIENT)
+
+
+def test_an_instance_larger_than_a_batch_has_more_time(files: list[Path]) -> None:
+    _enlarge(files[0])
+    with FakeWeb(slow=1) as web:
+        service = web.service(upload_timeout_s=0.05, connect_timeout_s=60, batch_bytes=1_000_000)
+        outcome = send_series_web(files[:1], service)
+    assert outcome.text.endswith("did not take a request of 8.0 MB within 0.4 s")
+
+
 def test_nobody_at_the_port_is_transient(files: list[Path]) -> None:
     outcome = send_series_web(files, WebConfig(url=f"http://127.0.0.1:{free_port()}/dicom-web"))
     assert verdict(outcome) == ("connection_failed", TRANSIENT)
@@ -371,8 +432,25 @@ def test_a_secret_that_cannot_be_used_is_said_so(files: list[Path], tmp_path: Pa
     with FakeWeb() as web:
         outcome = send_series_web(files, web.service(token_file=path))
     assert verdict(outcome) == ("secret_unreadable", PERMANENT)
-    assert str(path) in outcome.text
+    assert "token_file" in outcome.text
+    assert (str(path) in outcome.text) == path.exists()
     assert web.posts == []
+
+
+@pytest.mark.parametrize("key", ["token_file", "password_file", "ca_file", "client_cert_file", "client_key_file"])
+@pytest.mark.parametrize("pasted", ["s3cret", "s3cret/" * 60, "/s3cret" + "x" * 300])
+def test_a_secret_pasted_where_its_file_belongs_is_not_told(
+    files: list[Path], authority: Authority, tmp_path: Path, key: str, pasted: str
+) -> None:
+    path = tmp_path / "config.toml"
+    more = {"password_file": 'username = "u"', "client_key_file": f'client_cert_file = "{authority.file}"'}
+    path.write_text(
+        f'[[destinations]]\nname = "web"\nurl = "https://127.0.0.1:1/d"\n{key} = "{pasted}"\n{more.get(key, "")}'
+    )
+    outcome = send_series_web(files, load_config(path).destinations[0])
+    assert verdict(outcome) == ("secret_unreadable", PERMANENT)
+    assert key in outcome.text
+    assert "s3cret" not in outcome.text
 
 
 # ---- TLS
@@ -501,7 +579,8 @@ def test_a_ca_file_that_is_none_is_said_so(files: list[Path], tmp_path: Path, co
     path = tmp_path / "ca.pem" if content is None else secret(tmp_path, content)
     outcome = send_series_web(files, WebConfig(url="https://127.0.0.1:1/dicom-web", ca_file=path))
     assert verdict(outcome) == ("secret_unreadable", PERMANENT)
-    assert outcome.text == f"{path} is not a readable PEM file of certificates"
+    told = f"ca_file {path}" if content else "ca_file, which names no file,"
+    assert outcome.text == f"{told} is not a readable PEM file of certificates"
 
 
 def test_a_file_that_is_no_dicom_is_not_sent(tmp_path: Path) -> None:

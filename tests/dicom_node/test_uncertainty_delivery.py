@@ -28,7 +28,7 @@ SERIES = tuple(
         kind=kind, encoding=encoding, series_uid=f"2.25.{n}", sop_class_uid="1.2", instances=n, folder=f"{kind}-x"
     )
     for n, (kind, encoding) in enumerate(
-        (("pet", "sc"), ("pet", "pet"), ("mip", "sc"), ("seg", "binary"), ("uncertainty", "sc")), start=1
+        (("pet", "sc"), ("pet", "pet"), ("mip", "sc"), ("seg", "sc"), ("seg", "pet"), ("uncertainty", "sc")), start=1
     )
 )
 

@@ -12,6 +12,7 @@ import pytest
 
 from dicom_node.config import Config, DestinationConfig, EngineConfig, PeerConfig, StorageConfig
 from dicom_node.engine import EngineCrash, EngineStopped
+from dicom_node.lineage import RERUN
 from dicom_node.worker import Worker, judge, new_deliveries, pipeline_options
 from pipeline.errors import BundleError, DistrictError, GateRefusal, OutputError, UnsupportedSeries
 from pipeline.result import SeriesSummary, read_summary, write_result
@@ -261,6 +262,58 @@ def test_a_job_computed_in_place_never_forgets_the_series_that_it_sent(bench: Be
     assert (bench.job.state, bench.job.reason_code) == (JobState.FAILED, "other_series")
     assert bench.ledger.deliveries(bench.job_id) == before
     assert not bench.spool.has_result(bench.job_id)
+
+
+def other_result() -> ResultSet:
+    """The same with other UIDs, as of another bundle."""
+    plain = result()
+    return replace(plain, series=tuple(replace(one, series_uid=f"{one.series_uid}.9") for one in plain.series))
+
+
+class Routed:
+    """Jobs of the same slices, an hour apart; each one's deliveries fail, so that the series is taken up again."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.engine = ScriptedEngine()
+
+    def run(self, *results: ResultSet, rerun: bool = False) -> Job:
+        bench = self.bench
+        if self.engine.runs:
+            bench.now += timedelta(hours=1)
+            bench.job_id = bench.queue_job()
+        bench.ledger.update(bench.job_id, source_digest="d", details={RERUN: ["bundle"]} if rerun else {})
+        self.engine.script += results
+        bench.worker(self.engine).work_one()
+        assert self.engine.script == []
+        while (row := bench.ledger.claim_delivery("s", lease_s=60)) is not None:
+            bench.ledger.finish_delivery(row.id, "s", state=DeliveryState.FAILED, sent=1, statuses={})
+        assert bench.job.state is JobState.FAILED
+        return bench.job
+
+    @property
+    def times(self) -> list[datetime]:
+        """That the runs were told to write."""
+        return [created for _, _, created in self.engine.runs]
+
+
+def test_one_series_uid_has_one_time_whatever_job_writes_it(bench: Bench) -> None:
+    routed = Routed(bench)
+    first = routed.run(result())
+    again = routed.run(other_result(), rerun=True)
+    assert routed.times == [first.created, again.created]
+    routed.run(other_result())  # routed again: the bundle of the second job
+    assert routed.times[2:] == [again.created]
+    routed.run(result(), result())  # the first bundle again: known when the series is there
+    assert routed.times[3:] == [again.created, first.created]
+    assert len({one.created for one in bench.ledger.jobs_of_series(SERIES)}) == 4
+
+
+def test_a_series_of_its_own_is_written_once(bench: Bench) -> None:
+    routed = Routed(bench)
+    routed.run(result())
+    routed.run(other_result(), rerun=True)
+    assert len(routed.times) == 2
 
 
 def test_a_job_that_is_cancelled_while_it_runs_leaves_no_result(bench: Bench) -> None:

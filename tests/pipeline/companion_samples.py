@@ -20,13 +20,14 @@ def uids(sample: Sample, encoding: str) -> ResultUids:
     return ResultUids(source=sample.source, provenance=sample.provenance, options=sample.options, encoding=encoding)
 
 
-def seg_of(sample: Sample, *present: District) -> EncodedSeries:
+def seg_of(sample: Sample, *present: District, encoding: str = "sc") -> EncodedSeries:
     return encode_district_seg(
         district_map(*present),
+        pet=sample.pet(encoding),
         source=sample.source,
         provenance=sample.provenance,
         options=sample.options,
-        uids=uids(sample, "binary"),
+        uids=uids(sample, encoding),
         created=sample.created,
     )
 
@@ -49,7 +50,6 @@ def report_of(
         provenance=sample.provenance,
         options=sample.options,
         uids=uids(sample, encoding),
-        seg_uids=uids(sample, "binary"),
         created=sample.created,
     )
 

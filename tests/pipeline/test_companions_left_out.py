@@ -52,7 +52,7 @@ def encode(sample: Sample, suv: SuvVolume | None = None) -> tuple[tuple[EncodedS
 def test_everything_that_is_asked_for_is_written_the_pet_first(sample: Sample) -> None:
     series, notes = encode(sample)
     assert [(s.kind, s.encoding) for s in series] == [
-        *(("pet", "sc"), ("pet", "pet"), ("mip", "sc"), ("seg", "binary"), ("uncertainty", "sc")),
+        *(("pet", "sc"), ("pet", "pet"), ("mip", "sc"), ("seg", "sc"), ("seg", "pet"), ("uncertainty", "sc")),
         *((kind, one) for one in ("sc", "pet") for kind in ("sr", "gsps", "pcps")),
     ]
     assert notes == ()
@@ -89,9 +89,10 @@ def test_a_report_beside_a_seg_that_could_not_be_written_refers_to_no_segment(
     whole, _ = encode(sample)
     monkeypatch.setattr(encoding, "encode_district_seg", lambda *_, **__: 1 / 0)
     series, _ = encode(sample)
-    seg = next(s for s in whole if s.kind == "seg")
-    for with_seg, without in zip(whole[5:], series[4:], strict=True):
+    segs = {s.encoding: s for s in whole if s.kind == "seg"}
+    for with_seg, without in zip(whole[6:], series[4:], strict=True):
         if without.kind == "sr":
+            seg = segs[without.encoding]
             assert seg.instances[0].sop_instance_uid.encode() in with_seg.instances[0].data
             assert seg.instances[0].sop_instance_uid.encode() not in without.instances[0].data
             assert without.series_uid != with_seg.series_uid

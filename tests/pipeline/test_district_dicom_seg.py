@@ -25,8 +25,9 @@ from pipeline.districts.seg_object import Segment, is_segmentation
 from pipeline.errors import DistrictError, SegmenterUnavailable
 from pipeline.geometry import grid_at_spacing, resample
 from pipeline.outputs.district_seg import encode_district_seg
+from pipeline.outputs.pet_series import encode_pet_series
 from pipeline.provenance import ResultUids
-from pipeline.types import CtVolume, District, DistrictMap, DistrictOptions, OutputOptions, Provenance
+from pipeline.types import CtVolume, District, DistrictMap, DistrictOptions, OutputOptions, Provenance, SuvVolume
 from training.phantom import PhantomSpec, make_phantom
 
 SPACING_MM = (8.0, 8.0, 8.0)
@@ -125,6 +126,11 @@ def test_what_the_seg_leaves_out_is_filled_from_the_nearest_and_costs_confidence
         ("LEFT UPPER EXTREMITY", None, ARMS),
         ("Legs", codes.SCT.Tissue, LEGS),
         ("lower limbs", None, LEGS),
+        ("Lower-Extremities, both", None, LEGS),
+        ("rightArm", None, ARMS),
+        ("L leg", None, LEGS),
+        ("Head_and_Neck", None, HEAD),
+        ("heads", None, None),
         ("head of femur", None, None),
         ("forearm vein", None, None),
         ("body", None, None),
@@ -178,14 +184,16 @@ def test_our_own_seg_serves_when_another_program_has_stored_it_and_not_before(ca
         device="cpu",
     )
     source, output = case.ct.source, OutputOptions()
-    series = encode_district_seg(
-        first,
-        source=source,
-        provenance=provenance,
-        options=output,
-        uids=ResultUids(source=source, provenance=provenance, options=output, encoding="binary"),
-        created=datetime(2024, 1, 1, tzinfo=UTC),
-    )
+    given = {
+        "source": source,
+        "provenance": provenance,
+        "options": output,
+        "uids": ResultUids(source=source, provenance=provenance, options=output, encoding="sc"),
+        "created": datetime(2024, 1, 1, tzinfo=UTC),
+    }
+    nothing = SuvVolume(suv=np.zeros(grid.shape, dtype=np.float32), grid=grid)
+    pet = encode_pet_series(nothing, encoding="sc", **given)
+    series = encode_district_seg(first, pet=pet, **given)
     path = tmp_path / "s.dcm"
     path.write_bytes(series.instances[0].data)
     assert case.refusal(path).code == "seg_own"
@@ -196,6 +204,21 @@ def test_our_own_seg_serves_when_another_program_has_stored_it_and_not_before(ca
     both = (first.labels > 0) & (again.labels > 0)
     assert np.array_equal(first.labels[both], again.labels[both])
     assert both.sum() > 0.98 * (first.labels > 0).sum()
+
+
+def test_a_seg_that_was_drawn_on_a_pet_made_of_the_ct_counts_as_one_of_the_ct(case: Case, tmp_path: Path) -> None:
+    def drawn_on_the_pet(ds: Dataset) -> None:
+        (series,) = ds.ReferencedSeriesSequence
+        series.SeriesInstanceUID = "2.25.4711"
+        del series.ReferencedInstanceSequence[:]
+        ds.pop("SourceImageSequence", None)
+        for frame in ds.PerFrameFunctionalGroupsSequence:
+            del frame.DerivationImageSequence
+
+    path = seg(case, tmp_path / "s.dcm", modify=drawn_on_the_pet)
+    assert case.refusal(path).code == "no_seg"
+    options = DistrictOptions(segmentations=(path,), result_series=("2.25.4711",))
+    assert expected(case, segment(case.ct, case.ct.grid, options)).mean() == 1.0
 
 
 def test_the_newest_seg_that_serves_is_taken(case: Case, tmp_path: Path) -> None:

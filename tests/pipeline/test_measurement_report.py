@@ -67,7 +67,9 @@ def test_a_report_says_what_a_reader_of_the_pet_measures(sample: Sample, encodin
     pet = read_back(sample.pet(encoding))
     values = np.stack([ds.pixel_array * float(ds.RescaleSlope) for ds in pet])
     labels, voxel_ml = district_map().labels, sample.suv.grid.voxel_ml
-    groups = groups_of(report_of(sample, encoding=encoding, seg=seg_of(sample) if with_seg else None))
+    groups = groups_of(
+        report_of(sample, encoding=encoding, seg=seg_of(sample, encoding=encoding) if with_seg else None)
+    )
     assert list(groups) == [d.key for d in District]
     for district in District:
         inside = values[labels == district]
@@ -186,7 +188,6 @@ def test_a_report_of_no_district_is_an_error(sample: Sample) -> None:
             pet=sample.pet("sc"),
             seg=None,
             grid=sample.suv.grid,
-            seg_uids=sample._common("binary")["uids"],
             **{k: v for k, v in sample._common("sc").items() if k != "encoding"},
         )
     assert caught.value.code == "no_districts"
@@ -206,9 +207,9 @@ def test_dcmtk_prints_the_report(sample: Sample, tmp_path: Path) -> None:
 def test_the_validator_finds_nothing(variant, tmp_path: Path) -> None:
     ct = write_sample_ct(tmp_path / "ct", variant)
     sample = Sample(source=source_of(ct), suv=sample_suv())
-    seg = seg_of(sample)
-    for encoding, given in (("sc", None), ("pet", seg)):
-        folder = tmp_path / encoding
+    for encoding, with_seg in (("sc", False), ("pet", True)):
+        folder, seg = tmp_path / encoding, seg_of(sample, encoding=encoding)
+        given = seg if with_seg else None
         (report,) = write_series(report_of(sample, encoding=encoding, seg=given), folder / "sr")
         assert complaints(report) == []
         beside = write_series(sample.pet(encoding), folder / "pet") + write_series(seg, folder / "seg")

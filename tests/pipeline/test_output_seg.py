@@ -64,13 +64,19 @@ def encode(
     provenance: Provenance = PROVENANCE,
     created: datetime = CREATED,
     not_evaluated: tuple[District, ...] = (),
+    encoding: str = "sc",
 ) -> EncodedSeries:
+    """The SEG of the PET series that `pet_of` gives."""
+    sample = Sample(
+        source=source, suv=sample_suv(districts.grid.shape), options=options, provenance=provenance, created=created
+    )
     return encode_district_seg(
         districts,
+        pet=sample.pet(encoding),
         source=source,
         provenance=provenance,
         options=options,
-        uids=ResultUids(source=source, provenance=provenance, options=options, encoding="binary"),
+        uids=ResultUids(source=source, provenance=provenance, options=options, encoding=encoding),
         created=created,
         not_evaluated=not_evaluated,
     )
@@ -157,17 +163,38 @@ def test_the_object_is_the_cts_patient_study_and_frame_of_reference(source: Sour
     assert ds.SeriesDescription.startswith("SYNTHETIC")
 
 
-def test_the_ct_is_referenced_and_each_frame_names_the_slices_around_it(source: SourceSeries) -> None:
-    ds = one(encode(district_map(), source))
+@pytest.mark.parametrize("encoding", ["sc", "pet"])
+def test_the_pet_of_its_encoding_is_referenced_and_each_frame_names_the_plane_that_it_lies_on(
+    encoding: str, source: SourceSeries
+) -> None:
+    written = encode(district_map(), source, encoding=encoding)
+    ds, pet = one(written), read_back(Sample(source=source, suv=sample_suv()).pet(encoding))
+    assert (written.kind, written.encoding) == ("seg", encoding)
     (series,) = ds.ReferencedSeriesSequence
-    assert series.SeriesInstanceUID == CT_SERIES_UID
-    uids = [i.ReferencedSOPInstanceUID for i in series.ReferencedInstanceSequence]
-    assert uids == [i.sop_instance_uid for i in source.instances]
-    places = {i.sop_instance_uid: i.position_mm[2] for i in source.instances}
+    assert series.SeriesInstanceUID == pet[0].SeriesInstanceUID
+    named = [(i.ReferencedSOPClassUID, i.ReferencedSOPInstanceUID) for i in series.ReferencedInstanceSequence]
+    assert named == [(plane.SOPClassUID, plane.SOPInstanceUID) for plane in pet]
+    planes = {plane.SOPInstanceUID: plane for plane in pet}
     for frame in ds.PerFrameFunctionalGroupsSequence:
-        z_mm = float(frame.PlanePositionSequence[0].ImagePositionPatient[2])
-        used = frame.DerivationImageSequence[0].SourceImageSequence
-        assert all(abs(places[item.ReferencedSOPInstanceUID] - z_mm) < 3.0 for item in used)
+        (derivation,) = frame.DerivationImageSequence
+        (image,) = derivation.SourceImageSequence
+        plane = planes[image.ReferencedSOPInstanceUID]
+        position = [float(v) for v in frame.PlanePositionSequence[0].ImagePositionPatient]
+        assert position == pytest.approx([float(v) for v in plane.ImagePositionPatient], abs=1e-3)
+        assert image.SpatialLocationsPreserved == "YES"
+        assert (plane.Rows, plane.Columns) == (ds.Rows, ds.Columns)
+        assert plane.FrameOfReferenceUID == ds.FrameOfReferenceUID
+
+
+def test_the_ct_is_the_related_series(source: SourceSeries) -> None:
+    (related,) = one(encode(district_map(), source)).RelatedSeriesSequence
+    assert (related.StudyInstanceUID, related.SeriesInstanceUID) == (source.study_uid, CT_SERIES_UID)
+    (purpose,) = related.PurposeOfReferenceCodeSequence
+    assert (purpose.CodeValue, purpose.CodingSchemeDesignator) == ("122401", "DCM")
+
+
+def test_a_ct_without_a_usable_series_uid_is_not_named(source: SourceSeries) -> None:
+    assert "RelatedSeriesSequence" not in one(encode(district_map(), replace(source, series_uid="")))
 
 
 def test_the_same_result_has_the_same_bytes_and_another_segmenter_other_uids(source: SourceSeries) -> None:
@@ -175,20 +202,13 @@ def test_the_same_result_has_the_same_bytes_and_another_segmenter_other_uids(sou
     assert first.data == again.data
     (other,) = encode(district_map(), source, provenance=replace(PROVENANCE, segmenter_version="3")).instances
     (moved,) = encode(district_map(), source, options=replace(OPTIONS, seg_series_number=9021)).instances
-    assert len({one.sop_instance_uid for one in (first, other, moved)}) == 3
+    (pet,) = encode(district_map(), source, encoding="pet").instances
+    assert len({one.sop_instance_uid for one in (first, other, moved, pet)}) == 4
 
 
 def test_a_ct_of_series_number_9020_pushes_ours_on(tmp_path: Path) -> None:
     taken = source_of(write_sample_ct(tmp_path, series_number=9020))
     assert one(encode(district_map(), taken)).SeriesNumber == 9120
-
-
-def test_a_coronal_ct_is_the_source_of_every_frame(source: SourceSeries) -> None:
-    turned = tuple(replace(i, position_mm=(0.0, 3.0 * k, 0.0)) for k, i in enumerate(source.instances))
-    ds = one(encode(district_map(), replace(source, instances=turned)))
-    (derivation,) = ds.SharedFunctionalGroupsSequence[0].DerivationImageSequence
-    assert len(derivation.SourceImageSequence) == len(turned)
-    assert not any("DerivationImageSequence" in frame for frame in ds.PerFrameFunctionalGroupsSequence)
 
 
 def test_no_warning_quotes_a_patients_name(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -208,10 +228,12 @@ def test_dates_are_the_cts_and_the_jobs(source: SourceSeries) -> None:
 def test_the_validator_finds_nothing(variant, tmp_path: Path) -> None:
     ct_paths = write_sample_ct(tmp_path / "ct", variant)
     sample = Sample(source=source_of(ct_paths), suv=sample_suv())
-    (path,) = write_series(encode(district_map(), sample.source), tmp_path / "seg")
-    assert complaints(path) == []
-    done = subprocess.run([tool("dcentvfy"), *map(str, (*ct_paths, path))], capture_output=True, text=True, timeout=60)
-    assert (done.stdout + done.stderr).strip() == ""
+    for encoding in ("sc", "pet"):
+        (path,) = write_series(encode(district_map(), sample.source, encoding=encoding), tmp_path / encoding / "seg")
+        assert complaints(path) == []
+        study = (*ct_paths, *write_series(sample.pet(encoding), tmp_path / encoding / "pet"), path)
+        done = subprocess.run([tool("dcentvfy"), *map(str, study)], capture_output=True, text=True, timeout=60)
+        assert (done.stdout + done.stderr).strip() == ""
 
 
 def test_a_ct_without_any_attribute_costs_only_what_a_dicomdir_would_need(tmp_path: Path) -> None:

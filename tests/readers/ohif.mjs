@@ -2,14 +2,18 @@
 // node ohif.mjs JOB.json: {modules, chromium, profile, url, out, pages: [{name, mode, study, volumes, center, roi, show}]}
 //   volumes: how many volumes the page must have loaded; center: LPS mm that every plane is moved to;
 //   roi: {center, radius_mm} of an ellipse and a probe in the axial PT viewport;
-//   show: modalities that are put into the viewport one after the other.
+//   show: modalities that are put into the viewport one after the other;
+//   chosen: {viewport, series} of a series that is double-clicked at the end, with that viewport active.
 import { readFileSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { join } from 'node:path';
 
 const READY_MS = 240_000; // software rendering on a busy machine
-const SETTLE_MS = 4_000;
-const SHOWN_SHARE = 0.55; // of the way from the head: liver and kidneys
+const POLL_MS = 250;
+const QUIET_POLLS = 4; // in a row, without a rendered image, a changed element or a request
+const SEGMENTS_MS = 30_000; // a SEG that the viewer cannot draw is given up after this
+const WINDOW = { width: 1280, height: 800 };
+const SHOWN_SHARE = 0.64; // of the way from the head: liver and kidneys
 const FLAGS = [
   '--no-sandbox',
   '--use-gl=angle',
@@ -27,8 +31,6 @@ const FLAGS = [
 const job = JSON.parse(readFileSync(process.argv[2], 'utf-8'));
 const puppeteer = createRequire(join(job.modules, 'package.json'))('puppeteer-core');
 
-const sleep = ms => new Promise(done => setTimeout(done, ms));
-
 async function waitFor(page, what, condition, ...args) {
   try {
     await page.waitForFunction(condition, { timeout: READY_MS, polling: 500 }, ...args);
@@ -37,7 +39,31 @@ async function waitFor(page, what, condition, ...args) {
   }
 }
 
+// Wait until the viewer has nothing more to do: a fixed sleep is too long for an idle machine and too short for a busy one.
+async function settle(page) {
+  await page.waitForNetworkIdle({ idleTime: QUIET_POLLS * POLL_MS, timeout: READY_MS });
+  await page.evaluate(becomesQuiet, POLL_MS, QUIET_POLLS);
+}
+
 // --- run inside the viewer ------------------------------------------------------------------------------------------
+
+// Count what changes, from before the viewer's first script on. (Capturing sees events that do not bubble.)
+const countChanges = () => {
+  window.changes = 0;
+  const one = () => {
+    window.changes += 1;
+  };
+  document.addEventListener('CORNERSTONE_IMAGE_RENDERED', one, true);
+  new MutationObserver(one).observe(document, { childList: true, characterData: true, subtree: true });
+};
+
+const becomesQuiet = async (pollMs, polls) => {
+  for (let same = 0; same < polls; ) {
+    const before = window.changes;
+    await new Promise(done => setTimeout(done, pollMs));
+    same = window.changes === before ? same + 1 : 0;
+  }
+};
 
 const volumesAreLoaded = wanted => {
   const found = window.cornerstone?.cache.getVolumes() ?? [];
@@ -63,6 +89,12 @@ const moveTo = center => {
       viewport.render();
     }
   }
+};
+
+const shownSeries = () => {
+  const service = window.services.cornerstoneViewportService;
+  const ids = [...service.viewportsById.keys()];
+  return ids.map(id => ({ id, series: service.getViewportDisplaySets(id).map(set => set.SeriesInstanceUID) }));
 };
 
 const report = () => {
@@ -117,10 +149,10 @@ const click = label => {
   return Boolean(found);
 };
 
-// Put the series of a modality into the viewport, as a double click on its thumbnail does.
-const showModality = modality => {
+// Put a series into the active viewport, as a double click on its thumbnail does: the one that has this value there.
+const show = (key, value) => {
   const { displaySetService, hangingProtocolService, viewportGridService } = window.services;
-  const found = displaySetService.getActiveDisplaySets().find(set => set.Modality === modality);
+  const found = displaySetService.getActiveDisplaySets().find(set => set[key] === value);
   const viewportId = viewportGridService.getActiveViewportId();
   const { displaySetInstanceUID } = found;
   const wanted = hangingProtocolService.getViewportsRequireUpdate(viewportId, displaySetInstanceUID, true);
@@ -143,10 +175,27 @@ const shownNow = () => {
   return { voi: viewport?.getProperties?.().voiRange ?? null, text: document.body.innerText };
 };
 
-const segmentations = () =>
-  window.services.segmentationService.getSegmentations().flatMap(one =>
-    Object.values(one.segments).map(segment => segment.label)
-  );
+// Of each segment that is drawn: its voxels, the sum of their rows and that of their columns. (A label is in the list even
+// where OHIF has put no frame of it anywhere, and as many voxels may lie elsewhere.)
+const segmentations = () => {
+  const drawn = {};
+  for (const { segments, representationData } of window.cornerstoneTools.segmentation.state.getSegmentations()) {
+    for (const imageId of representationData.Labelmap?.imageIds ?? []) {
+      const image = window.cornerstone.cache.getImage(imageId);
+      image.voxelManager.getScalarData().forEach((value, index) => {
+        if (value) {
+          const sums = (drawn[segments[value].label] ??= [0, 0, 0]);
+          sums[0] += 1;
+          sums[1] += Math.floor(index / image.columns);
+          sums[2] += index % image.columns;
+        }
+      });
+    }
+  }
+  return drawn;
+};
+
+const segmentsAreThere = () => window.services.segmentationService.getSegmentations().length > 0;
 
 const drawRegions = ({ center: [x, y, z], radius_mm: r }) => {
   const { EllipticalROITool, ProbeTool } = window.cornerstoneTools;
@@ -172,17 +221,28 @@ const regions = () => {
     })));
 };
 
+const bothAreMeasured = () => {
+  const drawn = window.cornerstoneTools.annotation.state.getAllAnnotations();
+  const asked = drawn.filter(one => ['EllipticalROI', 'Probe'].includes(one.metadata.toolName));
+  const measured = one => Object.values(one.data.cachedStats ?? {}).some(found => found.Modality === 'PT');
+  return asked.length === 2 && asked.every(measured);
+};
+
 // --- outside ---------------------------------------------------------------------------------------------------------
 
 // Each of these modalities in turn, with a picture of it.
 async function showEach(page, name, modalities) {
   const shown = {};
   for (const modality of modalities) {
-    await page.evaluate(showModality, modality);
-    await sleep(2 * SETTLE_MS);
-    if (['CT', 'PT'].includes(modality)) {
+    await page.evaluate(show, 'Modality', modality);
+    await settle(page);
+    if (modality === 'SEG') {
+      await page.waitForFunction(segmentsAreThere, { timeout: SEGMENTS_MS, polling: POLL_MS }).catch(() => {});
+      await settle(page);
+    }
+    if (['CT', 'PT', 'SEG'].includes(modality)) {
       await page.evaluate(goTo, SHOWN_SHARE);
-      await sleep(SETTLE_MS);
+      await settle(page);
     }
     await page.screenshot({ path: join(job.out, `${name}-${modality}.png`) });
     shown[modality] = await page.evaluate(shownNow);
@@ -190,8 +250,9 @@ async function showEach(page, name, modalities) {
   return { ...shown, segments: await page.evaluate(segmentations) };
 }
 
-async function open(browser, { name, mode, study, volumes = 0, center, roi, show }) {
+async function open(browser, { name, mode, study, volumes = 0, center, roi, show: modalities, chosen }) {
   const page = await browser.newPage();
+  await page.evaluateOnNewDocument(countChanges);
   const errors = [];
   const logged = [];
   page.on('pageerror', error => errors.push(String(error)));
@@ -206,24 +267,36 @@ async function open(browser, { name, mode, study, volumes = 0, center, roi, show
   if (center) {
     await page.evaluate(moveTo, center);
   }
-  await sleep(SETTLE_MS);
-  if (mode === 'viewer') {
+  if (mode === 'viewer' && !tourSkipped) {
     await waitFor(page, `${name}: the tour that a new user gets`, click, 'Skip all');
+    tourSkipped = true; // the browser's profile remembers it
   }
+  await settle(page);
   await page.screenshot({ path: join(job.out, `${name}.png`) });
   const found = await page.evaluate(report);
   if (roi) {
     await page.evaluate(drawRegions, roi);
-    await sleep(SETTLE_MS);
+    await waitFor(page, `${name}: the regions' statistics`, bothAreMeasured);
     found.regions = await page.evaluate(regions);
     await page.evaluate(activate, 'ptAXIAL');
-    await sleep(SETTLE_MS);
+    await settle(page);
     await page.evaluate(enlargeTheActive);
-    await sleep(SETTLE_MS);
+    await settle(page);
     await page.screenshot({ path: join(job.out, `${name}-region.png`) });
   }
-  if (show) {
-    found.shown = await showEach(page, name, show);
+  if (modalities) {
+    found.shown = await showEach(page, name, modalities);
+  }
+  if (chosen) {
+    await page.evaluate(activate, chosen.viewport);
+    await settle(page);
+    const before = logged.length;
+    await page.evaluate(show, 'SeriesInstanceUID', chosen.series);
+    await settle(page);
+    await page.evaluate(moveTo, center);
+    await settle(page);
+    await page.screenshot({ path: join(job.out, `${name}-chosen.png`) });
+    found.chosen = { viewports: await page.evaluate(shownSeries), logged: logged.splice(before) };
   }
   await page.close();
   return { ...found, errors, logged };
@@ -236,8 +309,9 @@ const browser = await puppeteer.launch({
   protocolTimeout: READY_MS,
   timeout: READY_MS,
   args: FLAGS,
-  defaultViewport: { width: 1600, height: 1000 },
+  defaultViewport: WINDOW,
 });
+let tourSkipped = false;
 try {
   const pages = {};
   for (const page of job.pages) {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from pydicom import dcmread
+from pydicom.uid import generate_uid
 
 from pipeline.ct_reader import read_ct
 from pipeline.outputs.encoding import encode_result
@@ -53,6 +54,11 @@ SPEC = PhantomSpec(
     seed=7, spacing_mm=(8.0, 4.0, 4.0), pose="sides", coverage=(0.43, 1.0), lesions=3, noise=False, contrast=False
 )
 ACQUIRED_SPACING_MM = (8.0, 5.0, 5.0)  # of a real PET beside ours: nobody takes one for the other
+OWN_FRAME_SHIFT_MM = (
+    30.0,
+    -20.0,
+    150.0,
+)  # of a real PET that was not acquired with this CT: another table, another day
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,11 @@ class ReaderStudy:
     def shown(self) -> FloatVolume:
         """What a correct reader has: no negative and no NaN (dicom-output: 0), float32 [z, y, x]."""
         return np.maximum(self.suv.suv, 0)
+
+    def pet(self, encoding: str) -> EncodedSeries:
+        """The PET series alone."""
+        alone = replace(self.options, mip=False, seg=False, sr=False, presentation_states=False)
+        return replace(self, options=alone).result(encoding)["pet"]
 
     def result(self, encoding: str) -> dict[str, EncodedSeries]:
         """The PET series in this encoding and every companion, by kind: what the node would send."""
@@ -127,9 +138,19 @@ def _drop_weight(paths: list[Path]) -> None:
         ds.save_as(path)
 
 
-def write_acquired_pet(folder: Path, *, spec: PhantomSpec = SPEC) -> list[Path]:
-    """A PET of the same study as a scanner writes it: BQML with an injected dose, its own grid and series number."""
+def acquired_phantom(spec: PhantomSpec = SPEC, *, own_frame: bool = False) -> Phantom:
+    """The phantom on the grid of a real PET; with `own_frame` in a Frame of Reference that no CT shares."""
     phantom = make_phantom(replace(spec, spacing_mm=ACQUIRED_SPACING_MM))
+    if not own_frame:
+        return phantom
+    x, y, z = (start + shift for start, shift in zip(phantom.grid.origin_mm, OWN_FRAME_SHIFT_MM, strict=True))
+    frame = generate_uid(entropy_srcs=["frame of reference of its own", phantom.grid.frame_of_reference_uid])
+    return replace(phantom, grid=replace(phantom.grid, origin_mm=(x, y, z), frame_of_reference_uid=str(frame)))
+
+
+def write_acquired_pet(folder: Path, *, spec: PhantomSpec = SPEC, own_frame: bool = False) -> list[Path]:
+    """A PET of the same study as a scanner writes it: BQML with an injected dose, its own grid and series number."""
+    phantom = acquired_phantom(spec, own_frame=own_frame)
     return write_pet_series(phantom, folder, header=_header(phantom))
 
 

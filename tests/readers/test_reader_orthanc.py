@@ -14,9 +14,10 @@ import pytest
 from orthanc import Orthanc, running_orthanc
 from PIL import Image
 from pydicom import Dataset, dcmread
-from pynetdicom import AE
-from pynetdicom.presentation import build_context
 from reader_study import ENCODINGS, Written
+
+from dicom_node.config import PeerConfig
+from dicom_node.net.scu import send_series
 
 pytestmark = [pytest.mark.orthanc]
 
@@ -31,21 +32,14 @@ def archive(
     """An Orthanc that got every file of the PET series twice, and the files."""
     files = written.files(request.param)
     with running_orthanc(tmp_path_factory.mktemp("orthanc"), modalities={}, dicomweb=True) as orthanc:
-        assert [store(orthanc, files), store(orthanc, files)] == [{0x0000}, {0x0000}]
+        assert [store(orthanc, files), store(orthanc, files)] == [{"0x0000"}, {"0x0000"}]
         yield orthanc, files
 
 
-def store(orthanc: Orthanc, files: list[Path]) -> set[int]:
-    """C-STORE over one association; the statuses that came back."""
-    first = dcmread(files[0], stop_before_pixels=True)
-    ae = AE("TEST")
-    ae.requested_contexts = [build_context(first.SOPClassUID, first.file_meta.TransferSyntaxUID)]
-    assoc = ae.associate("127.0.0.1", orthanc.dicom_port, ae_title=orthanc.ae_title)
-    assert assoc.is_established
-    try:
-        return {assoc.send_c_store(path).Status for path in files}
-    finally:
-        assoc.release()
+def store(orthanc: Orthanc, files: list[Path]) -> set[str]:
+    """C-STORE as the node does it; the statuses that came back."""
+    peer = PeerConfig(name="archive", ae_title=orthanc.ae_title, port=orthanc.dicom_port)
+    return set(send_series(files, peer, calling_ae="TEST").statuses.values())
 
 
 def dicomweb(orthanc: Orthanc, path: str, accept: str) -> bytes:

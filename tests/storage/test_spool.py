@@ -399,6 +399,50 @@ def test_on_a_full_disk_retention_keeps_the_result_that_it_cannot_name_and_frees
     assert spool.result_folder(JOB).is_dir()
 
 
+def test_what_is_asked_for_again_while_its_names_are_kept_is_not_removed(spool: Spool) -> None:
+    """Many results go in one pass, and reading their names takes its time: a delivery may be asked for meanwhile."""
+    old = (datetime.now(UTC) - timedelta(days=10)).timestamp()
+    noted = "3" * 32
+    for job_id in (JOB, NEXT, noted):
+        spool.result_folder(job_id).mkdir()
+        os.utime(spool.result_folder(job_id), (old, old))
+    delivering: set[str] = set()
+
+    def keep(job_id: str) -> None:
+        if job_id == JOB:
+            delivering.update((JOB, NEXT))  # `jobs redeliver`: one whose turn it is, one whose turn comes
+        elif job_id == noted:
+            (spool.result_folder(job_id) / "rejection-kos-quality-pet-sc").mkdir()  # its delivery is not open yet
+
+    week = timedelta(days=7)
+    removed = spool.apply_retention(
+        week, week, datetime.now(UTC), is_final=lambda job_id: job_id not in delivering, before_result=keep
+    )
+    assert removed == []
+    assert all(spool.result_folder(job_id).is_dir() for job_id in (JOB, NEXT, noted))
+
+
+def test_what_killed_runs_left_goes_after_a_day_also_when_the_node_never_stops(spool: Spool) -> None:
+    now = datetime.now(UTC)
+    outbox, work = spool.root / "outbox", spool.root / "work"
+    mine, others = outbox / f"{JOB}.tmp", outbox / f"{NEXT}.tmp"
+    left = [mine, outbox / f"{JOB}.old", outbox / ".ab12.tmp", work / ".cd34.tmp"]
+    for folder in (*left, others):
+        (folder / "pet-sc").mkdir(parents=True)
+        os.utime(folder, ((now - timedelta(hours=25)).timestamp(),) * 2)
+    (fresh := work / ".ef56.tmp").mkdir()
+    removed = spool.apply_retention(
+        timedelta(days=7),
+        timedelta(days=7),
+        now,
+        is_final=lambda job_id: job_id == JOB,  # the next one runs
+    )
+    assert removed == sorted(str(path.relative_to(spool.root)) for path in left)
+    assert not any(path.exists() for path in left)
+    assert others.is_dir()
+    assert fresh.is_dir()
+
+
 def test_what_was_kept_of_an_earlier_result_names_no_later_one(spool: Spool) -> None:
     assert not spool.has_references(JOB)
     spool.keep_references(JOB, {"pet-sc": "names"})

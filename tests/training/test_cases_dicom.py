@@ -431,6 +431,9 @@ KINDS = [
     (segment("Left arm", category=ANATOMY), "districts", District.ARMS),
     (segment("x", hd.sr.CodedConcept("61685007", "SCT", "Lower limb")), "districts", District.LEGS),
     (segment("x", hd.sr.CodedConcept("T-D8000", "SRT", "Upper limb")), "districts", District.ARMS),
+    (segment("RightLeg"), "districts", District.LEGS),
+    (segment("upper extremities"), "districts", District.ARMS),
+    (segment("x", hd.sr.CodedConcept("51185008", "SCT", "Thorax")), "lesions", None),  # where a lesion lies
     (segment("Lesion"), "lesions", None),
     (segment("Segment_1", hd.sr.CodedConcept("108369006", "SCT", "Neoplasm")), "lesions", None),
     (segment("Tumor, head", category=ANATOMY), "lesions", None),

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Literal
 
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
-from pipeline.outputs.codes import DISTRICT_CODES
+from pipeline.districts.names import WHOLE_REGIONS, district_coded, district_named
 from pipeline.types import District
 
 Kind = Literal["lesions", "districts", "other"]
 
-WHOLE_REGIONS: tuple[tuple[Code, District], ...] = (
-    *((code, district) for district, code in DISTRICT_CODES.items()),
-    (codes.SCT.HeadAndNeck, District.HEAD),
-)
-DISTRICT_WORDS: Mapping[str, District] = {
-    **dict.fromkeys(("head", "headandneck"), District.HEAD),
-    **dict.fromkeys(("trunk", "torso"), District.TRUNK),
-    **dict.fromkeys(("arms", "arm", "upperlimb", "upperlimbs", "leftarm", "rightarm"), District.ARMS),
-    **dict.fromkeys(("legs", "leg", "lowerlimb", "lowerlimbs", "leftleg", "rightleg"), District.LEGS),
-}
 # Categories (CID 7150) under which organs and tissues are segmented: no lesion, unless the words say so
 HEALTHY = (codes.SCT.AnatomicalStructure, codes.SCT.BodyStructure, codes.SCT.Tissue)
 BACKGROUND = Code("125040", "DCM", "Background")  # label maps describe it as their segment 0
@@ -44,12 +33,11 @@ def kind_of(segment: Dataset) -> tuple[Kind, District | None]:
     words = f"{label} {segment.get('SegmentDescription') or ''} {kind.meaning if kind else ''}"
     if _LESION.search(words):
         return "lesions", None
-    for code, district in WHOLE_REGIONS:
-        if kind is not None and kind == code:
-            return "districts", district
-    named = DISTRICT_WORDS.get(re.sub(r"[^a-z]", "", label.lower()))
-    if named is not None:
-        return "districts", named
+    # by code only as a whole: a part of one may be where a lesion lies
+    coded = district_coded(kind, WHOLE_REGIONS)
+    district = coded if coded is not None else district_named(label)
+    if district is not None:
+        return "districts", district
     if category is not None and category in HEALTHY:
         return "other", None
     return "lesions", None

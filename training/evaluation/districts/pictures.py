@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from pipeline.outputs.picture import DISTRICT_COLORS
 from pipeline.types import OUTSIDE, District, FloatVolume, Grid, LabelVolume
 
-COLORS = {District.HEAD: "#e6b800", District.TRUNK: "#2b8cbe", District.ARMS: "#d7301f", District.LEGS: "#4daf4a"}
 WINDOW_HU = (-160.0, 240.0)
 LEVELS = (0.85, 0.5, 0.2)  # of the body's height: where the three axial slices lie
 OPACITY = 0.45
@@ -38,7 +38,7 @@ def district_figure(
     _show(axes[1], "sagittal", hu[::-1, :, x], found[::-1, :, x], None if true is None else true[::-1, :, x], dz / dy)
     for axis, level in zip(axes[2:], sorted(int(q) for q in z), strict=True):
         _show(axis, f"axial {level}", hu[level], found[level], None if true is None else true[level], dy / dx)
-    handles = [Patch(color=color, label=district.key) for district, color in COLORS.items()]
+    handles = [Patch(color=color, label=district.key) for district, color in DISTRICT_COLORS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
@@ -59,7 +59,7 @@ def _show(
     aspect: float,
 ) -> None:
     axis.imshow(hu, cmap="gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1], aspect=aspect, interpolation="nearest")
-    colors = ListedColormap([COLORS[d] for d in District])
+    colors = ListedColormap([DISTRICT_COLORS[d] for d in District])
     shown = np.ma.masked_equal(found, OUTSIDE)
     axis.imshow(shown, cmap=colors, vmin=1, vmax=len(District), alpha=OPACITY, aspect=aspect, interpolation="nearest")
     if true is not None:
