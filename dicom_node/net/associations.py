@@ -9,8 +9,8 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 
 from dicom_node.net.peers import plain_address
@@ -60,9 +60,27 @@ class Association:
     last_activity: float
     stored: int = 0
     stored_bytes: int = 0
-    refused: int = 0
+    refused: Counter[int] = field(default_factory=Counter)  # status -> instances
     dropped: Counter[str] = field(default_factory=Counter)  # SOP Class UID -> instances
     aborted: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class Totals:
+    """What the associations since the start were and carried, by the configured name of the peer ("": a stranger)."""
+
+    opened: Counter[str] = field(default_factory=Counter)
+    released: Counter[str] = field(default_factory=Counter)
+    aborted: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)  # by our reason code
+    stored: Counter[str] = field(default_factory=Counter)
+    stored_bytes: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    refused: Counter[tuple[str, int]] = field(default_factory=Counter)  # by peer and status
+
+    def copy(self) -> Totals:
+        """Counters of their own."""
+        return Totals(**{one.name: Counter(getattr(self, one.name)) for one in fields(self)})
 
 
 class AssociationRegistry:
@@ -77,8 +95,7 @@ class AssociationRegistry:
         self._lock = threading.Lock()
         self._open: dict[str, Association] = {}
         self._released: dict[str, None] = {}  # in the order of their ends
-        self._accepted = 0
-        self._rejected: Counter[str] = Counter()
+        self._totals = Totals()
 
     @property
     def limit(self) -> int:
@@ -91,7 +108,7 @@ class AssociationRegistry:
         with self._lock:
             if len(self._open) >= self._limit:
                 return None
-            self._accepted += 1
+            self._totals.opened[peer] += 1
             self._open[token] = Association(
                 token=token, calling_ae=calling_ae, address=address, peer=peer, opened=now, last_activity=now
             )
@@ -99,24 +116,42 @@ class AssociationRegistry:
 
     def stored(self, token: str, n_bytes: int) -> None:
         """An instance was made durable."""
-        self._touch(token, lambda a: _add_stored(a, n_bytes))
+        self._touch(token, lambda a: self._count_stored(a, a.stored + 1, a.stored_bytes + n_bytes))
 
     def dropped(self, token: str, sop_class_uid: str) -> None:
         """An instance of a class that we do not use was answered with Success and forgotten."""
-        self._touch(token, lambda a: a.dropped.update((sop_class_uid,)))
+        self._touch(token, lambda a: self._count_dropped(a, a.dropped + Counter((sop_class_uid,))))
 
-    def refused(self, token: str) -> None:
+    def refused(self, token: str, status: int) -> None:
         """An instance was answered with a failure."""
-        self._touch(token, _add_refused)
+        self._touch(token, lambda a: self._count_refused(a, a.refused + Counter((status,))))
 
-    def carried(self, token: str, *, stored: int, stored_bytes: int) -> None:
-        """What an association that another process serves has stored so far."""
-        self._touch(token, lambda a: _set_stored(a, stored, stored_bytes))
+    def carried(
+        self,
+        token: str,
+        *,
+        stored: int,
+        stored_bytes: int,
+        dropped: Mapping[str, int] | None = None,
+        refused: Mapping[int, int] | None = None,
+    ) -> None:
+        """What an association that another process serves has stored, dropped and refused so far."""
+
+        def change(association: Association) -> None:
+            self._count_stored(association, stored, stored_bytes)
+            if dropped is not None:
+                self._count_dropped(association, Counter(dropped))
+            if refused is not None:
+                self._count_refused(association, Counter(refused))
+
+        self._touch(token, change)
 
     def close(self, token: str, *, aborted: bool = False) -> Association | None:
         """Give the place back; returns what the association carried, or None when it was closed before."""
         with self._lock:
             association = self._open.pop(token, None)
+            if association is not None:
+                (self._totals.aborted if aborted else self._totals.released)[association.peer] += 1
             if association is not None and not aborted:
                 self._released[token] = None
                 if len(self._released) > _REMEMBERED:
@@ -147,14 +182,33 @@ class AssociationRegistry:
     def count_rejection(self, code: str) -> int:
         """Count a refused association request; returns how often this code was used."""
         with self._lock:
-            self._rejected[code] += 1
-            return self._rejected[code]
+            self._totals.rejected[code] += 1
+            return self._totals.rejected[code]
 
     def counts(self) -> dict[str, int]:
         """Totals since start: `open`, `accepted`, and `rejected_<code>`."""
         with self._lock:
-            rejected = {f"rejected_{code}": n for code, n in self._rejected.items()}
-            return {"open": len(self._open), "accepted": self._accepted, **rejected}
+            rejected = {f"rejected_{code}": n for code, n in self._totals.rejected.items()}
+            return {"open": len(self._open), "accepted": self._totals.opened.total(), **rejected}
+
+    def totals(self) -> Totals:
+        """A copy of everything that is counted since the start."""
+        with self._lock:
+            return self._totals.copy()
+
+    def _count_stored(self, association: Association, stored: int, stored_bytes: int) -> None:
+        self._totals.stored[association.peer] += stored - association.stored
+        self._totals.stored_bytes[association.peer] += stored_bytes - association.stored_bytes
+        association.stored, association.stored_bytes = stored, stored_bytes
+
+    def _count_dropped(self, association: Association, dropped: Counter[str]) -> None:
+        self._totals.dropped[association.peer] += dropped.total() - association.dropped.total()
+        association.dropped = dropped
+
+    def _count_refused(self, association: Association, refused: Counter[int]) -> None:
+        for status, count in refused.items():
+            self._totals.refused[association.peer, status] += count - association.refused[status]
+        association.refused = refused
 
     def _touch(self, token: str, change: Callable[[Association], None]) -> None:
         now = self._clock()
@@ -163,16 +217,3 @@ class AssociationRegistry:
             if association is not None:
                 association.last_activity = now
                 change(association)
-
-
-def _add_stored(association: Association, n_bytes: int) -> None:
-    association.stored += 1
-    association.stored_bytes += n_bytes
-
-
-def _set_stored(association: Association, stored: int, stored_bytes: int) -> None:
-    association.stored, association.stored_bytes = stored, stored_bytes
-
-
-def _add_refused(association: Association) -> None:
-    association.refused += 1

@@ -225,7 +225,7 @@ class Receiver:
             calling_ae=shown(association.calling_ae),
             stored=association.stored,
             dropped=association.dropped.total(),
-            refused=association.refused,
+            refused=association.refused.total(),
             aborted=association.aborted,
         )
         self._note_dropped(association)

@@ -107,6 +107,11 @@ class ReceiverPool:
         return bool(self._seats) and all(seat.alive for seat in self._seats)
 
     @property
+    def deaths(self) -> int:
+        """How many receivers ended without being asked to, and were replaced."""
+        return sum(seat.deaths for seat in self._seats)
+
+    @property
     def pids(self) -> list[int]:
         """The process ids of the receivers that run."""
         return [pid for seat in self._seats if (pid := seat.pid)]
@@ -158,8 +163,8 @@ class ReceiverPool:
                     seat.tokens.add(token)
                 seat.send(_Message(number=message.number, value=token))
             case "carried":
-                token, stored, stored_bytes = arguments
-                self._registry.carried(token, stored=stored, stored_bytes=stored_bytes)
+                token, counts = arguments
+                self._registry.carried(token, **counts)
             case "close":
                 token, aborted = arguments
                 seat.tokens.discard(token)
@@ -194,6 +199,7 @@ class _Seat:
         self._process: SpawnProcess | None = None
         self._connection: Connection | None = None
         self.tokens: set[str] = set()
+        self.deaths = 0
         self.ready = threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"receiver-{number}", daemon=True)
 
@@ -256,6 +262,7 @@ class _Seat:
     def _tell_of_death(self) -> None:
         process = self._process
         code = process.exitcode if process is not None else None
+        self.deaths += 1
         lost = len(self.tokens)
         self._close_all()
         log.error("receiver.died", receiver=self._number, exit_code=code, associations=lost)
@@ -365,17 +372,27 @@ class _Node:
             if now - association.last_activity < _TELL_EVERY_S and association.stored > 1:
                 return
             association.last_activity = now
-        self.tell("carried", token, association.stored, association.stored_bytes)
+        self._tell_carried(association)
 
     def dropped(self, token: str, sop_class_uid: str) -> None:
         with self._lock:
             if token in self._open:
                 self._open[token].dropped.update((sop_class_uid,))
 
-    def refused(self, token: str) -> None:
+    def refused(self, token: str, status: int) -> None:
         with self._lock:
             if token in self._open:
-                self._open[token].refused += 1
+                self._open[token].refused.update((status,))
+
+    def _tell_carried(self, association: Association) -> None:
+        with self._lock:
+            counts = {
+                "stored": association.stored,
+                "stored_bytes": association.stored_bytes,
+                "dropped": dict(association.dropped),
+                "refused": dict(association.refused),
+            }
+        self.tell("carried", association.token, counts)
 
     def close(self, token: str, *, aborted: bool = False) -> Association | None:
         with self._lock:
@@ -383,7 +400,7 @@ class _Node:
         if association is None:
             return None
         association.aborted = aborted
-        self.tell("carried", token, association.stored, association.stored_bytes)
+        self._tell_carried(association)
         self.tell("close", token, aborted)
         return association
 
