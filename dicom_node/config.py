@@ -10,7 +10,7 @@ import re
 import tomllib
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -51,8 +51,22 @@ def _is_loopback(host: str | None) -> bool:
         return False
 
 
+_TLS_FILES = ("cert_file", "key_file", "ca_file")
+_PEER_FILES = ("ca_file", "client_cert_file", "client_key_file")
+
+
+def _file_or_none(value: Any) -> Any:
+    """What a key for a file holds: the empty text is none."""
+    if isinstance(value, str) and not value.isprintable():  # as a certificate that was pasted here
+        raise ValueError("the path of a file, in one line")
+    return None if value == "" else value
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+_T = TypeVar("_T", bound=_Table)
 
 
 class NodeConfig(_Table):
@@ -62,13 +76,22 @@ class NodeConfig(_Table):
     host: str = "0.0.0.0"
     port: Port = 11112
     max_associations: int = Field(default=32, ge=1, le=1000)
+    max_connections_per_address: int = Field(default=64, ge=0, le=10_000, description="0: no limit")
     max_pdu: int = Field(default=262144, description="bytes; 0: no limit")
     network_timeout_s: Seconds = 60.0
     acse_timeout_s: Seconds = 30.0
     dimse_timeout_s: Seconds = 60.0
     receiver_processes: int = Field(default=2, ge=0, le=64, description="0: threads of the node's own process")
     require_called_ae: bool = True
-    require_known_peer: bool = True
+    unknown_peers: Literal["reject", "accept"] = "reject"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "require_known_peer" in value:
+            now = "accept" if value["require_known_peer"] is False else "reject"
+            raise ValueError(f'require_known_peer has another name now: write unknown_peers = "{now}"')
+        return value
 
     @field_validator("max_pdu")
     @classmethod
@@ -87,6 +110,25 @@ class PeerConfig(_Table):
     port: Port = 104
     may: tuple[Literal["store", "echo"], ...] = ("store", "echo")
     allowed_addresses: tuple[str, ...] = Field(default=(), description="IP addresses or CIDR; empty: any")
+    max_associations: int = Field(default=0, ge=0, le=1000, description="0: only the node's limit")
+    tls: bool = False
+    ca_file: Path | None = None
+    client_cert_file: Path | None = None
+    client_key_file: Path | None = None
+    check_host_name: bool = True
+
+    @field_validator(*_PEER_FILES, mode="before")
+    @classmethod
+    def _files(cls, value: Any) -> Any:
+        return _file_or_none(value)
+
+    @model_validator(mode="after")
+    def _tls_keys_agree(self) -> Self:
+        if not self.tls and any(getattr(self, key) for key in _PEER_FILES):
+            raise ValueError("ca_file, client_cert_file and client_key_file are for tls = true")
+        if self.client_key_file and not self.client_cert_file:
+            raise ValueError("client_key_file is the key of a client_cert_file")
+        return self
 
     @field_validator("allowed_addresses")
     @classmethod
@@ -94,6 +136,34 @@ class PeerConfig(_Table):
         for address in value:
             ip_network(address, strict=False)
         return value
+
+
+class TlsConfig(_Table):
+    """[tls]: the port that speaks DICOM TLS (PS3.15 annex B.12); none without a `cert_file`."""
+
+    port: Port = 2762
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    ca_file: Path | None = None
+    client_certificates: Literal["none", "optional", "required"] = "required"
+    min_version: Literal["1.2", "1.3"] = "1.2"
+    warn_days: int = Field(default=30, ge=0, le=3650)
+
+    @field_validator(*_TLS_FILES, mode="before")
+    @classmethod
+    def _files(cls, value: Any) -> Any:
+        return _file_or_none(value)
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Self:
+        if self.cert_file is None and (self.key_file or self.ca_file):
+            raise ValueError("key_file and ca_file are for a cert_file, without which there is no TLS")
+        if self.cert_file is not None and self.client_certificates != "none" and self.ca_file is None:
+            raise ValueError(
+                f'client_certificates = "{self.client_certificates}" needs the ca_file that signed them; '
+                'write "none" to ask for no certificate'
+            )
+        return self
 
 
 class IntakeConfig(_Table):
@@ -282,9 +352,7 @@ class WebConfig(_Table):
     @field_validator(*_WEB_FILES, mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
-        if isinstance(value, str) and not value.isprintable():  # as a certificate that was pasted here
-            raise ValueError("the path of a file, in one line")
-        return None if value == "" else value
+        return _file_or_none(value)
 
     @model_validator(mode="after")
     def _web_keys_agree(self) -> Self:
@@ -376,6 +444,7 @@ class Config(_Table):
     """The whole file."""
 
     node: NodeConfig = NodeConfig()
+    tls: TlsConfig = TlsConfig()
     peers: tuple[PeerConfig, ...] = ()
     intake: IntakeConfig = IntakeConfig()
     rules: tuple[RuleConfig, ...] = ()
@@ -403,6 +472,11 @@ class Config(_Table):
             if destination.peer and destination.peer not in known:
                 raise ValueError(f"destinations.{destination.name}.peer: no peer is named {destination.peer!r}")
         return self
+
+    @property
+    def tls_alone(self) -> bool:
+        """Whether the node speaks nothing but TLS: its port is the TLS port."""
+        return self.tls.cert_file is not None and self.tls.port == self.node.port
 
     @property
     def ledger_url(self) -> str:
@@ -464,13 +538,15 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
             "totalsegmentator_weights": folder(config.pipeline.totalsegmentator_weights),
         }
     )
-    destinations = tuple(_with_absolute_secrets(destination, base) for destination in config.destinations)
-    return config.model_copy(update={"storage": storage, "pipeline": pipeline, "destinations": destinations})
+    found = {"storage": storage, "pipeline": pipeline, "tls": _with_absolute_files(config.tls, _TLS_FILES, base)}
+    found["destinations"] = tuple(_with_absolute_files(one, _WEB_FILES, base) for one in config.destinations)
+    found["peers"] = tuple(_with_absolute_files(peer, _PEER_FILES, base) for peer in config.peers)
+    return config.model_copy(update=found)
 
 
-def _with_absolute_secrets(destination: DestinationConfig, base: Path) -> DestinationConfig:
-    files = {key: getattr(destination, key) for key in _WEB_FILES}
-    return destination.model_copy(update={key: (base / path).resolve() for key, path in files.items() if path})
+def _with_absolute_files(table: _T, keys: tuple[str, ...], base: Path) -> _T:
+    files = {key: getattr(table, key) for key in keys}
+    return table.model_copy(update={key: (base / path).resolve() for key, path in files.items() if path})
 
 
 def _fault_lines(error: ValidationError, raw: dict[str, Any]) -> list[str]:
@@ -491,7 +567,7 @@ def _may_be_shown(loc: tuple[int | str, ...], value: Any) -> bool:
     key = str(loc[-1]) if loc else ""
     if isinstance(value, dict | list) or any(word in key for word in ("password", "token", "secret")):
         return False
-    if key in _WEB_FILES:
+    if key in _WEB_FILES or key in _TLS_FILES:
         return False
     return not ("url" in key and re.search("[@?#]", str(value)))
 

@@ -32,7 +32,7 @@ REACTIONS = {
 }
 REJECTIONS = (
     (CALLED_AE_NOT_RECOGNIZED, "the called AE title is not ours (`require_called_ae`)"),
-    (CALLING_AE_NOT_RECOGNIZED, "no peer has the calling AE title (`require_known_peer`), or not at that address"),
+    (CALLING_AE_NOT_RECOGNIZED, "no peer has the calling AE title (`unknown_peers`), or not at that address"),
     (LOCAL_LIMIT_EXCEEDED, "`max_associations` are open"),
     (NO_REASON_TRANSIENT, "an error inside the node, which its log explains"),
 )
@@ -288,7 +288,7 @@ def _security(config: Config) -> list[str]:
         *text(
             f"""DIMSE is not encrypted: keep it on a network that you trust, or in a tunnel. The called AE title must
             be ours: {yes(node.require_called_ae)}. The calling AE title must be a peer's:
-            {yes(node.require_known_peer)}; from its addresses, where it has any. Logs name no patient. Nothing is
+            {yes(node.unknown_peers == "reject")}; from its addresses, where it has any. Logs name no patient. Nothing is
             de-identified: results carry the patient's name and ID as the CT does."""
         ),
         *(table(("DICOMweb destination", "encryption", "login"), rows) if rows else []),

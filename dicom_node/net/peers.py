@@ -84,7 +84,7 @@ def admit(
             CALLING_AE_NOT_RECOGNIZED,
             f"{shown(calling)} at {shown(address)}: not among the peer's allowed addresses",
         )
-    if node.require_known_peer:
+    if node.unknown_peers == "reject":
         return rejection(
             "calling_ae_unknown",
             CALLING_AE_NOT_RECOGNIZED,

@@ -56,8 +56,8 @@ def test_a_known_peer_may_what_its_table_says(calling: str, address: str, peer: 
 
 
 def test_strangers_are_welcome_only_where_the_configuration_says_so() -> None:
-    assert isinstance(ask("STRANGER", require_known_peer=False), Admission)
-    assert isinstance(ask("NEAR", "10.2.2.3", require_known_peer=False), Rejection)
+    assert isinstance(ask("STRANGER", unknown_peers="accept"), Admission)
+    assert isinstance(ask("NEAR", "10.2.2.3", unknown_peers="accept"), Rejection)
     assert isinstance(ask("PACS", called="ANY", require_called_ae=False), Admission)
 
 
