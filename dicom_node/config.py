@@ -440,6 +440,13 @@ class LogConfig(_Table):
     format: Literal["console", "json"] = "console"
 
 
+class MetricsConfig(_Table):
+    """[metrics]: figures for Prometheus (docs/metrics.md); they hold no patient's data."""
+
+    port: int = Field(default=0, ge=0, le=65535, description="0: off")
+    host: str = "127.0.0.1"
+
+
 class Config(_Table):
     """The whole file."""
 
@@ -456,6 +463,7 @@ class Config(_Table):
     engine: EngineConfig = EngineConfig()
     storage: StorageConfig = StorageConfig()
     log: LogConfig = LogConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:

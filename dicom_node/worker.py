@@ -176,7 +176,7 @@ def _kinds(destination: DestinationConfig) -> tuple[str, ...]:
 
 
 class Worker:
-    """One thread that runs jobs. `on_result` is called when deliveries were opened."""
+    """One thread that runs jobs. `on_result` is called when deliveries were opened, `on_stage` when a stage ends."""
 
     def __init__(
         self,
@@ -187,12 +187,14 @@ class Worker:
         *,
         owner: str,
         on_result: Callable[[], None] = lambda: None,
+        on_stage: Callable[[str, float], None] = lambda _stage, _seconds: None,
         clock: Callable[[], datetime] = utc_now,
         poll_s: float = POLL_S,
     ) -> None:
         self._config, self._ledger, self._spool, self._engine = config, ledger, spool, engine
         self._owner, self._on_result, self._clock, self._poll_s = owner, on_result, clock, poll_s
         self._options = pipeline_options(config)
+        self._on_stage = on_stage
         self._stop_at: float | None = None  # monotonic; set: claim nothing more, and stop the job then
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -284,7 +286,9 @@ class Worker:
             raise NotFound(f"job {job.id}: no CT files")
         folder = self._spool.result_folder(job.id)
         shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)  # left by a killed run
-        watch = _Watch(self._ledger, job.id, self._owner, self._config.engine.lease_s, lambda: self._stop_at)
+        watch = _Watch(
+            self._ledger, job.id, self._owner, self._config.engine.lease_s, lambda: self._stop_at, self._on_stage
+        )
         options = self._options_for(job)
         self._ledger.update(job.id, details={**_made_of(options), WRITTEN: created.isoformat()})
         self._engine.run(
@@ -449,8 +453,15 @@ class _Watch:
     """Follows one run: keeps the lease, writes a stage event when a stage ends, and says when to stop."""
 
     def __init__(
-        self, ledger: Ledger, job_id: str, owner: str, lease_s: float, stop_at: Callable[[], float | None]
+        self,
+        ledger: Ledger,
+        job_id: str,
+        owner: str,
+        lease_s: float,
+        stop_at: Callable[[], float | None],
+        on_stage: Callable[[str, float], None] = lambda _stage, _seconds: None,
     ) -> None:
+        self._on_stage = on_stage
         self._ledger, self._job_id, self._owner, self._lease_s, self._stop_at = ledger, job_id, owner, lease_s, stop_at
         self._renewed = self._told = monotonic()
         self._stage: Stage | None = None
@@ -488,6 +499,7 @@ class _Watch:
         seconds = monotonic() - self._stage_began
         stage = self._stage.value
         log.info("job.stage", stage=stage, seconds=round(seconds, 3))
+        self._on_stage(stage, seconds)
         self._stage = None
         with _not_worth_a_job():
             self._ledger.note(self._job_id, "stage_done", f"{stage} took {seconds:.1f} s", stage=stage, seconds=seconds)

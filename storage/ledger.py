@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from storage.base import clean, utc_now
 from storage.database import open_engine, plain
 from storage.errors import IllegalMove, StaleState
+from storage.figures import FigureLedger
 from storage.moves import MOVES
 from storage.proofs import ProofLedger
 from storage.records import FINAL_JOB_STATES, DeliveryState, Event, Job, JobFilter, JobState, NewDelivery, SeriesInfo
@@ -35,8 +36,10 @@ def open_ledger(url: str, *, clock: Callable[[], datetime] = utc_now) -> Ledger:
     return Ledger(open_engine(url), clock)
 
 
-class Ledger(ProofLedger, RejectionLedger):
-    """Jobs and events; deliveries are in `storage.deliveries`, their proof in `proofs`, notes in `rejections`."""
+class Ledger(ProofLedger, RejectionLedger, FigureLedger):
+    """Jobs and events; deliveries are in `storage.deliveries`, their proof in `proofs`, notes in `rejections`,
+    counts in `figures`.
+    """
 
     # ---- reading
 

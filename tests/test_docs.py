@@ -65,7 +65,7 @@ def test_config_toml_has_and_explains_the_key(table: str, key: str) -> None:
 
 def test_config_toml_shows_the_defaults() -> None:
     shown, default = load_config(ROOT / "config.toml"), Config()
-    for table in ("node", "tls", "intake", "selection", "pipeline", "gate", "output", "engine", "log"):
+    for table in ("node", "tls", "intake", "selection", "pipeline", "gate", "output", "engine", "log", "metrics"):
         paths = {"bundles": default.pipeline.bundles} if table == "pipeline" else {}  # relative to the file
         assert getattr(shown, table).model_copy(update=paths) == getattr(default, table), table
     raw = tomllib.loads(CONFIG_TEXT)
