@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pydicom
 from pydicom import Dataset
@@ -31,6 +31,7 @@ from pydicom.uid import (
     LegacyConvertedEnhancedCTImageStorage,
 )
 
+from pipeline.ct_groups import Concatenation, FunctionalGroups, values_of
 from pipeline.errors import UnsupportedSeries
 
 CLASSIC = {CTImageStorage}
@@ -66,6 +67,7 @@ HEADER_TAGS = [
     *("RescaleSlope", "RescaleIntercept", "RescaleType", "PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("AcquisitionDate", "AcquisitionTime", "AcquisitionDateTime"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+    *("ConcatenationUID", "InConcatenationNumber", "InConcatenationTotalNumber"),
 ]
 
 
@@ -73,7 +75,7 @@ HEADER_TAGS = [
 class PixelFormat:
     """How the stored values of one file are to be read (PS3.5 section 8).
 
-    `offset` is where uncompressed pixel data begin in the file, or -1 when they must be decoded or inflated.
+    `offset` is where the value of Pixel Data begins in the file, or -1 when the file must be inflated first.
     `padding` is the closed range of stored values that are no measurement (PS3.3 C.7.5.1.1.2), or None.
     """
 
@@ -113,10 +115,20 @@ class Frame:
     intercept: float
     acquired: tuple[str, str]  # DA, TM, or ("", "")
     lossy: bool
+    of: int = 1  # frames in its file
+    kind: tuple[str, ...] = ()  # Frame Type of a multi-frame image, upper case
+    stack_id: str = ""
+    temporal_position: str = ""
+    concatenation: Concatenation | None = None
+
+    @property
+    def number(self) -> int:
+        """Frame Number, from 1 (PS3.3 C.7.6.16.1.1); 0 for a single-frame image, which has none."""
+        return self.index + 1 if self.sop_class_uid in ENHANCED else 0
 
 
 def frames_of(path: Path, name: str, *, max_frames: int) -> tuple[Frame, ...]:
-    """The frames of the file at `path`; none for a localizer. `name` stands for the file in messages.
+    """The frames of the file at `path` that are no localizers. `name` stands for the file in messages.
 
     Raises UnsupportedSeries: not_dicom, not_ct, missing_attribute, unsupported_pixel_format, no_pixel_data,
     truncated_pixel_data, unsupported_geometry, too_large.
@@ -134,7 +146,10 @@ def frames_of(path: Path, name: str, *, max_frames: int) -> tuple[Frame, ...]:
         pixels = _pixel_format(ds, file, name)
     count = _frame_count(ds, sop_class, name, max_frames)
     _check_length(path, pixels, count, name)
-    return tuple(_frame(ds, path, index, (sop_class, sop_instance_uid), pixels) for index in range(count))
+    groups = FunctionalGroups(ds)
+    part = _concatenation(ds, name)
+    frames = (_frame(groups, path, index, (sop_class, sop_instance_uid), pixels) for index in range(count))
+    return tuple(replace(frame, of=count, concatenation=part) for frame in frames if not is_localizer_type(frame.kind))
 
 
 def parse(file: IO[bytes], name: str) -> Dataset:
@@ -149,12 +164,17 @@ def parse(file: IO[bytes], name: str) -> Dataset:
 
 
 def is_localizer(ds: Dataset) -> bool:
-    """Whether Image Type (or the enhanced Frame Type) says LOCALIZER (PS3.3 C.8.2.1.1.1)."""
-    kinds = _values(ds, "ImageType")
-    for group in _values(ds, "SharedFunctionalGroupsSequence"):
-        for item in _values(group, "CTImageFrameTypeSequence"):
-            kinds += _values(item, "FrameType")
-    return any("LOCALIZER" in str(kind).upper() for kind in kinds)
+    """Whether Image Type (or the shared Frame Type) says LOCALIZER (PS3.3 C.8.2.1.1.1, C.8.16.1.3)."""
+    kinds = values_of(ds, "ImageType")
+    for group in values_of(ds, "SharedFunctionalGroupsSequence"):
+        for item in values_of(group, "CTImageFrameTypeSequence"):
+            kinds += values_of(item, "FrameType")
+    return is_localizer_type(kinds)
+
+
+def is_localizer_type(kind: Iterable[object]) -> bool:
+    """Whether one value of an Image Type or Frame Type says LOCALIZER."""
+    return any("LOCALIZER" in str(value).upper() for value in kind)
 
 
 def uid_of(ds: Dataset, keyword: str, name: str, *, required: bool = True) -> str:
@@ -176,24 +196,15 @@ def _sop_instance_uid(ds: Dataset, name: str) -> str:
     return uid_of(ds, "SOPInstanceUID", name)
 
 
-def _frame(ds: Dataset, path: Path, index: int, sop: tuple[str, str], pixels: PixelFormat) -> Frame:
+def _frame(
+    groups: FunctionalGroups, path: Path, index: int, sop: tuple[str, str], pixels: PixelFormat
+) -> Frame:
     name = f"instance {sop[1]}"
-    measures = _macro(ds, index, "PixelMeasuresSequence")
-    rescale = _macro(ds, index, "PixelValueTransformationSequence")
-    content = _macro(ds, index, "FrameContentSequence")
-    kind = _text(rescale, "RescaleType").upper()
-    if kind not in HU_TYPES:
-        raise UnsupportedSeries("unsupported_pixel_format", f"{name} has a RescaleType other than HU")
-    (slope,) = _numbers(rescale, "RescaleSlope", 1, name)
-    (intercept,) = _numbers(rescale, "RescaleIntercept", 1, name)
-    if slope == 0:
-        raise UnsupportedSeries("unsupported_pixel_format", f"{name} has a RescaleSlope of 0")
-    position = _numbers(_macro(ds, index, "PlanePositionSequence"), "ImagePositionPatient", 3, name)
-    orientation = _numbers(_macro(ds, index, "PlaneOrientationSequence"), "ImageOrientationPatient", 6, name)
-    spacing = _numbers(measures, "PixelSpacing", 2, name)
-    if max(map(abs, position)) > MAX_COORDINATE_MM or not 0.01 <= min(spacing) <= max(spacing) <= 100:
-        text = f"{name} lies at {position} mm with a pixel spacing of {spacing} mm, which no scanner has"
-        raise UnsupportedSeries("unsupported_geometry", text)
+    ds = groups.ds
+    kind = groups.frame_type(index)
+    content = groups.of(index, "FrameContentSequence")
+    position, orientation, spacing = _plane(groups, index, name, localizer=is_localizer_type(kind))
+    slope, intercept = _rescale(groups.of(index, "PixelValueTransformationSequence"), name)
     return Frame(
         path=path,
         index=index,
@@ -210,18 +221,52 @@ def _frame(ds: Dataset, path: Path, index: int, sop: tuple[str, str], pixels: Pi
         intercept=intercept,
         acquired=_acquired(content, ds),
         lossy=_text(ds, "LossyImageCompression") == "01" or pixels.transfer_syntax in LOSSY_SYNTAXES,
+        kind=kind,
+        stack_id=_text(content, "StackID"),
+        temporal_position=_text(content, "TemporalPositionIndex"),
     )
 
 
-def _macro(ds: Dataset, index: int, keyword: str) -> Dataset:
-    """The functional group item of frame `index`: per frame, else shared, else (classic CT) the data set itself."""
-    per_frame = _values(ds, "PerFrameFunctionalGroupsSequence")
-    shared = _values(ds, "SharedFunctionalGroupsSequence")
-    for group in (*per_frame[index : index + 1], *shared[:1]):
-        items = _values(group, keyword)
-        if items:
-            return items[0]
-    return ds
+def _rescale(rescale: Dataset, name: str) -> tuple[float, float]:
+    """Slope and intercept of the Pixel Value Transformation (PS3.3 C.7.6.16.2.9) or of the Modality LUT module."""
+    if _text(rescale, "RescaleType").upper() not in HU_TYPES:
+        raise UnsupportedSeries("unsupported_pixel_format", f"{name} has a RescaleType other than HU")
+    (slope,) = _numbers(rescale, "RescaleSlope", 1, name)
+    (intercept,) = _numbers(rescale, "RescaleIntercept", 1, name)
+    if slope == 0:
+        raise UnsupportedSeries("unsupported_pixel_format", f"{name} has a RescaleSlope of 0")
+    return slope, intercept
+
+
+_NO_PLANE = ([0.0] * 3, [1.0, 0.0, 0.0, 0.0, 1.0, 0.0], [1.0, 1.0])
+
+
+def _plane(
+    groups: FunctionalGroups, index: int, name: str, *, localizer: bool
+) -> tuple[list[float], list[float], list[float]]:
+    """Position, orientation and pixel spacing of one frame; a localizer among the frames may lie anywhere."""
+    if localizer:
+        return _NO_PLANE
+    if (technique := groups.projection(index)) is not None:
+        text = f"{name} holds projections of a volume ({technique}), slices are expected"
+        raise UnsupportedSeries("projection_image", text)
+    position = _numbers(groups.of(index, "PlanePositionSequence"), "ImagePositionPatient", 3, name)
+    orientation = _numbers(groups.of(index, "PlaneOrientationSequence"), "ImageOrientationPatient", 6, name)
+    spacing = _numbers(groups.of(index, "PixelMeasuresSequence"), "PixelSpacing", 2, name)
+    if max(map(abs, position)) > MAX_COORDINATE_MM or not 0.01 <= min(spacing) <= max(spacing) <= 100:
+        text = f"{name} lies at {position} mm with a pixel spacing of {spacing} mm, which no scanner has"
+        raise UnsupportedSeries("unsupported_geometry", text)
+    return position, orientation, spacing
+
+
+def _concatenation(ds: Dataset, name: str) -> Concatenation | None:
+    """Of which whole this file is a part, or None (PS3.3 C.7.6.16.2.2.4)."""
+    uid = uid_of(ds, "ConcatenationUID", name, required=False)
+    if not uid:
+        return None
+    number = _integer(ds, "InConcatenationNumber", name, default=0)
+    total = _integer(ds, "InConcatenationTotalNumber", name, default=0)
+    return Concatenation(uid=uid, number=number, total=total)
 
 
 def _frame_count(ds: Dataset, sop_class: str, name: str, max_frames: int) -> int:
@@ -230,7 +275,7 @@ def _frame_count(ds: Dataset, sop_class: str, name: str, max_frames: int) -> int
         raise UnsupportedSeries("unsupported_pixel_format", f"{name} is a CT Image of {count} frames, 1 is expected")
     if count > max_frames:
         raise UnsupportedSeries("too_large", f"{name} has {count} frames, at most {max_frames} are accepted")
-    if sop_class in ENHANCED and len(_values(ds, "PerFrameFunctionalGroupsSequence")) != count:
+    if sop_class in ENHANCED and len(values_of(ds, "PerFrameFunctionalGroupsSequence")) != count:
         raise UnsupportedSeries("missing_attribute", f"{name} has no functional groups for each of {count} frames")
     return count
 
@@ -270,7 +315,7 @@ def _pixel_format(ds: Dataset, file: IO[bytes], name: str) -> PixelFormat:
 
 
 def _padding(ds: Dataset, name: str) -> tuple[int, int] | None:
-    if not _values(ds, "PixelPaddingValue"):
+    if not values_of(ds, "PixelPaddingValue"):
         return None
     value = _integer(ds, "PixelPaddingValue", name)
     limit = _integer(ds, "PixelPaddingRangeLimit", name, default=value)
@@ -278,7 +323,7 @@ def _padding(ds: Dataset, name: str) -> tuple[int, int] | None:
 
 
 def _pixel_offset(file: IO[bytes], syntax: UID, frame_bytes: int, name: str) -> int:
-    """Where uncompressed pixel data begin; -1 for compressed and deflated files, which a decoder opens."""
+    """Where the value of Pixel Data begins; -1 for a deflated file."""
     if syntax == DeflatedExplicitVRLittleEndian:
         return -1
     big = syntax == ExplicitVRBigEndian
@@ -290,10 +335,10 @@ def _pixel_offset(file: IO[bytes], syntax: UID, frame_bytes: int, name: str) -> 
     if tag != _PIXEL_DATA:
         text = f"{name} has float pixel data, 16-bit integers are expected"
         raise UnsupportedSeries("unsupported_pixel_format", text)
-    if syntax.is_encapsulated:
-        return -1
     if len(head) < 12 and syntax != ImplicitVRLittleEndian:
         raise UnsupportedSeries("truncated_pixel_data", f"{name} ends before its pixel data")
+    if syntax.is_encapsulated:
+        return file.tell()
     (length,) = struct.unpack(order + "I", head[-4:])
     if length == 0:
         raise UnsupportedSeries("no_pixel_data", f"{name} has no pixel data")
@@ -304,7 +349,7 @@ def _pixel_offset(file: IO[bytes], syntax: UID, frame_bytes: int, name: str) -> 
 
 
 def _check_length(path: Path, pixels: PixelFormat, frames: int, name: str) -> None:
-    if pixels.offset < 0:
+    if pixels.offset < 0 or pixels.transfer_syntax.is_encapsulated:
         return
     there, expected = path.stat().st_size - pixels.offset, frames * pixels.frame_bytes
     if there < expected:
@@ -338,25 +383,14 @@ def earliest(moments: Iterable[tuple[str, str]]) -> tuple[str, str]:
     return min((m for m in moments if m[0]), default=("", ""))
 
 
-def _values(ds: Dataset, keyword: str) -> list[Any]:
-    """All values of an element as a list; empty where it is absent, empty or unreadable."""
-    try:
-        value = ds.get(keyword)
-    except Exception:  # a malformed value: as good as absent, and reported as missing where it is needed
-        return []
-    if value is None or value == "":
-        return []
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
-
-
 def _text(ds: Dataset, keyword: str) -> str:
-    values = _values(ds, keyword)
+    values = values_of(ds, keyword)
     return str(values[0]).strip() if values else ""
 
 
 def _numbers(ds: Dataset, keyword: str, count: int, name: str) -> list[float]:
     try:
-        numbers = [float(v) for v in _values(ds, keyword)]
+        numbers = [float(v) for v in values_of(ds, keyword)]
     except (TypeError, ValueError, OverflowError):
         numbers = []
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
@@ -366,7 +400,7 @@ def _numbers(ds: Dataset, keyword: str, count: int, name: str) -> list[float]:
 
 
 def _integer(ds: Dataset, keyword: str, name: str, *, default: int | None = None) -> int:
-    if default is not None and not _values(ds, keyword):
+    if default is not None and not values_of(ds, keyword):
         return default
     (number,) = _numbers(ds, keyword, 1, name)
     return int(number)

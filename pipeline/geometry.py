@@ -21,16 +21,20 @@ from pipeline.types import GeometryError, Grid
 _ROUNDING_VOXELS = 1e-3
 
 
-def grid_at_spacing(grid: Grid, spacing_mm: tuple[float, float, float]) -> Grid:
+def grid_at_spacing(
+    grid: Grid, spacing_mm: tuple[float, float, float], *, multiples: tuple[int, int, int] = (1, 1, 1)
+) -> Grid:
     """The grid of `spacing_mm` (z, y, x) over the same field, edge to edge, centered on it.
 
-    The size is rounded up, so the new field is at most one new voxel larger (half a voxel on either side).
+    The size is rounded up to `multiples` of voxels (z, y, x), so with ones the new field is at most one new voxel
+    larger (half a voxel on either side).
     Raises GeometryError for a spacing that is not positive.
     """
     if not all(math.isfinite(s) and s > 0 for s in spacing_mm):
         raise GeometryError(f"grid spacing {spacing_mm} mm needs three positive numbers")
     shape = [
-        max(1, math.ceil(extent / s - _ROUNDING_VOXELS)) for extent, s in zip(grid.extent_mm, spacing_mm, strict=True)
+        m * max(1, math.ceil(extent / s / m - _ROUNDING_VOXELS))
+        for extent, s, m in zip(grid.extent_mm, spacing_mm, multiples, strict=True)
     ]
     origin = []
     for axis in (2, 1, 0):  # x, y, z
@@ -42,6 +46,16 @@ def grid_at_spacing(grid: Grid, spacing_mm: tuple[float, float, float]) -> Grid:
         origin_mm=(origin[0], origin[1], origin[2]),
         frame_of_reference_uid=grid.frame_of_reference_uid,
     )
+
+
+def result_grid(ct_grid: Grid, spacing_mm: tuple[float, float, float]) -> Grid:
+    """The grid of a job's PET: the CT's field at the bundle's spacing, with rows and columns in fours.
+
+    A SEG has one bit a voxel and packs its frames without a gap (PS3.5 section 8.1.1). Viewers that look for each
+    frame at a whole byte, as OHIF 3.13 does, would tear the districts where rows times columns is no multiple of 8.
+    What the field has more than the CT's (less than four voxels) is air.
+    """
+    return grid_at_spacing(ct_grid, spacing_mm, multiples=(1, 4, 4))
 
 
 def bounding_box(mask: NDArray[Any], margin: int = 0) -> tuple[slice, ...] | None:

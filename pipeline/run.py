@@ -21,7 +21,7 @@ from pipeline.districts import find_districts
 from pipeline.gate import settled
 from pipeline.gate.input import check_input, check_scan
 from pipeline.gate.output import check_output
-from pipeline.geometry import grid_at_spacing, resample, resample_on
+from pipeline.geometry import resample, resample_on, result_grid
 from pipeline.outputs.encoding import encode_result
 from pipeline.outputs.picture import overview_png
 from pipeline.outputs.statistics import district_stats
@@ -94,7 +94,7 @@ def synthesize_series(
         ct = read_ct(paths, max_slices=options.gate.max_slices, on_progress=on_progress)
         findings = list(check_input(ct, options.gate))
     with stages.stage(Stage.RESAMPLE):
-        grid = grid_at_spacing(ct.grid, bundle.manifest.spacing_mm)
+        grid = result_grid(ct.grid, bundle.manifest.spacing_mm)
         hu = _resampled(ct, grid, compute.device)
         ct_unit = bundle.manifest.normalization.ct_to_unit(hu)
     with stages.stage(Stage.DISTRICTS):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.bundle import ModelBundle
 from pipeline.device import Compute
-from pipeline.geometry import grid_at_spacing, resample
+from pipeline.geometry import resample, result_grid
 from pipeline.result import ShadowRegion, ShadowSummary
 from pipeline.run import choose_networks, synthesize_volume
 from pipeline.types import AIR_HU, OUTSIDE, District, DistrictMap, FloatVolume, Grid, JobVolumes, PipelineOptions
@@ -38,7 +38,7 @@ def compare_shadow(
     began = time.perf_counter()
     manifest = bundle.manifest
     notes: list[str] = []
-    grid = grid_at_spacing(volumes.ct.grid, manifest.spacing_mm)
+    grid = result_grid(volumes.ct.grid, manifest.spacing_mm)
     hu, districts = _on(grid, volumes)
     networks, said = choose_networks(districts, bundle.keys, options)
     unit = synthesize_volume(

@@ -139,6 +139,9 @@ class Ward:
 
     def store(self, assoc: Association, path: Path) -> int:
         """The file's bytes as they are, and the status."""
+        # pynetdicom's requestor may take the answer of a quick node for a request of its peer, when its loop has not
+        # come to rest since the last one (its `_is_paused` is stale then): leave it the time
+        time.sleep(0.002)
         status = int(assoc.send_c_store(path).Status)
         if status == 0:
             self.acknowledged.add(sop_instance_uid_of(path))

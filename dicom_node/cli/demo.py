@@ -228,14 +228,14 @@ def _draw(paths: list[Path], suv: FloatVolume, phantom: Phantom, out: Path) -> N
     from pipeline.bundle import bundle_path, load_bundle
     from pipeline.ct_reader import read_ct
     from pipeline.districts import find_districts
-    from pipeline.geometry import grid_at_spacing, resample
+    from pipeline.geometry import resample, result_grid
     from pipeline.outputs.picture import overview_png
     from pipeline.types import DistrictOptions, SuvVolume
 
     config = load_config(out / "config.toml")
     ct = read_ct(paths)
     bundle = load_bundle(bundle_path(config.pipeline.bundle, config.pipeline.bundles))
-    grid = grid_at_spacing(ct.grid, bundle.manifest.spacing_mm)
+    grid = result_grid(ct.grid, bundle.manifest.spacing_mm)
     districts = find_districts(ct, grid, options=DistrictOptions(chain=config.pipeline.districts))
     picture = overview_png(
         ct,

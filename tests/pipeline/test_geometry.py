@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.geometry import from_sitk, grid_at_spacing, resample, resample_on, to_sitk
+from pipeline.geometry import from_sitk, grid_at_spacing, resample, resample_on, result_grid, to_sitk
 from pipeline.types import GeometryError, Grid
 
 FOR = "1.2.3"
@@ -49,6 +49,18 @@ def test_a_new_grid_covers_the_old_field_and_shares_its_middle(shape, spacing, t
 def test_the_same_spacing_gives_the_same_grid():
     grid = a_grid()
     assert grid_at_spacing(grid, grid.spacing_mm) == grid
+
+
+@settings(max_examples=200, deadline=None)
+@given(shape=st.tuples(*[st.integers(1, 700)] * 3), spacing=st.tuples(*[st.floats(0.3, 10)] * 3))
+def test_each_plane_of_a_result_is_whole_bytes_of_bits_and_covers_the_ct(shape, spacing):
+    old = a_grid(shape, spacing)
+    new = result_grid(old, (4.0, 4.0, 4.0))
+    assert new.shape[1] % 4 == new.shape[2] % 4 == 0
+    (low, high), (new_low, new_high) = edges(old), edges(new)
+    assert np.all(new_low <= low + 0.016)
+    assert np.all(new_high >= high - 0.016)
+    assert np.all(new_high - new_low < high - low + np.array([16.0, 16.0, 4.0]) + 1e-6)
 
 
 def test_a_spacing_of_zero_is_refused():

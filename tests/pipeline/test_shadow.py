@@ -30,7 +30,7 @@ from pipeline.types import (
 )
 
 ON_CPU = Compute(device=torch.device("cpu"), precision="fp32", batch=8)
-SHAPE = (30, 20, 22)
+SHAPE = (30, 20, 24)
 
 
 @pytest.fixture(scope="module")
