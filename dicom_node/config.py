@@ -108,7 +108,8 @@ class PeerConfig(_Table):
     ae_title: AeTitle
     host: str = "127.0.0.1"
     port: Port = 104
-    may: tuple[Literal["store", "echo"], ...] = ("store", "echo")
+    may: tuple[Literal["store", "echo", "commit"], ...] = ("store", "echo")
+    we_may: tuple[Literal["find", "move", "get"], ...] = ()
     allowed_addresses: tuple[str, ...] = Field(default=(), description="IP addresses or CIDR; empty: any")
     max_associations: int = Field(default=0, ge=0, le=1000, description="0: only the node's limit")
     tls: bool = False
@@ -399,6 +400,7 @@ class DestinationConfig(WebConfig):
     commitment_timeout_s: Seconds = 3600.0
     verify: bool = True
     max_attempts: int = Field(default=12, ge=1)
+    give_up_after_days: float = Field(default=7.0, gt=0, le=365)
     first_retry_s: Seconds = 30.0
     max_retry_s: Seconds = 3600.0
 
@@ -433,6 +435,42 @@ class StorageConfig(_Table):
     keep_events_days: float = Field(default=365.0, ge=0)
 
 
+class CommitmentConfig(_Table):
+    """[commitment]: how long a peer that asked us for Storage Commitment is told again."""
+
+    first_retry_s: Seconds = 30.0
+    max_retry_s: Seconds = 3600.0
+    max_attempts: int = Field(default=12, ge=1)
+
+
+class PullConfig(_Table):
+    """[pull]: how long an archive is listened to that fetches a series for us (C-MOVE, C-GET)."""
+
+    answer_timeout_s: Seconds = 300.0
+    series_timeout_s: Seconds = 3600.0
+
+
+class ScheduledPull(_Table):
+    """[[pulls]]: every day, what a peer has and nobody sent us. Patterns are those of [[rules]]; empty: any."""
+
+    name: Name
+    peer: str
+    at: str = "03:00"
+    days_back: int = Field(default=1, ge=1, le=366)
+    method: Literal["move", "get"] = "move"
+    study_description: str = ""
+    series_description: str = ""
+    station_name: str = ""
+    max_studies: int = Field(default=500, ge=1)
+
+    @field_validator("at")
+    @classmethod
+    def _time_of_day(cls, value: str) -> str:
+        if not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", value):
+            raise ValueError("a time of day, as 03:00")
+        return value
+
+
 class LogConfig(_Table):
     """[log]: where one line per stage goes."""
 
@@ -462,6 +500,9 @@ class Config(_Table):
     destinations: tuple[DestinationConfig, ...] = ()
     engine: EngineConfig = EngineConfig()
     storage: StorageConfig = StorageConfig()
+    commitment: CommitmentConfig = CommitmentConfig()
+    pull: PullConfig = PullConfig()
+    pulls: tuple[ScheduledPull, ...] = ()
     log: LogConfig = LogConfig()
     metrics: MetricsConfig = MetricsConfig()
 
@@ -471,6 +512,7 @@ class Config(_Table):
             ("peers", [p.name for p in self.peers]),
             ("destinations", [d.name for d in self.destinations]),
             ("rules", [r.name for r in self.rules]),
+            ("pulls", [p.name for p in self.pulls]),
         ):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
@@ -479,6 +521,13 @@ class Config(_Table):
         for destination in self.destinations:
             if destination.peer and destination.peer not in known:
                 raise ValueError(f"destinations.{destination.name}.peer: no peer is named {destination.peer!r}")
+        for pull in self.pulls:
+            if pull.peer not in known:
+                raise ValueError(f"pulls.{pull.name}.peer: no peer is named {pull.peer!r}")
+            missing = {"find", pull.method}.difference(self.peer(pull.peer).we_may)
+            if missing:
+                wanted = " and ".join(sorted(missing))
+                raise ValueError(f"pulls.{pull.name}: the peer {pull.peer!r} lacks {wanted} in its we_may")
         return self
 
     @property
@@ -495,6 +544,11 @@ class Config(_Table):
     def asks_commitment(self) -> bool:
         """Whether archives may bring Storage Commitment reports: some destination is asked for them."""
         return any(destination.commitment for destination in self.destinations)
+
+    @property
+    def gives_commitment(self) -> bool:
+        """Whether some peer may ask us for Storage Commitment."""
+        return any("commit" in peer.may for peer in self.peers)
 
     def peer(self, name: str) -> PeerConfig:
         """The peer with this name; a destination's peer, if it has one, always exists."""
