@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pipeline.types import JobVolumes
 
 ORPHANED = 3  # exit code
+_NICE = 10  # a sender waits for its answer, a job can wait: receiving has the processors first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +106,7 @@ Message = Ready | Progress | Done | Compared | Refused | Broken
 
 def main(connection: Connection) -> None:
     """The process' entry: serve jobs until the pipe closes."""
+    os.nice(_NICE)
     _leave_signals_to_the_parent()
     _end_with_the_parent()
     _keep_headers_out_of_the_log()

@@ -241,3 +241,9 @@ def test_an_error_has_its_class_again_in_the_node(name: str, expected: type[Pipe
     error = pipeline_error(name, "some_code", "some text")
     assert isinstance(error, expected)
     assert (error.code, error.text) == ("some_code", "some text")
+
+
+def test_computing_gives_way_to_receiving(engine: LocalEngine, options: PipelineOptions) -> None:
+    engine.warm_up(options)
+    assert engine.pid is not None
+    assert os.getpriority(os.PRIO_PROCESS, engine.pid) >= os.getpriority(os.PRIO_PROCESS, 0) + 1
