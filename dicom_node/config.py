@@ -82,6 +82,7 @@ class NodeConfig(_Table):
     acse_timeout_s: Seconds = 30.0
     dimse_timeout_s: Seconds = 60.0
     receiver_processes: int = Field(default=2, ge=0, le=64, description="0: threads of the node's own process")
+    sender: Literal["stream", "plain"] = "stream"
     require_called_ae: bool = True
     unknown_peers: Literal["reject", "accept"] = "reject"
 

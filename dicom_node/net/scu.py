@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
-from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import _config, build_context
@@ -27,6 +26,7 @@ from dicom_node.config import PeerConfig
 from dicom_node.net.compression import EXPLICIT, TRANSFER_SYNTAXES, compressed_file
 from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, dimse_status, where
 from dicom_node.net.part10 import Part10, read_part10, to_compress
+from dicom_node.net.sending import Sender, Way, opened
 from dicom_node.net.status import Outcome, classify, status_text
 from storage.errors import NoSpace
 
@@ -67,6 +67,7 @@ def send_series(
     max_pdu: int = 262144,
     only: Collection[str] | None = None,
     transfer_syntax: str = EXPLICIT,
+    sender: Way = "stream",
     on_sent: Callable[[int], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> SendOutcome:
@@ -74,23 +75,26 @@ def send_series(
 
     The peer gets the bytes of the files; a peer that takes Implicit VR Little Endian only gets them transcoded.
     With a `transfer_syntax` of `compression.TRANSFER_SYNTAXES` images go out compressed where the peer accepts that,
-    else as they are, and `note` says so.
+    else as they are, and `note` says so. `sender` is `[node].sender`: whose code writes the requests.
     `on_sent(n)` is called after each response with the number of instances that the peer has. `should_stop` is
     asked before each instance; a stop is a transient outcome ("interrupted").
     """
     began = monotonic()
     try:
         everything = [read_part10(path) for path in files]
-    except (OSError, InvalidDicomError, AttributeError) as error:
+    except (OSError, InvalidDicomError) as error:
         text = f"a result file cannot be read: {type(error).__name__}"
         return SendOutcome(code="instance_unreadable", text=text, permanent=True)
     parts = [part for part in everything if only is None or part.sop_instance_uid in only]
     nothing_yet = {part.sop_instance_uid: NOT_SENT for part in parts}
-    with Link(peer, storage_contexts(parts, transfer_syntax), calling_ae, timeouts or Timeouts(), max_pdu) as link:
+    timeouts = timeouts or Timeouts()
+    with Link(peer, storage_contexts(parts, transfer_syntax), calling_ae, timeouts, max_pdu) as link:
         if link.trouble:
             return _outcome(nothing_yet, link.trouble, began)
         note = _declined(link.assoc, parts, peer, transfer_syntax)
-        tried, trouble = _send_all(link.assoc, parts, transfer_syntax, on_sent, should_stop)
+        accepted = {part.sop_class_uid: _accepted(link.assoc, part.sop_class_uid) for part in parts}
+        with opened(sender, link.assoc, timeouts.dimse_s) as send:
+            tried, trouble = _send_all(send, accepted, parts, transfer_syntax, on_sent, should_stop)
     statuses = {**nothing_yet, **tried}
     return _outcome(statuses, trouble or _refusal(statuses, peer), began, note)
 
@@ -147,7 +151,8 @@ def _declined(assoc: Association, parts: Sequence[Part10], peer: PeerConfig, tra
 
 
 def _send_all(
-    assoc: Association,
+    send: Sender,
+    accepted: Mapping[str, frozenset[str]],
     parts: Sequence[Part10],
     transfer_syntax: str,
     on_sent: Callable[[int], None],
@@ -159,10 +164,10 @@ def _send_all(
     for part, message_id in zip(parts, _message_ids(), strict=False):
         if should_stop():
             return statuses, Trouble("interrupted", f"stopped after {stored} of {len(parts)} instances", False)
-        if not assoc.is_established:
+        if not send.is_open:
             return statuses, Trouble("association_aborted", _cut_short(stored, parts), False)
         try:
-            word = _store(assoc, part, transfer_syntax, message_id)
+            word = _store(send, accepted[part.sop_class_uid], part, transfer_syntax, message_id)
         except NoSpace as error:
             return statuses, Trouble("no_space", f"no room for the compressed instances: {error}", False)
         statuses[part.sop_instance_uid] = word
@@ -183,21 +188,16 @@ def _message_ids() -> Iterator[int]:
         yield from range(1, 65536)
 
 
-def _store(assoc: Association, part: Part10, transfer_syntax: str, message_id: int) -> str:
+def _store(send: Sender, syntaxes: frozenset[str], part: Part10, transfer_syntax: str, message_id: int) -> str:
     """One C-STORE: the status as "0x0000", "no_presentation_context" or "no_response"."""
-    syntaxes = _accepted(assoc, part.sop_class_uid)
     if not syntaxes:
         return "no_presentation_context"
-    compress = to_compress(part, transfer_syntax) and TRANSFER_SYNTAXES[transfer_syntax] in syntaxes
-    path = compressed_file(part.path, transfer_syntax) if compress else part.path
+    if to_compress(part, transfer_syntax) and TRANSFER_SYNTAXES[transfer_syntax] in syntaxes:
+        part = read_part10(compressed_file(part.path, transfer_syntax))
     try:
-        if compress or part.transfer_syntax_uid in syntaxes:
-            answer = assoc.send_c_store(path, msg_id=message_id)
-        else:
-            answer = assoc.send_c_store(dcmread(part.path), msg_id=message_id)
-    except (ValueError, RuntimeError):  # no convertible context; the association ended between check and send
-        return "no_response" if not assoc.is_established else "no_presentation_context"
-    status = dimse_status(answer)
+        status = send.store(part, message_id, convert=part.transfer_syntax_uid not in syntaxes)
+    except ValueError:  # no convertible context
+        return "no_presentation_context"
     return "no_response" if status is None else f"0x{status:04X}"
 
 
