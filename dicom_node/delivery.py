@@ -25,7 +25,8 @@ from dicom_node.net.query import CountOutcome
 from dicom_node.net.scu import SendOutcome, send_series
 from dicom_node.net.stow import send_series_web
 from dicom_node.proof import SAME_ASSOCIATION_S, Count, Prover, Step, asked_of, count_instances, goal_of, judge_count
-from dicom_node.settle import Verdict, missing, settle, stored_before
+from dicom_node.retry import OUTAGE_CODES, seconds_since
+from dicom_node.settle import LOUD_AFTER_S, Verdict, missing, settle, stored_before
 from storage.errors import StaleState
 from storage.ledger import Ledger, utc_now
 from storage.records import Delivery, DeliveryState, JobFilter, JobState
@@ -229,7 +230,7 @@ class Deliveries:
                 unknown = CountOutcome(code=outcome.code, text=outcome.text)
                 self.prover.finish(delivery, judge_count(delivery, unknown, asked_of(destination, delivery.kind)))
                 return
-            self._finish(delivery, settle(delivery, outcome, delivery.sent, destination), delivery.sent, {})
+            self._finish(delivery, self._verdict(delivery, outcome, delivery.sent), delivery.sent, {})
         except Exception:  # the ledger itself: the lease runs out, and the sweep makes it PENDING again
             log.exception("delivery.not_settled", job_id=delivery.job_id, destination=delivery.destination)
 
@@ -237,7 +238,7 @@ class Deliveries:
         delivery = claimed.delivery
         if self._shall_stop(claimed):  # a silent peer would hold the node's end up
             outcome = SendOutcome(code="interrupted", text="the node is stopping, or the job was cancelled")
-            verdict = settle(delivery, outcome, delivery.sent, destination)
+            verdict = self._verdict(delivery, outcome, delivery.sent)
             self._finish(delivery, verdict, delivery.sent, delivery.statuses)
             return
         files = self._files(delivery)
@@ -249,7 +250,11 @@ class Deliveries:
             return
         outcome, stored = self._send_missing(claimed, files, destination)
         statuses = {**stored_before(delivery), **outcome.statuses}
-        self._finish(delivery, settle(delivery, outcome, stored, destination), stored, statuses, outcome)
+        self._finish(delivery, self._verdict(delivery, outcome, stored), stored, statuses, outcome)
+
+    def _verdict(self, delivery: Delivery, outcome: SendOutcome, stored: int) -> Verdict:
+        failing_s = 0.0 if stored > delivery.sent else seconds_since(delivery.failing_since, self._clock())
+        return settle(delivery, outcome, stored, self._destinations[delivery.destination], failing_s=failing_s)
 
     def _send_missing(
         self, claimed: _Claimed, files: Sequence[Path], destination: DestinationConfig
@@ -272,6 +277,7 @@ class Deliveries:
             calling_ae=self._config.node.ae_title,
             timeouts=self._timeouts,
             max_pdu=self._config.node.max_pdu,
+            sender=self._config.node.sender,
         )
 
     def _goal(self, delivery: Delivery) -> DeliveryState:
@@ -309,6 +315,7 @@ class Deliveries:
                 text=verdict.text,
                 next_attempt=again,
                 counted=verdict.code != "interrupted",
+                outage=verdict.code in OUTAGE_CODES,
                 goal=self._goal(delivery) if verdict.state is _SENT else _SENT,
             )
         except StaleState:
@@ -317,8 +324,17 @@ class Deliveries:
         event = _EVENTS[verdict.state]
         if verdict.state is DeliveryState.SENT:
             bound.info(event)
+            self._is_back(delivery.destination)
+        elif verdict.code in OUTAGE_CODES and seconds_since(delivery.failing_since, self._clock()) >= LOUD_AFTER_S:
+            bound.error("destination.down", code=verdict.code, reason=verdict.text, retry_in_s=verdict.retry_in_s)
         else:
             bound.warning(event, code=verdict.code, reason=verdict.text, retry_in_s=verdict.retry_in_s)
+
+    def _is_back(self, destination: str) -> None:
+        """What waits out the pauses of an outage is due now: a night's results need not wait another hour."""
+        if due := self._ledger.end_outage(destination, OUTAGE_CODES):
+            log.info("destination.back", destination=destination, due=due)
+            self.wake()
 
 
 _SENT = DeliveryState.SENT

@@ -24,8 +24,8 @@ from dicom_node.net.link import RequestOutcome, Timeouts
 from dicom_node.net.part10 import read_part10
 from dicom_node.net.query import CountOutcome, count_series_instances
 from dicom_node.net.status import Status
-from dicom_node.retry import retry_delay_s
-from dicom_node.settle import OPTIONAL_KINDS
+from dicom_node.retry import OUTAGE_CODES, outage_delay_s, retry_delay_s, seconds_since
+from dicom_node.settle import LOUD_AFTER_S, OPTIONAL_KINDS, outage_text, over
 from storage.errors import StaleState
 from storage.ledger import Ledger, utc_now
 from storage.proofs import Report
@@ -48,6 +48,7 @@ class Step:
     text: str = ""
     retry_in_s: float | None = None
     counted: bool = False
+    failing: bool = False  # it could not be asked: the destination is down
     sent: int | None = None
     statuses: Mapping[str, str] | None = None
     settled: Mapping[str, CommitmentState] = field(default_factory=dict)
@@ -101,7 +102,7 @@ def weigh(delivery: Delivery, report: Commitment, uids: frozenset[str], destinat
         )
     kept = {**spread_statuses(delivery.statuses, uids), **statuses}
     sent = delivery.instances - len(statuses)
-    if delivery.attempts >= destination.max_attempts:
+    if delivery.attempts - delivery.outages >= destination.max_attempts:
         return Step(
             state=DeliveryState.FAILED,
             goal=goal,
@@ -116,14 +117,16 @@ def weigh(delivery: Delivery, report: Commitment, uids: frozenset[str], destinat
         goal=goal,
         code="commitment_failed",
         text=f"{text}; they are sent again",
-        retry_in_s=_pause(delivery.attempts, destination),
+        retry_in_s=_pause(delivery.attempts - delivery.outages, destination),
         sent=sent,
         statuses=kept,
         settled=settled,
     )
 
 
-def judge_ask(delivery: Delivery, uid: str, outcome: RequestOutcome, destination: DestinationConfig) -> Step:
+def judge_ask(
+    delivery: Delivery, uid: str, outcome: RequestOutcome, destination: DestinationConfig, *, failing_s: float = 0.0
+) -> Step:
     """After a request for commitment: wait for the report, go on without, or try again after a growing pause."""
     goal = goal_of(destination)
     if outcome.ok:
@@ -136,6 +139,8 @@ def judge_ask(delivery: Delivery, uid: str, outcome: RequestOutcome, destination
         return Step(state=delivery.state, goal=left, code="commitment_not_offered", text=text, settled=settled)
     if outcome.permanent:
         return Step(state=DeliveryState.FAILED, goal=goal, code=outcome.code, text=outcome.text)
+    if outcome.code in OUTAGE_CODES:
+        return _down(delivery, outcome.code, outcome.text, destination, failing_s)
     return Step(
         state=delivery.state,
         goal=goal,
@@ -146,7 +151,9 @@ def judge_ask(delivery: Delivery, uid: str, outcome: RequestOutcome, destination
     )
 
 
-def judge_count(delivery: Delivery, outcome: CountOutcome, destination: DestinationConfig) -> Step:
+def judge_count(
+    delivery: Delivery, outcome: CountOutcome, destination: DestinationConfig, *, failing_s: float = 0.0
+) -> Step:
     """VISIBLE when exactly the instances that we sent are shown; what cannot be asked stays where it is.
 
     So does an optional companion that is stored and never shown, or about which the archive does not answer: some
@@ -163,6 +170,8 @@ def judge_count(delivery: Delivery, outcome: CountOutcome, destination: Destinat
     checks = delivery.checks + 1
     if code == "interrupted":
         return Step(state=delivery.state, goal=goal, retry_in_s=0.0)
+    if code in OUTAGE_CODES and not outcome.permanent:
+        return _down(delivery, code, text, destination, failing_s)
     if outcome.permanent or checks >= destination.max_attempts:
         text += "" if outcome.permanent else f"; given up after {checks} looks"
         if delivery.kind in OPTIONAL_KINDS - {REJECTION}:  # of a note nothing is counted: its trouble is another
@@ -171,6 +180,19 @@ def judge_count(delivery: Delivery, outcome: CountOutcome, destination: Destinat
         return Step(state=DeliveryState.FAILED, goal=goal, code=code, text=text)
     pause = _pause(checks, destination)
     return Step(state=delivery.state, goal=goal, code=code, text=text, retry_in_s=pause, counted=True)
+
+
+def _down(delivery: Delivery, code: str, text: str, destination: DestinationConfig, failing_s: float) -> Step:
+    """It could not be asked: no check is used up, and after days a person has to look."""
+    goal = goal_of(destination)
+    if gave_up := over(failing_s, destination):
+        if delivery.kind in OPTIONAL_KINDS - {REJECTION}:
+            text = f"{text}; {gave_up}; it is stored, and optional"
+            return Step(state=delivery.state, goal=delivery.state, code=code, text=text)
+        return Step(state=DeliveryState.FAILED, goal=goal, code=code, text=f"{text}; {gave_up}")
+    text = outage_text(text, failing_s, destination)
+    pause = outage_delay_s(failing_s, first_s=destination.first_retry_s, longest_s=destination.max_retry_s)
+    return Step(state=delivery.state, goal=goal, code=code, text=text, retry_in_s=pause, failing=True)
 
 
 def count_instances(
@@ -262,6 +284,7 @@ class Prover:
                 goal=step.goal,
                 due=due,
                 counted=step.counted,
+                failing=step.failing,
                 code=step.code,
                 text=step.text,
                 sent=step.sent,
@@ -271,7 +294,9 @@ class Prover:
         except StaleState:
             bound.info("delivery.discarded", reason="cancelled, or taken over after the lease ran out")
             return
-        if step.text:
+        if step.failing and self._failing_s(delivery) >= LOUD_AFTER_S:
+            bound.error("destination.down", code=step.code, reason=step.text)
+        elif step.text:
             bound.warning("delivery.unproven", state=now.state.value, code=step.code, reason=step.text)
         elif step.state is not delivery.state:
             bound.info(f"delivery.{step.state.value.lower()}")
@@ -297,7 +322,7 @@ class Prover:
         head = dcmread(files[0], stop_before_pixels=True, specific_tags=["StudyInstanceUID", "SeriesInstanceUID"])
         study_uid, series_uid = str(head.StudyInstanceUID), str(head.SeriesInstanceUID)
         outcome = self._count(self._config, destination, study_uid, series_uid, self._timeouts, should_stop)
-        step = judge_count(delivery, outcome, destination)
+        step = judge_count(delivery, outcome, destination, failing_s=self._failing_s(delivery))
         if step.state is DeliveryState.VISIBLE and declined:
             text = "it shows the series, but offers no Storage Commitment"
             return replace(step, code="commitment_not_offered", text=text)
@@ -337,7 +362,10 @@ class Prover:
         finally:
             with self._lock:
                 del self._awaited[uid]
-        return judge_ask(delivery, uid, outcome, destination)
+        return judge_ask(delivery, uid, outcome, destination, failing_s=self._failing_s(delivery))
+
+    def _failing_s(self, delivery: Delivery) -> float:
+        return seconds_since(delivery.failing_since, self._clock())
 
 
 def _pause(attempt: int, destination: DestinationConfig) -> float:

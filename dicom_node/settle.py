@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from dicom_node.config import DestinationConfig
 from dicom_node.net.scu import SendOutcome, is_stored
-from dicom_node.retry import retry_delay_s
+from dicom_node.retry import OUTAGE_CODES, outage_delay_s, retry_delay_s
 from storage.records import Delivery, DeliveryState
 
 # A destination that refuses these for good does not fail the job
 OPTIONAL_KINDS = frozenset({"mip", "seg", "uncertainty", "sr", "gsps", "pcps", "rejection"})
 CLASS_REFUSED = frozenset({"no_presentation_context", "sop_class_refused"})  # by C-STORE, by STOW-RS
+LOUD_AFTER_S = 3600.0  # an outage that lasts longer is an error in the log, at each attempt
 CLASS_NOT_SUPPORTED = "0x0122"  # PS3.7 annex C
 
 
@@ -25,11 +26,15 @@ class Verdict:
     retry_in_s: float | None = None
 
 
-def settle(delivery: Delivery, outcome: SendOutcome, stored: int, destination: DestinationConfig) -> Verdict:
+def settle(
+    delivery: Delivery, outcome: SendOutcome, stored: int, destination: DestinationConfig, *, failing_s: float = 0.0
+) -> Verdict:
     """SENT when every instance is with the peer; else PENDING again, FAILED, or CANCELLED for an optional object.
 
     `stored` counts over all attempts. Rules, in this order: whole; refused for good; told to stop (does not count
-    as an attempt that failed); attempts used up; again after a growing pause.
+    as an attempt that failed); attempts used up, or days of an outage; again after a growing pause. `failing_s` says
+    for how many seconds nothing more has arrived. An attempt that finds the destination down is none of its
+    `max_attempts`: a PACS that is gone for a night must not cost every result of that night.
     """
     if outcome.ok and stored == delivery.instances:
         told = f"{stored} of {delivery.instances} instances accepted by {destination.name}; {outcome.note}"
@@ -44,15 +49,36 @@ def settle(delivery: Delivery, outcome: SendOutcome, stored: int, destination: D
         return Verdict(state=DeliveryState.FAILED, code=outcome.code, text=outcome.text)
     if outcome.code == "interrupted":
         return Verdict(state=DeliveryState.PENDING, code=outcome.code, text=outcome.text, retry_in_s=0.0)
-    if delivery.attempts >= destination.max_attempts:
-        text = f"{outcome.text}; given up after {delivery.attempts} attempts"
-        return Verdict(state=DeliveryState.FAILED, code=outcome.code, text=text)
-    pause = retry_delay_s(
-        max(delivery.attempts, 1), first_s=destination.first_retry_s, longest_s=destination.max_retry_s
-    )
+    pauses = {"first_s": destination.first_retry_s, "longest_s": destination.max_retry_s}
+    if outcome.code in OUTAGE_CODES:
+        if gave_up := over(failing_s, destination):
+            return Verdict(state=DeliveryState.FAILED, code=outcome.code, text=f"{outcome.text}; {gave_up}")
+        pause = outage_delay_s(failing_s, **pauses)
+        text = outage_text(outcome.text, failing_s, destination)
+    else:
+        tries = delivery.attempts - delivery.outages
+        if tries >= destination.max_attempts:
+            text = f"{outcome.text}; given up after {tries} attempts"
+            return Verdict(state=DeliveryState.FAILED, code=outcome.code, text=text)
+        pause, text = retry_delay_s(max(tries, 1), **pauses), outcome.text
     if outcome.retry_after_s is not None:
         pause = max(pause, min(outcome.retry_after_s, destination.max_retry_s))
-    return Verdict(state=DeliveryState.PENDING, code=outcome.code, text=outcome.text, retry_in_s=pause)
+    return Verdict(state=DeliveryState.PENDING, code=outcome.code, text=text, retry_in_s=pause)
+
+
+def over(failing_s: float, destination: DestinationConfig) -> str:
+    """What to say when an outage has lasted too long; empty while it has not."""
+    if failing_s < destination.give_up_after_days * 86400:
+        return ""
+    return f"given up after {failing_s / 86400:.1f} days (give_up_after_days)"
+
+
+def outage_text(text: str, failing_s: float, destination: DestinationConfig) -> str:
+    """With how long it has lasted, once that is worth a person's attention."""
+    if failing_s < LOUD_AFTER_S:
+        return text
+    hours, days = failing_s / 3600, destination.give_up_after_days
+    return f"{text}; for {hours:.1f} hours now, it is tried for {days:g} days"
 
 
 def _of_a_class_refused(outcome: SendOutcome) -> bool:

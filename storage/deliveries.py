@@ -21,6 +21,7 @@ _ENDED_CODES = {
     DeliveryState.PENDING: "delivery_retry",
     DeliveryState.FAILED: "delivery_failed",
 }
+_WAITING = (DeliveryState.PENDING, DeliveryState.SENT, DeliveryState.COMMITTED)
 _LEASED = (DeliveryState.SENDING, DeliveryState.SENT, DeliveryState.COMMITTED)
 
 
@@ -103,12 +104,15 @@ class DeliveryLedger(LedgerBase):
         text: str = "",
         next_attempt: datetime | None = None,
         counted: bool = True,
+        outage: bool = False,
         goal: DeliveryState = DeliveryState.SENT,
     ) -> Delivery:
         """End one attempt: SENT, FAILED (an operator's matter), or PENDING again until `next_attempt`.
 
         `goal` is the last state that the destination asks for: a delivery that is SENT waits for proof until then.
-        An attempt that is not `counted` (the node was stopped) takes nothing from the destination's `max_attempts`.
+        An attempt that is not `counted` (the node was stopped) takes nothing from the destination's `max_attempts`;
+        nor does an `outage`, which is counted beside. `failing_since` is the first of the attempts in a row at which
+        nothing more arrived.
 
         `statuses` maps each SOP Instance UID to its DIMSE status as "0x0000", or to an error word; only those that
         did not succeed are kept. When no delivery of the job waits any more the job becomes DONE, or FAILED if one
@@ -120,6 +124,9 @@ class DeliveryLedger(LedgerBase):
                 raise StaleState(f"delivery {delivery_id}: is {row.state}, not being sent by {clean(owner)!r}")
             self._move_delivery(row, state)
             row.attempts -= 0 if counted else 1
+            row.outages += outage
+            if state is DeliveryState.PENDING and counted:
+                row.failing_since = self._clock() if sent > row.sent else row.failing_since or self._clock()
             row.sent = sent
             row.statuses = compact(statuses, row.instances)
             row.next_attempt = next_attempt if state is DeliveryState.PENDING else None
@@ -140,6 +147,26 @@ class DeliveryLedger(LedgerBase):
             )
             self._settle(session, job)
             return delivery_of(row)
+
+    def end_outage(self, destination: str, codes: Collection[str]) -> int:
+        """Make due what waits for this destination with one of these reason codes. Returns how many."""
+        with self._write() as session:
+            now = self._clock()
+            rows = session.scalars(
+                select(DeliveryRow)
+                .join(JobRow, JobRow.id == DeliveryRow.job_id)
+                .where(
+                    DeliveryRow.destination == destination,
+                    DeliveryRow.state.in_([state.value for state in _WAITING]),
+                    DeliveryRow.reason_code.in_(sorted(codes)),
+                    DeliveryRow.next_attempt > now,
+                    JobRow.state == JobState.DELIVERING.value,
+                )
+                .with_for_update(of=[JobRow, DeliveryRow], skip_locked=True)
+            ).all()
+            for row in rows:
+                row.next_attempt = now
+            return len(rows)
 
     def _delivery_event(self, session: Session, row: DeliveryRow, code: str, text: str, **details: Any) -> None:
         """What happened to a delivery, with the state that it has now."""
@@ -169,6 +196,7 @@ class DeliveryLedger(LedgerBase):
         row.lease_owner, row.lease_until = "", None
         row.checks = 0
         if to in PROOF_STATES:
+            row.failing_since = None
             setattr(row, f"{to.value.lower()}_at", now)
         elif to is not DeliveryState.FAILED:  # what was reached before it failed stays to be read
             row.sent_at = row.committed_at = row.visible_at = None
@@ -209,6 +237,7 @@ class DeliveryLedger(LedgerBase):
             self._move_delivery(row, DeliveryState.PENDING)
         row.sent, row.attempts, row.next_attempt, row.statuses = 0, 0, None, {}
         row.reason_code, row.reason, row.goal = "", "", DeliveryState.SENT.value
+        row.failing_since, row.outages = None, 0
         # attempts count from 1 again: no answer about an earlier sending may prove a later one
         session.execute(update(CommitmentRow).where(CommitmentRow.delivery_id == row.id).values(attempt=0))
 
@@ -316,4 +345,5 @@ def _new_row(job_id: str, new: NewDelivery, now: datetime) -> DeliveryRow:
         statuses={},
         goal=DeliveryState.SENT.value,
         checks=0,
+        outages=0,
     )

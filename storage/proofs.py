@@ -89,6 +89,7 @@ class ProofLedger(DeliveryLedger):
         goal: DeliveryState,
         due: datetime | None = None,
         counted: bool = False,
+        failing: bool = False,
         code: str = "",
         text: str = "",
         sent: int | None = None,
@@ -97,7 +98,8 @@ class ProofLedger(DeliveryLedger):
     ) -> Delivery:
         """End one request for proof, with the job when this was its last delivery.
 
-        The same `state` again waits until `due`, and is one check more when `counted`; with `goal` equal to it the
+        The same `state` again waits until `due`, and is one check more when `counted`; `failing`: it could not be
+        asked, and `failing_since` is the first of such requests in a row. With `goal` equal to it the
         delivery has ended there. PENDING sends again (`sent` and `statuses` as in `finish_delivery`). `settled`
         closes commitment transactions by their UIDs. A code or text is kept as the reason and becomes an event.
 
@@ -109,6 +111,7 @@ class ProofLedger(DeliveryLedger):
             if state is was:
                 row.lease_owner, row.lease_until = "", None
                 row.checks = checks + counted
+                row.failing_since = (row.failing_since or self._clock()) if failing else None
             else:
                 self._move_delivery(row, state)
             row.goal, row.next_attempt = goal.value, due

@@ -116,6 +116,8 @@ class Delivery:
     sent_at: datetime | None = None
     committed_at: datetime | None = None
     visible_at: datetime | None = None
+    failing_since: datetime | None = None  # of the trouble that goes on: its first attempt; None: none
+    outages: int = 0  # of the attempts: those that found the destination down, and count for nothing
 
     @property
     def proven(self) -> bool:

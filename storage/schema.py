@@ -135,6 +135,8 @@ class DeliveryRow(Base):
     sent_at: Mapped[datetime | None]
     committed_at: Mapped[datetime | None]
     visible_at: Mapped[datetime | None]
+    failing_since: Mapped[datetime | None]
+    outages: Mapped[int]
 
 
 class CommitmentRow(Base):
@@ -227,6 +229,8 @@ def delivery_of(row: DeliveryRow) -> Delivery:
         sent_at=row.sent_at,
         committed_at=row.committed_at,
         visible_at=row.visible_at,
+        failing_since=row.failing_since,
+        outages=row.outages,
     )
 
 

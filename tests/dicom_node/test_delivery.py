@@ -50,15 +50,6 @@ def test_a_destination_that_is_down_gets_it_when_it_is_back(desk: Desk) -> None:
     assert pacs.instances == set(sop_uids(desk.files["pet"]))
 
 
-def test_a_destination_that_stays_down_fails_after_its_attempts(desk: Desk) -> None:
-    config = config_for(desk.root, FakePacs(port=free_port()), max_attempts=3)
-    desk.finish_job(config)
-    desk.deliver(config)
-    desk.until(lambda: desk.state is JobState.FAILED)
-    assert desk.delivery().attempts == 3
-    assert "given up after 3 attempts" in desk.delivery().reason
-
-
 @pytest.mark.parametrize(
     ("wrong", "code"),
     [
@@ -234,8 +225,10 @@ FAILED, CANCELLED = DeliveryState.FAILED, DeliveryState.CANCELLED
         ({}, {}, 10, SENT, "", None),
         ({}, {}, 9, FAILED, "result_incomplete", None),
         ({}, {"code": "connection_failed"}, 0, PENDING, "connection_failed", 10.0),
-        ({"attempts": 2}, {"code": "connection_failed"}, 0, PENDING, "connection_failed", 15.0),
-        ({"attempts": 3}, {"code": "connection_failed"}, 0, FAILED, "connection_failed", None),
+        ({"attempts": 2}, {"code": "internal_error"}, 0, PENDING, "internal_error", 15.0),
+        ({"attempts": 3}, {"code": "internal_error"}, 0, FAILED, "internal_error", None),
+        ({"attempts": 9}, {"code": "connection_failed"}, 0, PENDING, "connection_failed", 10.0),  # none of its three
+        ({"attempts": 9, "outages": 7}, {"code": "internal_error"}, 0, PENDING, "internal_error", 15.0),
         ({"attempts": 3}, {"code": "interrupted"}, 5, PENDING, "interrupted", 0.0),
         ({}, {"code": "association_rejected", "permanent": True}, 0, FAILED, "association_rejected", None),
         ({}, {"code": "association_rejected"}, 0, PENDING, "association_rejected", 10.0),

@@ -525,7 +525,7 @@ def test_what_a_request_for_commitment_leads_to(
         ({}, {"count": 4}, SENT, VISIBLE, 10.0),  # more than we sent is not what we sent
         ({"state": COMMITTED, "checks": 1}, {"count": 0}, COMMITTED, VISIBLE, 15.0),
         ({"checks": 2}, {"count": 0}, FAILED, VISIBLE, None),
-        ({"checks": 2}, {"code": "connection_failed"}, FAILED, VISIBLE, None),
+        ({"checks": 2}, {"code": "connection_failed"}, SENT, VISIBLE, 10.0),
         ({"state": COMMITTED}, {"code": "not_offered", "permanent": True}, COMMITTED, COMMITTED, None),
         ({}, {"code": "association_rejected", "permanent": True}, FAILED, VISIBLE, None),
         ({}, {"code": "interrupted"}, SENT, VISIBLE, 0.0),
