@@ -30,6 +30,7 @@ from dicom_node.engine import Engine, EngineError
 from dicom_node.engine.local import LocalEngine
 from dicom_node.errors import NodeError
 from dicom_node.log import configure_logging
+from dicom_node.metrics import Metrics, Sources
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receive import Receiver
 from dicom_node.net.receivers import ReceiverPool
@@ -68,6 +69,7 @@ class Node:
         self._notifier = notifier or Notifier()
         self._parts = ExitStack()
         self._alive: list[Callable[[], bool]] = []
+        self.metrics = Metrics()
         self.registry = AssociationRegistry(limit=config.node.max_associations, clock=time.monotonic)
         self.ledger: Ledger
         self.spool: Spool
@@ -145,7 +147,15 @@ class Node:
         engine = self._engine or LocalEngine(job_timeout_s=config.engine.job_timeout_s)
         parts.callback(engine.close)
         deliveries = Deliveries(config, self.ledger, self.spool, owner=owner)
-        worker = Worker(config, self.ledger, self.spool, engine, owner=owner, on_result=deliveries.wake)
+        worker = Worker(
+            config,
+            self.ledger,
+            self.spool,
+            engine,
+            owner=owner,
+            on_result=deliveries.wake,
+            on_stage=self.metrics.observe_stage,
+        )
         worker.reclaim()
         deliveries.reclaim()
         self._sweep()
@@ -179,8 +189,35 @@ class Node:
             raise NodeError(f"[node].port = {wanted}: cannot listen: {error.strerror}") from error
         self._parts.callback(receiver.stop)
         self._alive.append(lambda: receiver.alive)
+        self._serve_metrics(receiver)
         log.info("node.started", version=__version__, ae_title=self.config.node.ae_title, port=bound)
         return bound
+
+    def _serve_metrics(self, receiver: Receiver | ReceiverPool) -> None:
+        metrics = self.config.metrics
+        if not metrics.port:
+            return
+
+        def receivers() -> tuple[int, int]:
+            if isinstance(receiver, ReceiverPool):
+                return len(receiver.pids), receiver.deaths
+            return int(receiver.alive), 0
+
+        self.metrics.watch(
+            Sources(
+                config=self.config,
+                registry=self.registry,
+                ledger=self.ledger,
+                spool=self.spool,
+                receivers=receivers,
+                healthy=lambda: self.healthy,
+            )
+        )
+        try:
+            self.metrics.serve(metrics.host, metrics.port)
+        except OSError as error:
+            raise NodeError(f"[metrics].port = {metrics.port}: cannot listen: {error.strerror}") from error
+        self._parts.callback(self.metrics.stop)
 
     def _warm_up(self, engine: Engine) -> None:
         try:
