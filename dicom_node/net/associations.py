@@ -101,12 +101,13 @@ class AssociationRegistry:
     def limit(self) -> int:
         return self._limit
 
-    def open(self, *, calling_ae: str, address: str, peer: str) -> str | None:
-        """Take a place; returns the token, or None when the limit is reached."""
+    def open(self, *, calling_ae: str, address: str, peer: str, peer_limit: int = 0) -> str | None:
+        """Take a place; returns the token, or None when the limit, or that of this peer (0: none), is reached."""
         now = self._clock()
         token = make_token(calling_ae, address)
         with self._lock:
-            if len(self._open) >= self._limit:
+            of_peer = sum(one.peer == peer for one in self._open.values())
+            if len(self._open) >= self._limit or (peer_limit and of_peer >= peer_limit):
                 return None
             self._totals.opened[peer] += 1
             self._open[token] = Association(

@@ -12,11 +12,15 @@ from dicom_node.net.status import CALLED_AE_NOT_RECOGNIZED, CALLING_AE_NOT_RECOG
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
-    """An association request that is let in. `peer` is the configured name, empty for an unknown caller."""
+    """An association request that is let in. `peer` is the configured name, empty for an unknown caller.
+
+    `max_associations` is the peer's own limit, 0 for none; of several tables that match it is the first's.
+    """
 
     peer: str
     may_store: bool
     may_echo: bool
+    max_associations: int = 0
 
 
 def shown(text: str) -> str:
@@ -54,6 +58,12 @@ def address_allowed(peer: PeerConfig, address: str) -> bool:
     return any(source in ip_network(allowed, strict=False) for allowed in peer.allowed_addresses)
 
 
+def peer_that_may(peers: Sequence[PeerConfig], what: str, *, calling_ae: str, address: str) -> PeerConfig | None:
+    """The first peer of this AE title and address that may do `what`, or None."""
+    named = (peer for peer in peers if peer.ae_title == calling_ae.strip() and what in peer.may)
+    return next((peer for peer in named if address_allowed(peer, address)), None)
+
+
 def admit(
     node: NodeConfig, peers: Sequence[PeerConfig], *, calling_ae: str, called_ae: str, address: str
 ) -> Admission | Rejection:
@@ -77,6 +87,7 @@ def admit(
             peer=matching[0].name,
             may_store=any("store" in peer.may for peer in matching),
             may_echo=any("echo" in peer.may for peer in matching),
+            max_associations=matching[0].max_associations,
         )
     if titled:  # a known title from a foreign address is refused even where strangers are welcome
         return rejection(

@@ -6,10 +6,9 @@ UIDs) is checked before it is used and quoted before it is logged.
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
@@ -23,8 +22,10 @@ from pynetdicom.events import Event, EventHandlerType
 from dicom_node.config import Config
 from dicom_node.net.associations import Association
 from dicom_node.net.commitment import Take, answer_report
-from dicom_node.net.peers import Admission, admit, plain_address, shown
-from dicom_node.net.scp import build_ae, contexts_for, listen, make_server, storage_services_for
+from dicom_node.net.commitment_scp import CommitmentScp
+from dicom_node.net.peers import Admission, admit, peer_that_may, plain_address, shown
+from dicom_node.net.scp import Listener, build_ae, contexts_for, listen_all, make_server, storage_services_for
+from dicom_node.net.security import ServerContext
 from dicom_node.net.status import LOCAL_LIMIT_EXCEEDED, NO_REASON_TRANSIENT, Rejection, Status, rejection
 from dicom_node.net.store import Announced, Book, Notes, Store, fault_of, names_instance
 from dicom_node.net.stream import PduReader
@@ -65,55 +66,70 @@ class Receiver:
         self._take_report = take_report
         self._book = book
         self._store = Store(config, spool, notes, book, clock=clock)
+        self._commitments = CommitmentScp(config, spool, notes) if config.gives_commitment else None
         self._ae = build_ae(config.node)
-        self._server: Any = None
-        self._thread: threading.Thread | None = None
+        self._servers: list[Any] = []
+        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._tokens: dict[PynetAssociation, str] = {}
         self._bad_uids: dict[tuple[str, int], str] = {}  # (token, message ID) -> what is wrong with the request
 
-    def start(self, *, port: int | None = None, listening: socket.socket | None = None) -> int:
+    def start(self, *, port: int | None = None, listening: Sequence[Listener] = ()) -> int:
         """Listen; returns the bound port. `port` overrides the configuration (0: any free one).
 
-        With `listening`, a socket that listens already, connections are accepted from that one.
-        Raises OSError when the address is taken.
+        With `listening`, sockets that listen already, connections are accepted from those.
+        Raises OSError when an address is taken, `SecurityError` when a certificate cannot be used.
         """
         node = self._config.node
-        listening = listening or listen(node.host, node.port if port is None else port)
-        self._server = make_server(
-            self._ae, node, self._handlers(), listening=listening, poll=self._reap, on_limit=self._too_many
-        )
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(_POLL_S,), name="dicom-acceptor", daemon=True
-        )
-        self._thread.start()
-        bound = int(self._server.server_address[1])
-        log.info("receiver.started", ae_title=node.ae_title, host=node.host, port=bound)
-        return bound
+        tls = ServerContext(self._config.tls) if self._config.tls.cert_file else None
+        listening = listening or listen_all(self._config, port)
+        for listener in listening:
+            server = make_server(
+                self._ae,
+                node,
+                self._handlers(),
+                listening=listener.socket,
+                poll=self._reap,
+                on_limit=self._too_many,
+                tls=tls if listener.tls else None,
+                on_tls_failure=self._on_tls_failure,
+            )
+            self._servers.append(server)
+            name = "dicom-tls-acceptor" if listener.tls else "dicom-acceptor"
+            self._threads.append(threading.Thread(target=server.serve_forever, args=(_POLL_S,), name=name, daemon=True))
+            self._threads[-1].start()
+            log.info("receiver.started", ae_title=node.ae_title, host=node.host, port=listener.port, tls=listener.tls)
+        return listening[0].port
+
+    @property
+    def ports(self) -> list[int]:
+        """The ports that are listened on: of `[node]`, and of `[tls]` where that is another one."""
+        return [int(server.server_address[1]) for server in self._servers]
 
     @property
     def alive(self) -> bool:
-        """Whether the listening thread runs: the kernel would go on taking connections without it."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether the listening threads run: the kernel would go on taking connections without them."""
+        return bool(self._threads) and all(thread.is_alive() for thread in self._threads)
 
     def stop(self) -> None:
         """Abort what is open, stop listening, join. Instances that were answered with Success are on disk."""
-        if self._server is None:
+        if not self._servers:
             return
         self._hang_up_on_the_silent()
         self._ae.shutdown()
-        if self._thread is not None:
-            self._thread.join(_JOIN_S)
+        for thread in self._threads:
+            thread.join(_JOIN_S)
         with self._lock:
             left = list(self._tokens)
         for assoc in left:
             self._closed(assoc, aborted=True)
-        self._server = None
+        self._servers, self._threads = [], []
         log.info("receiver.stopped")
 
     def _hang_up_on_the_silent(self) -> None:
         """Close connections that never asked for an association: pynetdicom cannot abort what has not begun."""
-        silent = [a for a in self._server.active_associations if a.dul.state_machine.current_state == _AWAITS_REQUEST]
+        found = [assoc for server in self._servers for assoc in server.active_associations]
+        silent = [assoc for assoc in found if assoc.dul.state_machine.current_state == _AWAITS_REQUEST]
         for assoc in silent:
             assoc.dul.socket.close()
         until = time.monotonic() + _JOIN_S
@@ -129,6 +145,7 @@ class Receiver:
             (evt.EVT_DIMSE_RECV, self._on_message),
             (evt.EVT_C_STORE, self._on_store),
             (evt.EVT_N_EVENT_REPORT, self._on_report),
+            *(self._commitments.handlers if self._commitments else ()),
             (evt.EVT_RELEASED, lambda event: self._closed(event.assoc, aborted=False)),
             (evt.EVT_ABORTED, lambda event: self._closed(event.assoc, aborted=True)),
             (evt.EVT_CONN_CLOSE, lambda event: self._closed(event.assoc, aborted=True)),
@@ -166,9 +183,12 @@ class Receiver:
         )
         if isinstance(decision, Rejection):
             return decision
-        token = self._book.open(calling_ae=calling_ae.strip(), address=address, peer=decision.peer)
+        token = self._book.open(
+            calling_ae=calling_ae.strip(), address=address, peer=decision.peer, peer_limit=decision.max_associations
+        )
         if token is None:
-            text = f"{shown(calling_ae)} at {shown(address)}: {self._book.limit} associations are open already"
+            of_peer = f", or the peer's {decision.max_associations}" if decision.max_associations else ""
+            text = f"{shown(calling_ae)} at {shown(address)}: {self._book.limit} associations{of_peer} are open already"
             return rejection("association_limit", LOCAL_LIMIT_EXCEEDED, text)
         with self._lock:
             self._tokens[assoc] = token
@@ -177,6 +197,7 @@ class Receiver:
             may_store=decision.may_store,
             may_echo=decision.may_echo,
             may_report=self._take_report is not None,
+            may_commit=peer_that_may(self._config.peers, "commit", calling_ae=calling_ae, address=address) is not None,
         )
         log.info("association.opened", association=token[:8], calling_ae=shown(calling_ae), address=address)
         return decision
@@ -192,14 +213,20 @@ class Receiver:
             self._store.note("association_rejected", decision.text, details)
         assoc.kill()  # waits until the rejection is sent and the peer closed (or the ARTIM timer ran out)
 
-    def _too_many(self, limit: int) -> None:
+    def _too_many(self, text: str) -> None:
         """A connection was closed before it could ask for an association: somebody opens and says nothing."""
-        text = f"more than {limit} connections were open: new ones are closed unheard"
-        self._book.count_rejection("connection_limit")
-        repeated = self._store.repeats("connection_limit", text)
+        self._turned_away("connection_limit", text)
+
+    def _on_tls_failure(self, address: str, reason: str) -> None:
+        self._turned_away("tls_failed", f"{shown(address)}: {reason}")
+
+    def _turned_away(self, code: str, text: str) -> None:
+        """Nobody asked for an association yet: who it was is not known."""
+        self._book.count_rejection(code)
+        repeated = self._store.repeats(code, text)
         if repeated is not None:
-            log.warning("association.rejected", code="connection_limit", reason=text, repeated=repeated)
-            self._store.note("association_rejected", text, {"reason": "connection_limit", "repeated": repeated})
+            log.warning("association.rejected", code=code, reason=text, repeated=repeated)
+            self._store.note("association_rejected", text, {"reason": code, "repeated": repeated})
 
     def _reap(self) -> None:
         """Give back the places of associations whose thread ended without an event (pynetdicom after a bad PDU)."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import threading
 import time
 from collections import Counter
@@ -37,7 +36,7 @@ from dicom_node.log import configure_logging
 from dicom_node.net.associations import Association, AssociationRegistry
 from dicom_node.net.commitment import CommitmentReport, Take
 from dicom_node.net.receive import Receiver
-from dicom_node.net.scp import listen
+from dicom_node.net.scp import Listener, listen_all
 from dicom_node.net.status import Status
 from dicom_node.net.store import Notes
 from storage.spool import Spool
@@ -76,7 +75,7 @@ class ReceiverPool:
         self._notes = notes
         self._registry = registry
         self._take_report = take_report
-        self._listening: socket.socket | None = None
+        self._listening: tuple[Listener, ...] = ()
         self._stopping = threading.Event()
         self._seats: list[_Seat] = []
         self._news: SimpleQueue[Callable[[], object] | None] = SimpleQueue()  # what writes to the ledger, in order
@@ -88,7 +87,7 @@ class ReceiverPool:
         Raises OSError when the address is taken, or a receiver does not start.
         """
         node = self._config.node
-        self._listening = listen(node.host, node.port if port is None else port)
+        self._listening = listen_all(self._config, port)
         self._writer.start()
         self._seats = [_Seat(self, number) for number in range(node.receiver_processes)]
         for seat in self._seats:
@@ -97,9 +96,15 @@ class ReceiverPool:
         if not all(seat.ready.wait(max(0.0, until - time.monotonic())) for seat in self._seats):
             self.stop()
             raise OSError(0, "a receiver process did not start: see the log")
-        bound = int(self._listening.getsockname()[1])
-        log.info("receivers.started", ae_title=node.ae_title, host=node.host, port=bound, processes=len(self._seats))
-        return bound
+        log.info(
+            "receivers.started", ae_title=node.ae_title, host=node.host, ports=self.ports, processes=len(self._seats)
+        )
+        return self.ports[0]
+
+    @property
+    def ports(self) -> list[int]:
+        """The ports that are listened on: of `[node]`, and of `[tls]` where that is another one."""
+        return [listener.port for listener in self._listening]
 
     @property
     def alive(self) -> bool:
@@ -119,8 +124,8 @@ class ReceiverPool:
     def stop(self) -> None:
         """Abort what is open, stop listening, join. Instances that were answered with Success are on disk."""
         self._stopping.set()
-        if self._listening is not None:
-            self._listening.close()
+        for listener in self._listening:
+            listener.socket.close()
         for seat in self._seats:
             seat.send(_Message(name="stop"))
         for seat in self._seats:
@@ -274,12 +279,13 @@ class _Seat:
 # ---- the receiver's side
 
 
-def serve(config: Config, listening: socket.socket, connection: Connection, takes_reports: bool) -> None:
+def serve(config: Config, listening: tuple[Listener, ...], connection: Connection, takes_reports: bool) -> None:
     """The whole life of a receiver process; it ends with a `stop` or when the node's process is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the node tells us; a terminal's Ctrl-C reaches us, too
         signal.signal(number, signal.SIG_IGN)
     configure_logging(config.log)
-    listening.setblocking(False)
+    for listener in listening:
+        listener.socket.setblocking(False)
     node = _Node(connection, config.node.max_associations)
     spool = Spool(config.storage.root, min_free_bytes=config.intake.min_free_bytes, sync=config.intake.sync)
     receiver = Receiver(config, spool, node, node, take_report=node.take if takes_reports else None)
@@ -350,8 +356,9 @@ class _Node:
     def limit(self) -> int:
         return self._limit
 
-    def open(self, *, calling_ae: str, address: str, peer: str) -> str | None:
-        token: str | None = self.ask("open", {"calling_ae": calling_ae, "address": address, "peer": peer})
+    def open(self, *, calling_ae: str, address: str, peer: str, peer_limit: int = 0) -> str | None:
+        asked = {"calling_ae": calling_ae, "address": address, "peer": peer, "peer_limit": peer_limit}
+        token: str | None = self.ask("open", asked)
         if token is not None:
             now = time.monotonic()
             opened = Association(

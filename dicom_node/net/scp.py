@@ -11,8 +11,12 @@ import errno
 import gc
 import logging
 import socket
+import ssl
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -41,7 +45,9 @@ from pynetdicom.presentation import AllStoragePresentationContexts, Presentation
 from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.transport import ThreadedAssociationServer
 
-from dicom_node.config import NodeConfig
+from dicom_node.config import Config, NodeConfig
+from dicom_node.net.peers import plain_address
+from dicom_node.net.security import SecurityError, ServerContext, shake_hands, why, wrap
 
 IMPLEMENTATION_CLASS_UID = "2.25.178946538243586417430927114312346098701"  # ours, UUID-derived (PS3.5 annex B.2)
 IMPLEMENTATION_VERSION_NAME = "SYNPET_NODE_1"
@@ -104,13 +110,18 @@ def is_storage_class(abstract_syntax: str) -> bool:
 
 
 def contexts_for(
-    requested: Sequence[PresentationContext], *, may_store: bool, may_echo: bool, may_report: bool = False
+    requested: Sequence[PresentationContext],
+    *,
+    may_store: bool,
+    may_echo: bool,
+    may_report: bool = False,
+    may_commit: bool = False,
 ) -> list[PresentationContext]:
     """The contexts that an acceptor supports towards one requestor, one per proposed abstract syntax.
 
     CT: `ct_transfer_syntaxes`. Any other storage class: native syntaxes first, then whatever was proposed.
-    Storage Commitment: the requestor is its SCP and we are the SCU (PS3.4 J.3.3.1.3); an archive that proposes no
-    role means the same.
+    Storage Commitment: a requestor that reports is its SCP and we are the SCU (PS3.4 J.3.3.1.3), also where it
+    proposes no role (`may_report`); one that asks us is the SCU (`may_commit`).
     """
     proposed: dict[str, list[str]] = {}
     for context in requested:
@@ -123,7 +134,7 @@ def contexts_for(
         elif abstract_syntax in CT_CLASSES:
             accepted = ct_transfer_syntaxes() if may_store else ()
         elif abstract_syntax == STORAGE_COMMITMENT:
-            accepted = (ImplicitVRLittleEndian, ExplicitVRLittleEndian) if may_report else ()
+            accepted = (ImplicitVRLittleEndian, ExplicitVRLittleEndian) if may_report or may_commit else ()
         elif is_storage_class(abstract_syntax):
             native = [uid for uid in (ExplicitVRLittleEndian, ImplicitVRLittleEndian) if uid in syntaxes]
             accepted = dict.fromkeys((*native, *syntaxes)) if may_store else ()
@@ -134,7 +145,7 @@ def contexts_for(
             context.abstract_syntax = UID(abstract_syntax)
             context.transfer_syntax = [UID(uid) for uid in accepted]
             if abstract_syntax == STORAGE_COMMITMENT:
-                context.scu_role, context.scp_role = False, True  # of the requestor
+                context.scu_role, context.scp_role = may_commit, may_report  # of the requestor
             supported.append(context)
     return supported
 
@@ -152,20 +163,54 @@ def storage_services_for(contexts: Iterable[PresentationContext]) -> dict[UID, S
     return items
 
 
-class _Server(ThreadedAssociationServer):
-    """pynetdicom's threaded server with TCP_NODELAY on every accepted socket and a bound on idle connections.
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A socket that listens, for DICOM or for DICOM in TLS."""
 
-    It accepts from `listening`, which other processes may accept from as well.
+    socket: socket.socket
+    tls: bool = False
+
+    @property
+    def port(self) -> int:
+        return int(self.socket.getsockname()[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many connections may be open in one process, in all and from one address; 0: any number."""
+
+    in_all: int
+    per_address: int
+
+    def exceeded(self, open_now: Sequence[str], address: str) -> str:
+        """What to tell when one more from `address` is too many; empty when it is not."""
+        if self.in_all and len(open_now) >= self.in_all:
+            return f"more than {self.in_all} connections were open: new ones are closed unheard"
+        if self.per_address and open_now.count(address) >= self.per_address:
+            return f"more than {self.per_address} connections of {address} were open: new ones are closed unheard"
+        return ""
+
+
+class _Server(ThreadedAssociationServer):
+    """pynetdicom's threaded server with TCP_NODELAY on every accepted socket and bounds on idle connections.
+
+    It accepts from `listening`, which other processes may accept from as well. With `tls` the handshake is in the
+    connection's own thread and has a deadline: whoever connects and says nothing keeps nobody else waiting.
     """
 
     daemon_threads = True
-    connection_limit = 0  # 0: none
-    on_limit: Callable[[int], None] = staticmethod(lambda _limit: None)
+    limits = Limits(0, 0)
+    tls: ServerContext | None = None
+    handshake_s = 30.0
+    on_limit: Callable[[str], None] = staticmethod(lambda _text: None)
+    on_tls_failure: Callable[[str, str], None] = staticmethod(lambda _address, _reason: None)
     poll: Callable[[], None] = staticmethod(lambda: None)
     _polls = 0
 
     def __init__(self, *args: Any, listening: socket.socket, **kwargs: Any) -> None:
         self._listening = listening
+        self._arriving: dict[socket.socket, str] = {}  # accepted, and not an association yet -> address
+        self._lock = threading.Lock()
         super().__init__(*args, **kwargs)
 
     def server_bind(self) -> None:
@@ -191,12 +236,58 @@ class _Server(ThreadedAssociationServer):
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return request, address
 
-    def verify_request(self, request: object, client_address: object) -> bool:  # noqa: ARG002
+    def verify_request(self, request: Any, client_address: Any) -> bool:
         """Connections that never ask for an association hold a thread each until the ACSE time-out."""
-        if not self.connection_limit or len(self.active_associations) < self.connection_limit:
-            return True
-        self.on_limit(self.connection_limit)
-        return False
+        address = plain_address(str(client_address[0]))
+        with self._lock:
+            open_now = [*self._arriving.values(), *(_address_of(one) for one in self.active_associations)]
+            told = self.limits.exceeded(open_now, address)
+            if not told:
+                self._arriving[request] = address
+        if told:
+            self.on_limit(told)
+        return not told
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """In the connection's own thread: the TLS handshake, then the association begins."""
+        connection: socket.socket | None = request
+        try:
+            connection = request if self.tls is None else self._secured(request, self.tls)
+            if connection is not None:
+                super().process_request_thread(connection, client_address)
+        finally:
+            self._arrived(connection or request)
+
+    def _secured(self, request: socket.socket, tls: ServerContext) -> ssl.SSLSocket | None:
+        address, secured = self._arriving[request], request
+        try:
+            secured = wrap(request, tls.current())
+            with self._lock:  # now it has the connection, and `request` has not
+                self._arriving[secured] = self._arriving.pop(request)
+            shake_hands(secured, within_s=self.handshake_s)
+        except (OSError, SecurityError) as error:
+            self._arrived(secured)
+            secured.close()
+            self.on_tls_failure(address, why(error) if isinstance(error, OSError) else str(error))
+            return None
+        return secured
+
+    def _arrived(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._arriving.pop(connection, None)
+
+    def server_close(self) -> None:
+        """Stop listening, and hang up on those in a handshake."""
+        super().server_close()
+        with self._lock:
+            arriving = list(self._arriving)
+        for request in arriving:
+            with suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
+
+
+def _address_of(assoc: Any) -> str:
+    return plain_address(assoc.requestor.address)
 
 
 def build_ae(node: NodeConfig) -> AE:
@@ -238,6 +329,22 @@ def listen(host: str, port: int) -> socket.socket:
             return sock
 
 
+def listen_all(config: Config, port: int | None = None) -> tuple[Listener, ...]:
+    """The sockets of a node: of `[node].port` first, and of `[tls].port` where that is another one.
+
+    `port` overrides `[node].port`; 0 takes any free one for both. Raises OSError as `listen`.
+    """
+    node, tls = config.node, config.tls
+    first = Listener(listen(node.host, node.port if port is None else port), tls=config.tls_alone)
+    if tls.cert_file is None or config.tls_alone:
+        return (first,)
+    try:
+        return first, Listener(listen(node.host, 0 if port == 0 else tls.port), tls=True)
+    except OSError:
+        first.socket.close()
+        raise
+
+
 def make_server(
     ae: AE,
     node: NodeConfig,
@@ -245,11 +352,14 @@ def make_server(
     *,
     listening: socket.socket,
     poll: Callable[[], None],
-    on_limit: Callable[[int], None],
+    on_limit: Callable[[str], None],
+    tls: ServerContext | None = None,
+    on_tls_failure: Callable[[str, str], None] = lambda _address, _reason: None,
 ) -> ThreadedAssociationServer:
     """A server on a socket that listens; the caller runs `serve_forever` in a thread of its own.
 
-    `poll` is called at every turn of that loop, `on_limit` when a connection is closed because too many are open.
+    `poll` is called at every turn of that loop, `on_limit` with a sentence when a connection is closed because too
+    many are open, `on_tls_failure` with address and reason when one does not come out of the handshake.
     """
     address = listening.getsockname()
     made = partial(_Server, listening=listening)
@@ -257,7 +367,10 @@ def make_server(
     assert isinstance(server, _Server)
     server.poll = poll
     server.on_limit = on_limit
-    server.connection_limit = node.max_associations * (1 + _CONNECTIONS_PER_ASSOCIATION)
+    server.limits = Limits(node.max_associations * (1 + _CONNECTIONS_PER_ASSOCIATION), node.max_connections_per_address)
+    server.tls = tls
+    server.on_tls_failure = on_tls_failure
+    server.handshake_s = node.acse_timeout_s
     ae._servers.append(server)  # as AE.start_server does: shutdown() removes it
     return server
 

@@ -359,7 +359,7 @@ def test_stop_leaves_no_thread_and_no_open_association(tmp_path: Path) -> None:
 
 
 def test_pynetdicom_logs_no_line_per_message(intake: Intake) -> None:
-    handlers = intake.receiver._server.get_handlers(evt.EVT_DIMSE_RECV)
+    handlers = intake.receiver._servers[0].get_handlers(evt.EVT_DIMSE_RECV)
     assert [h[0].__name__ for h in handlers] == ["_on_message"]
 
 
