@@ -3,12 +3,13 @@
 What happened is a value (`Trouble`), never an exception. Permanent is what only an operator can mend (PS3.8 9.3.4
 rejections of an AE title, no presentation context); the rest is worth another try.
 
-Trouble codes: connection_failed, association_rejected, association_aborted, no_presentation_context.
+Trouble codes: connection_failed, tls_failed, association_rejected, association_aborted, no_presentation_context.
 """
 
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,12 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, build_context, evt
 from pynetdicom.association import Association
 from pynetdicom.events import EventHandlerType
+from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
 from pynetdicom.presentation import PresentationContext
 
 from dicom_node.config import PeerConfig
 from dicom_node.net.scp import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from dicom_node.net.security import SecurityError, client_context, tell_failure, why
 
 TRANSIENT_REJECTION = 2  # PS3.8 table 9-21, field Result
 PRESENTATION_SERVICE = 3  # the same table, field Source: congestion or a limit of associations, whatever the Result
@@ -95,6 +98,8 @@ class Link:
         timeouts: Timeouts,
         max_pdu: int,
         handlers: Sequence[EventHandlerType] = (),
+        *,
+        roles: Sequence[SCP_SCU_RoleSelectionNegotiation] = (),
     ) -> None:
         self._peer, self._contexts, self._timeouts, self._max_pdu = peer, contexts, timeouts, max_pdu
         self._ae = _Requestor(ae_title=calling_ae)
@@ -105,7 +110,10 @@ class Link:
         self._ae.dimse_timeout = timeouts.dimse_s
         self._ae.network_timeout = timeouts.network_s
         self._handlers = handlers
+        self._roles = roles
         self._connected = False
+        self._tls_sockets: list[socket.socket] = []
+        self._tls_fault = ""
         self.trouble: Trouble | None = None
 
     def __enter__(self) -> Link:
@@ -117,8 +125,13 @@ class Link:
                 contexts=self._contexts,
                 ae_title=peer.ae_title,
                 max_pdu=self._max_pdu,
+                ext_neg=list(self._roles),
                 evt_handlers=[(evt.EVT_CONN_OPEN, self._tune), *self._handlers],
+                tls_args=(self._tls(), peer.host) if peer.tls else None,
             )
+        except SecurityError as error:
+            self.trouble = Trouble("tls_failed", f"{where(peer)}: {error}", True)
+            return self
         except OSError as error:  # the host name cannot be resolved
             self.trouble = Trouble("connection_failed", f"{where(peer)}: {error.strerror or error}", False)
             return self
@@ -136,6 +149,8 @@ class Link:
                     thread.join(_JOIN_S)
         if self._ae.raw_socket is not None:
             self._ae.raw_socket.close()
+        for sock in self._tls_sockets:  # which took over the one above
+            sock.close()
 
     def _tune(self, event: evt.Event) -> None:
         """No Nagle (45 ms an image), and no send that blocks for ever on a peer that stopped reading."""
@@ -146,9 +161,20 @@ class Link:
             link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             link.socket.settimeout(self._timeouts.dimse_s)
 
+    def _tls(self) -> ssl.SSLContext:
+        context = client_context(self._peer)
+        tell_failure(context, self._on_tls_failure, self._tls_sockets)
+        return context
+
+    def _on_tls_failure(self, error: OSError) -> None:
+        if isinstance(error, ssl.SSLError):  # another one is of the network: nobody listens there
+            self._tls_fault = why(error)
+
     def _why_not(self) -> Trouble:
         answer = self.assoc.acceptor.primitive
         at = where(self._peer)
+        if self._tls_fault:
+            return Trouble("tls_failed", f"{at}: no TLS connection: {self._tls_fault}", True)
         if not self._connected:
             return Trouble("connection_failed", f"{at} cannot be reached", False)
         if self.assoc.is_rejected and answer is not None:
@@ -157,7 +183,10 @@ class Link:
             classes = sorted({str(context.abstract_syntax) for context in self._contexts})
             text = f"{at} accepts none of the SOP classes {', '.join(classes)}"
             return Trouble("no_presentation_context", text, True)
-        return Trouble("association_aborted", f"{at} did not answer the association request", False)
+        text = f"{at} did not answer the association request"
+        if self._peer.tls:  # with TLS 1.3 it refuses our certificate only after the handshake
+            text += "; it may want another client_cert_file"
+        return Trouble("association_aborted", text, False)
 
 
 def _rejection(at: str, result: int | None, source: int | None, reason: int | None) -> Trouble:
