@@ -65,6 +65,11 @@ class Association:
     aborted: bool = False
 
 
+def sender(association: Association) -> tuple[str, str]:
+    """Whose limits an association is under: a configured peer's, or a stranger's by its address."""
+    return association.peer, "" if association.peer else association.address
+
+
 @dataclass(kw_only=True, slots=True)
 class Totals:
     """What the associations since the start were and carried, by the configured name of the peer ("": a stranger)."""
@@ -175,6 +180,12 @@ class AssociationRegistry:
         with self._lock:
             association = self._open.get(token)
             return association is not None and now - association.last_activity <= idle_limit_s
+
+    def companions(self, token: str) -> int:
+        """How many associations the sender of this one has open now, this one included; 0 when it is not open."""
+        with self._lock:
+            own = self._open.get(token)
+            return sum(sender(one) == sender(own) for one in self._open.values()) if own else 0
 
     def open_tokens(self) -> tuple[str, ...]:
         with self._lock:

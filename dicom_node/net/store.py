@@ -30,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 _REPEAT_S = 60.0  # a refusal that repeats is one ledger event a minute, with a count
 _MAX_REMEMBERED = 1000
+PLACEHOLDER_UID = "0.0"  # stands in a response for what was no UID
 
 
 class Book(Protocol):
@@ -43,6 +44,7 @@ class Book(Protocol):
     def refused(self, token: str, status: int) -> None: ...
     def close(self, token: str, *, aborted: bool = False) -> Association | None: ...
     def count_rejection(self, code: str) -> int: ...
+    def companions(self, token: str) -> int: ...
 
 
 class Notes(Protocol):
