@@ -148,8 +148,9 @@ def frames_of(path: Path, name: str, *, max_frames: int) -> tuple[Frame, ...]:
     _check_length(path, pixels, count, name)
     groups = FunctionalGroups(ds)
     part = _concatenation(ds, name)
-    frames = (_frame(groups, path, index, (sop_class, sop_instance_uid), pixels) for index in range(count))
-    return tuple(replace(frame, of=count, concatenation=part) for frame in frames if not is_localizer_type(frame.kind))
+    wanted = (k for k in range(count) if not is_localizer_type(groups.frame_type(k)))
+    frames = (_frame(groups, path, k, (sop_class, sop_instance_uid), pixels) for k in wanted)
+    return tuple(replace(frame, of=count, concatenation=part) for frame in frames)
 
 
 def parse(file: IO[bytes], name: str) -> Dataset:
@@ -196,14 +197,11 @@ def _sop_instance_uid(ds: Dataset, name: str) -> str:
     return uid_of(ds, "SOPInstanceUID", name)
 
 
-def _frame(
-    groups: FunctionalGroups, path: Path, index: int, sop: tuple[str, str], pixels: PixelFormat
-) -> Frame:
+def _frame(groups: FunctionalGroups, path: Path, index: int, sop: tuple[str, str], pixels: PixelFormat) -> Frame:
     name = f"instance {sop[1]}"
     ds = groups.ds
-    kind = groups.frame_type(index)
     content = groups.of(index, "FrameContentSequence")
-    position, orientation, spacing = _plane(groups, index, name, localizer=is_localizer_type(kind))
+    position, orientation, spacing = _plane(groups, index, name)
     slope, intercept = _rescale(groups.of(index, "PixelValueTransformationSequence"), name)
     return Frame(
         path=path,
@@ -221,7 +219,7 @@ def _frame(
         intercept=intercept,
         acquired=_acquired(content, ds),
         lossy=_text(ds, "LossyImageCompression") == "01" or pixels.transfer_syntax in LOSSY_SYNTAXES,
-        kind=kind,
+        kind=groups.frame_type(index),
         stack_id=_text(content, "StackID"),
         temporal_position=_text(content, "TemporalPositionIndex"),
     )
@@ -238,15 +236,8 @@ def _rescale(rescale: Dataset, name: str) -> tuple[float, float]:
     return slope, intercept
 
 
-_NO_PLANE = ([0.0] * 3, [1.0, 0.0, 0.0, 0.0, 1.0, 0.0], [1.0, 1.0])
-
-
-def _plane(
-    groups: FunctionalGroups, index: int, name: str, *, localizer: bool
-) -> tuple[list[float], list[float], list[float]]:
-    """Position, orientation and pixel spacing of one frame; a localizer among the frames may lie anywhere."""
-    if localizer:
-        return _NO_PLANE
+def _plane(groups: FunctionalGroups, index: int, name: str) -> tuple[list[float], list[float], list[float]]:
+    """Position, orientation and pixel spacing of one frame. Raises projection_image for what is no slice."""
     if (technique := groups.projection(index)) is not None:
         text = f"{name} holds projections of a volume ({technique}), slices are expected"
         raise UnsupportedSeries("projection_image", text)

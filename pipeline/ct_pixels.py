@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import closing
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.pixels import iter_pixels
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import ExplicitVRBigEndian
 
@@ -17,13 +21,20 @@ from pipeline.types import FloatVolume
 
 AIR_HU = -1024.0
 
+_ITEM = struct.Struct("<HHL")  # the header of a fragment; encapsulated data are Little Endian
+_Decoded = TypeVar("_Decoded")
+
 
 def stored_planes(frames: Sequence[Frame]) -> Iterator[NDArray[np.uint16]]:
-    """The raw 16-bit words [row, column] of `frames`, which all lie in one file, in the given order.
+    """The raw 16-bit words [row, column] of `frames`, which all lie in one file, by ascending index.
 
+    One frame is in memory at a time (a deflated file is inflated whole).
     Raises UnsupportedSeries: no_pixel_data, truncated_pixel_data, undecodable_pixel_data.
     """
-    return _read_native(frames) if frames[0].pixels.offset >= 0 else _decode(frames)
+    pixels = frames[0].pixels
+    if pixels.offset < 0:
+        return _inflate(frames)
+    return _decode(frames) if pixels.transfer_syntax.is_encapsulated else _read_native(frames)
 
 
 def hounsfield(raw: NDArray[np.uint16], frame: Frame, out: NDArray[np.float32]) -> None:
@@ -77,8 +88,8 @@ def _read_native(frames: Sequence[Frame]) -> Iterator[NDArray[np.uint16]]:
             yield np.frombuffer(data, dtype).reshape(pixels.rows, pixels.columns).astype(np.uint16, copy=False)
 
 
-def _decode(frames: Sequence[Frame]) -> Iterator[NDArray[np.uint16]]:
-    """Compressed and deflated files, through pydicom's decoders and their plug-ins."""
+def _inflate(frames: Sequence[Frame]) -> Iterator[NDArray[np.uint16]]:
+    """A deflated file, whole: a position in it has no place on the disk (PS3.5 annex A.5)."""
     first = frames[0]
     pixels = first.pixels
     try:
@@ -86,21 +97,57 @@ def _decode(frames: Sequence[Frame]) -> Iterator[NDArray[np.uint16]]:
     except Exception as error:  # the header could be read before: the pixel data are cut off or broken
         raise _truncated(first) from error
     if "PixelData" not in ds:
-        # pydicom drops an element that the end of the file cuts off
-        raise _truncated(first) if pixels.transfer_syntax.is_encapsulated else _missing(first)
-    if not pixels.transfer_syntax.is_encapsulated and len(ds.PixelData) < pixels.frame_bytes:
+        raise _missing(first)
+    if len(ds.PixelData) < pixels.frame_bytes:
         raise _truncated(first)
     arrays = get_decoder(pixels.transfer_syntax).iter_array(ds, raw=True, indices=[f.index for f in frames])
     for frame in frames:
-        array = _next_array(arrays, frame)
-        if array.shape != (pixels.rows, pixels.columns) or array.dtype.itemsize != 2:
-            raise _undecodable(frame, f"a decoded plane of {array.shape} {array.dtype}")
-        yield np.ascontiguousarray(array).view(np.uint16)
+        yield _words(_next(arrays, frame)[0], frame)
 
 
-def _next_array(arrays: Iterator[tuple[NDArray[Any], dict[str, Any]]], frame: Frame) -> NDArray[Any]:
+def _decode(frames: Sequence[Frame]) -> Iterator[NDArray[np.uint16]]:
+    """A compressed file, frame after frame from the disk, through pydicom's decoders and their plug-ins."""
+    first = frames[0]
+    with first.path.open("rb") as file:
+        _check_fragments(file, first)
+    # one frame is looked up; for several the file is read once, from the front: without an offset table
+    # (PS3.5 annex A.4) every look-up begins there
+    indices = [first.index] if len(frames) == 1 else None
+    with closing(iter_pixels(first.path, raw=True, indices=indices)) as arrays:
+        number = -1
+        for frame in frames:
+            while number < frame.index:
+                array = _next(arrays, frame)
+                number = frame.index if indices else number + 1
+            yield _words(array, frame)
+
+
+def _check_fragments(file: IO[bytes], frame: Frame) -> None:
+    """Raises truncated_pixel_data where the file ends inside a fragment (PS3.5 annex A.4)."""
+    size, at = os.fstat(file.fileno()).st_size, frame.pixels.offset
+    while at < size:
+        file.seek(at)
+        head = file.read(_ITEM.size)
+        if len(head) < _ITEM.size:
+            raise _truncated(frame)
+        group, element, length = _ITEM.unpack(head)
+        if (group, element) != (0xFFFE, 0xE000):  # the delimiter, or what the decoder shall name
+            return
+        at += _ITEM.size + length
+    if at > size or size == frame.pixels.offset:
+        raise _truncated(frame)
+
+
+def _words(array: NDArray[Any], frame: Frame) -> NDArray[np.uint16]:
+    """A decoded plane as 16-bit words."""
+    if array.shape != (frame.pixels.rows, frame.pixels.columns) or array.dtype.itemsize != 2:
+        raise _undecodable(frame, f"a decoded plane of {array.shape} {array.dtype}")
+    return np.ascontiguousarray(array).view(np.uint16)
+
+
+def _next(arrays: Iterator[_Decoded], frame: Frame) -> _Decoded:
     try:
-        return next(arrays)[0]
+        return next(arrays)
     except (KeyboardInterrupt, SystemExit, MemoryError):  # not the file's fault
         raise
     except BaseException as error:  # codecs raise anything on broken data; pylibjpeg-rle's panics are no Exception

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ import SimpleITK as sitk  # noqa: N813 - the name its own manual uses
 from pydicom import Dataset
 from pydicom.tag import BaseTag
 
+from pipeline.ct_groups import missing_parts
 from pipeline.ct_headers import Frame, date_and_time, earliest, frames_of, is_localizer, parse, uid_of
 from pipeline.ct_pixels import AIR_HU, hounsfield, planes_are_equal, stored_planes
 from pipeline.ct_stack import (
@@ -50,6 +50,16 @@ from pipeline.types import (
     ignore_progress,
 )
 
+# what frames of several stacks or phases look like when they are taken for one stack
+_NOT_ONE_VOLUME = {
+    *("duplicate_positions", "missing_slices", "mixed_spacing", "mixed_orientation", "unsupported_geometry"),
+}
+_OF_ALL_FRAMES = {
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "NumberOfFrames"),
+    *("DimensionOrganizationSequence", "DimensionIndexSequence"),
+    *("UnassignedSharedConvertedAttributesSequence", "UnassignedPerFrameConvertedAttributesSequence"),
+}
+
 
 def read_ct(paths: Sequence[Path], *, max_slices: int = 3000, on_progress: OnProgress = ignore_progress) -> CtVolume:
     """The volume of the one CT series in `paths` (any order).
@@ -60,9 +70,11 @@ def read_ct(paths: Sequence[Path], *, max_slices: int = 3000, on_progress: OnPro
     with quiet_pydicom():
         frames, notes = _read_headers(paths, max_slices, on_progress)
         frames, minted = _with_uids(frames)
-        check_same(frames)
-        frames, dropped = _without_duplicates(sort_along_normal(frames))
-        stack = stack_of(frames)
+        _check_concatenations(frames)
+        with _frames_of_one_volume(frames):
+            check_same(frames)
+            frames, dropped = _without_duplicates(sort_along_normal(frames))
+            stack = stack_of(frames)
         check_size(math.prod(stack.sizes), stack.frames[0].series_uid)
         hu, grid, turned = _assemble(stack, on_progress)
         source = _source(stack, (*notes, *minted, *dropped, *stack.notes, *turned))
@@ -152,13 +164,39 @@ def _read_headers(
     for number, path in enumerate(sorted(paths), 1):
         found = frames_of(path, f"file {number} of {len(paths)}", max_frames=max_slices)
         frames += found
-        localizers += not found
+        localizers += found[0].of - len(found) if found else 1
         if len(frames) > max_slices:
             raise UnsupportedSeries("too_large", f"more than {max_slices} slices, at most that many are accepted")
         on_progress(Progress(stage=Stage.READ, done=number, total=2 * len(paths), text="headers"))
     if not frames:
         raise UnsupportedSeries("localizer", f"all {localizers} images are localizers")
     return frames, (f"{localizers} localizer images dropped",) if localizers else ()
+
+
+def _check_concatenations(frames: Sequence[Frame]) -> None:
+    """Raises missing_slices where parts of a multi-frame image that was split have not come."""
+    parts = {f.concatenation for f in frames if f.concatenation is not None}
+    missing, total = missing_parts(parts)
+    if missing:
+        text = f"series {frames[0].series_uid}: {missing} of {total} parts of a concatenation are missing"
+        raise UnsupportedSeries("missing_slices", text)
+
+
+@contextmanager
+def _frames_of_one_volume(frames: Sequence[Frame]) -> Iterator[None]:
+    """Say that a multi-frame series has several stacks or phases where that is why it is not one volume."""
+    try:
+        yield
+    except UnsupportedSeries as error:
+        phases, stacks = {f.temporal_position for f in frames}, {f.stack_id for f in frames}
+        for code, what, found in (
+            ("several_phases", "temporal positions", phases),
+            ("several_stacks", "stacks", stacks),
+        ):
+            if error.code in _NOT_ONE_VOLUME and len(found) > 1:
+                text = f"series {frames[0].series_uid} holds {len(found)} {what}, 1 is expected ({error.text})"
+                raise UnsupportedSeries(code, text) from error
+        raise
 
 
 def _without_duplicates(groups: list[list[Frame]]) -> tuple[list[Frame], tuple[str, ...]]:
@@ -231,10 +269,12 @@ def _fill(stack: Stack, flips: tuple[bool, bool], on_progress: OnProgress) -> Fl
     volume = np.empty((slices, rows, columns), np.float32)
     turn = (slice(None, None, -1 if flips[1] else 1), slice(None, None, -1 if flips[0] else 1))
     done = 0
-    numbered = sorted(enumerate(stack.frames), key=lambda item: item[0] if item[1].index == 0 else 0)
-    for _, members in groupby(numbered, key=lambda item: item[1].path):
-        group = list(members)
-        for (k, frame), raw in zip(group, stored_planes([frame for _, frame in group]), strict=True):
+    files: dict[Path, list[tuple[int, Frame]]] = {}
+    for k, frame in enumerate(stack.frames):
+        files.setdefault(frame.path, []).append((k, frame))
+    for members in files.values():
+        members.sort(key=lambda member: member[1].index)
+        for (k, frame), raw in zip(members, stored_planes([frame for _, frame in members]), strict=True):
             hounsfield(raw[turn], frame, volume[k])
             done += 1
             on_progress(Progress(stage=Stage.READ, done=slices + done, total=2 * slices, text="pixels"))
@@ -274,20 +314,18 @@ def _source(stack: Stack, notes: tuple[str, ...]) -> SourceSeries:
 
 
 def _instances(stack: Stack) -> tuple[SourceInstance, ...]:
-    """One entry for each SOP instance, foot to head; an enhanced instance lies at the middle of its frames."""
+    """One entry for each plane, foot to head: an instance, or one frame of a multi-frame instance."""
     columns, rows, _ = stack.sizes
     to_center = stack.steps[:, 0] * (columns - 1) / 2 + stack.steps[:, 1] * (rows - 1) / 2
-    members: dict[str, list[Frame]] = {}
-    for frame in stack.frames:
-        members.setdefault(frame.sop_instance_uid, []).append(frame)
     instances = []
-    for uid, frames in members.items():
-        x, y, z = np.mean([f.position for f in frames], axis=0) + to_center
+    for frame in stack.frames:
+        x, y, z = np.array(frame.position) + to_center
         instances.append(
             SourceInstance(
-                sop_class_uid=frames[0].sop_class_uid,
-                sop_instance_uid=uid,
+                sop_class_uid=frame.sop_class_uid,
+                sop_instance_uid=frame.sop_instance_uid,
                 position_mm=(float(x), float(y), float(z)),
+                frame_number=frame.number,
             )
         )
     return tuple(instances)
@@ -296,9 +334,17 @@ def _instances(stack: Stack) -> tuple[SourceInstance, ...]:
 def _read_header(frame: Frame) -> tuple[Dataset, tuple[str, ...]]:
     """The data set without pixel data, private elements, and elements that cannot be read (they get a note).
 
-    Its UIDs are those of `frame`, also where the file had none.
+    Its UIDs are those of `frame`, also where the file had none. A multi-frame header describes that one frame, in the
+    attributes of a classic CT.
     """
     ds = pydicom.dcmread(frame.path, stop_before_pixels=True)
+    if frame.number:
+        for keyword in _OF_ALL_FRAMES & set(ds.dir()):
+            del ds[keyword]
+        ds.ImagePositionPatient, ds.ImageOrientationPatient = list(frame.position), list(frame.orientation)
+        ds.PixelSpacing = list(frame.pixel_spacing_mm)
+        if frame.kind:
+            ds.ImageType = list(frame.kind)
     broken = _prune(ds)
     ds.SOPClassUID, ds.SOPInstanceUID = frame.sop_class_uid, frame.sop_instance_uid
     ds.StudyInstanceUID, ds.SeriesInstanceUID = frame.study_uid, frame.series_uid

@@ -5,7 +5,8 @@ PipelineError                 code, text; `permanent` tells the worker whether a
 │     codes: not_dicom, no_pixel_data, truncated_pixel_data, missing_attribute, not_ct, localizer,
 │     single_slice, too_few_slices, duplicate_positions, missing_slices, mixed_orientation,
 │     mixed_spacing, mixed_frame_of_reference, mixed_series, unsupported_pixel_format,
-│     undecodable_pixel_data, unsupported_geometry, too_large
+│     undecodable_pixel_data, unsupported_geometry, several_stacks, several_phases,
+│     projection_image, too_large
 ├── DistrictError             no body, or no district could be found: REJECTED
 │     codes: no_body, unknown_segmenter, no_segmenter
 │   └── SegmenterUnavailable  one segmenter of a chain cannot serve this CT: the next one is tried

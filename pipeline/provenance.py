@@ -58,7 +58,7 @@ class ResultUids:
             _canonical(
                 {
                     "source_series": self.source.series_uid,
-                    "source_instances": sorted(i.sop_instance_uid for i in self.source.instances),
+                    "source_instances": sorted({i.sop_instance_uid for i in self.source.instances}),
                     "bundle": made_by.bundle_sha256,
                     "models": sorted([m.district, m.weights_sha256] for m in made_by.models),
                     "networks": sorted(made_by.networks),

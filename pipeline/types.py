@@ -104,19 +104,23 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceInstance:
-    """One CT instance that a volume was made of. `position_mm` is its (centre) LPS position x, y, z."""
+    """One CT plane that a volume was made of. `position_mm` is its (centre) LPS position x, y, z.
+
+    `frame_number` counts the frames of a multi-frame instance from 1 (PS3.3 C.7.6.16.1.1); 0: it has one plane.
+    """
 
     sop_class_uid: str
     sop_instance_uid: str
     position_mm: tuple[float, float, float]
+    frame_number: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceSeries:
     """The CT series as the outputs need it: `header` is the lowest slice's data set without pixel data.
 
-    `instances` are sorted from foot to head. `header` is for white-list copying only (dicom-output section 3)
-    and is never logged.
+    `instances` are its planes, sorted from foot to head. `header` is for white-list copying only (dicom-output
+    section 3) and is never logged.
     """
 
     study_uid: str

@@ -65,6 +65,7 @@ REFERENCED_SERIES = 0x00081115
 REFERENCED_INSTANCES = 0x0008114A
 REFERENCED_SOP_CLASS = 0x00081150
 REFERENCED_SOP_INSTANCE = 0x00081155
+REFERENCED_FRAMES = 0x00081160
 SOURCE_IMAGES = 0x00082112
 SERIES_INSTANCE_UID = 0x0020000E
 INSTANCE_NUMBER = 0x00200013
@@ -305,10 +306,12 @@ def varying_elements(
     instances = with_good_uids(source)
     positions_mm = np.array([instance.position_mm for instance in instances]).reshape(-1, 3)
     axial = stacked_along_z(positions_mm)
+    all_frames = _frames_by_instance(instances)
 
     @cache  # neighbouring planes share their CT instances
     def references(found: tuple[SourceInstance, ...], preserved: bool) -> tuple[bytes, bytes]:
-        return _referenced_series(found, source.series_uid), _source_images(found, preserved, purpose)
+        images = _source_images(found, all_frames, preserved, purpose)
+        return _referenced_series(found, source.series_uid), images
 
     for index, plane in enumerate(codes.astype("<u2", copy=False)):
         z_mm = first_z_mm + index * grid.spacing_mm[0]
@@ -342,21 +345,39 @@ def _purpose() -> Dataset:
     return item
 
 
-def _reference(instance: SourceInstance) -> bytes:
-    return text_element(REFERENCED_SOP_CLASS, "UI", instance.sop_class_uid) + text_element(
-        REFERENCED_SOP_INSTANCE, "UI", instance.sop_instance_uid
+def _reference(sop_class_uid: str, sop_instance_uid: str, frames: Sequence[int] = ()) -> bytes:
+    """The SOP Instance Reference macro, or with `frames` the one for images (PS3.3 tables 10-11 and 10-3)."""
+    elements = text_element(REFERENCED_SOP_CLASS, "UI", sop_class_uid) + text_element(
+        REFERENCED_SOP_INSTANCE, "UI", sop_instance_uid
     )
+    return elements + (text_element(REFERENCED_FRAMES, "IS", "\\".join(map(str, frames))) if frames else b"")
+
+
+_Frames = dict[tuple[str, str], list[int]]  # by SOP class and instance
+
+
+def _frames_by_instance(found: Sequence[SourceInstance]) -> _Frames:
+    """The frames of each instance in `found`, ascending; none for a single-frame instance."""
+    frames: _Frames = {}
+    for one in found:
+        frames.setdefault((one.sop_class_uid, one.sop_instance_uid), []).append(one.frame_number)
+    return {uids: sorted(number for number in numbers if number) for uids, numbers in frames.items()}
 
 
 def _referenced_series(found: Sequence[SourceInstance], series_uid: str) -> bytes:
     if not found:
         return b""
-    instances = sequence(REFERENCED_INSTANCES, [_reference(instance) for instance in found])
+    instances = sequence(REFERENCED_INSTANCES, [_reference(*uids) for uids in _frames_by_instance(found)])
     return sequence(REFERENCED_SERIES, [instances + text_element(SERIES_INSTANCE_UID, "UI", series_uid)])
 
 
-def _source_images(found: Sequence[SourceInstance], preserved: bool, purpose: bytes) -> bytes:
+def _source_images(found: Sequence[SourceInstance], all_frames: _Frames, preserved: bool, purpose: bytes) -> bytes:
+    """One item for each instance; its frames are named unless it is all of them (Type 1C, PS3.3 table 10-3)."""
     if not found:
         return b""
     locations = text_element(LOCATIONS_PRESERVED, "CS", "YES" if preserved else "NO")
-    return sequence(SOURCE_IMAGES, [_reference(instance) + locations + purpose for instance in found])
+    items = []
+    for uids, frames in _frames_by_instance(found).items():
+        named = () if frames == all_frames[uids] else frames
+        items.append(_reference(*uids, named) + locations + purpose)
+    return sequence(SOURCE_IMAGES, items)
