@@ -17,8 +17,9 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from storage.errors import LedgerError
+from storage.errors import LedgerDamaged, LedgerError
 
+_DAMAGED = ("not a database", "malformed")
 BUSY_TIMEOUT_S = 30.0  # a writer waits this long for another process (the command line) to finish
 WRITE = {"ledger_write": True}
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -26,8 +27,12 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 _REMEDIES = (  # text in the driver's message -> what an operator does
     ("readonly", "the file or its folder is read-only: give the node's user write permission, or remount the disk"),
     ("read-only", "the database is read-only: give the node's user write permission"),
-    ("not a database", "the file is not a SQLite database: restore the backup, or move it away to begin a new ledger"),
-    ("malformed", "the file is damaged: restore the backup (see the runbook)"),
+    (
+        "not a database",
+        "the file is not a SQLite database: restore the backup (`dicom-node ledger restore FILE`), or move it away to "
+        "begin a new ledger",
+    ),
+    ("malformed", "the file is damaged: restore the backup (`dicom-node ledger restore FILE`)"),
     ("unable to open", "the file cannot be opened: check that its folder exists and belongs to the node's user"),
     ("locked", "another process keeps it locked: end that process, then try again"),
     ("disk is full", "the disk is full: make room"),
@@ -62,7 +67,8 @@ def explain(engine: Engine, error: DBAPIError) -> LedgerError:
     """Turn a driver's error into one that names the database and the remedy. No values are in the text."""
     found = str(error.orig).splitlines()[0] if error.orig else type(error).__name__
     remedy = next((text for word, text in _REMEDIES if word in found.lower()), "see the runbook, section ledger")
-    return LedgerError(f"ledger {shown(engine.url)}: {found}; {remedy}")
+    error_class = LedgerDamaged if any(word in found.lower() for word in _DAMAGED) else LedgerError
+    return error_class(f"ledger {shown(engine.url)}: {found}; {remedy}")
 
 
 def shown(url: URL) -> str:

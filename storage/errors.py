@@ -2,6 +2,7 @@
 
 StorageError
 ├── LedgerError     the ledger cannot be opened, read or written: the text names the file and what to do
+│   └── LedgerDamaged    its file is broken: nothing may be written into it, a backup must be restored
 ├── NotFound        no such job, delivery or series
 ├── IllegalMove     the table of moves does not allow it: a fault in the caller, or an operator's wrong command
 ├── OtherSeries     a result has other series UIDs than what its job has sent already: it needs a job of its own
@@ -19,6 +20,10 @@ class StorageError(Exception):
 
 class LedgerError(StorageError):
     """The ledger cannot be used; the text names the database and the remedy."""
+
+
+class LedgerDamaged(LedgerError):
+    """The ledger's file is not whole; the text names what was found."""
 
 
 class NotFound(StorageError):

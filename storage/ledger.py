@@ -27,6 +27,7 @@ from storage.schema import CommitmentRow, DeliveryRow, EventRow, JobRow, event_o
 
 __all__ = ["MOVES", "Ledger", "open_ledger", "utc_now"]
 
+_AT_ONCE = 500  # SQLite takes some 32 000 values in one statement
 _SENT_STATES = (DeliveryState.SENT, DeliveryState.COMMITTED, DeliveryState.VISIBLE)
 _UNSENT_STATES = (DeliveryState.FAILED, DeliveryState.CANCELLED)
 
@@ -107,6 +108,43 @@ class Ledger(ProofLedger, RejectionLedger, FigureLedger):
         """A new job in RECEIVING; `supersedes` names the job of the same series that it takes the place of."""
         with self._write() as session:
             return job_of(self._opened(session, uuid4().hex, info, supersedes))
+
+    def unknown(self, job_ids: Collection[str]) -> set[str]:
+        """Which of these ids no job of the ledger has."""
+        wanted, known = sorted(job_ids), set[str]()
+        with self._read() as session:
+            for start in range(0, len(wanted), _AT_ONCE):
+                known |= set(session.scalars(select(JobRow.id).where(JobRow.id.in_(wanted[start : start + _AT_ONCE]))))
+        return set(wanted) - known
+
+    def adopt_job(
+        self,
+        job_id: str,
+        info: SeriesInfo,
+        to: JobState,
+        *,
+        code: str,
+        text: str,
+        created: datetime | None = None,
+        supersedes: str = "",
+        source_digest: str = "",
+        instances: int = 0,
+        details: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """A job that the spool knows and the ledger does not, under the id that its folders have.
+
+        `to`: RECEIVING (it is decided upon anew), QUEUED (it was chosen) or HELD.
+        """
+        with self._write() as session:
+            row = self._opened(session, job_id, info, supersedes)
+            row.created = created or row.created
+            row.source_digest, row.instances = clean(source_digest), instances
+            _merge(row, details)
+            if to is JobState.RECEIVING:
+                self._event(session, job_id, code, text)
+            else:
+                self._move(session, row, to, code=code, text=text)
+            return job_of(row)
 
     def open_successor(
         self,

@@ -6,6 +6,7 @@
     work/<job_id>/ct/<sop_instance_uid>.dcm                 the input of a job
     outbox/<job_id>/...                                     the result of a job, complete or absent
     references/<job_id>.json                                what is kept of a result when retention removes it
+    jobs/<job_id>.json                                      what a job is, for a ledger that does not know it any more
     quarantine/<reason_code>/...                            what could not be used, kept for a while
 
 Nothing that a peer sends becomes a path unless `check_uid` let it pass; association tokens and job ids are our own
@@ -15,6 +16,7 @@ hexadecimal. All folders must lie on one file system: a file moves by rename.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -23,6 +25,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from storage.durable import (
     fsync_folder,
@@ -79,6 +82,7 @@ class Spool:
             self._work = make_folder(root / "work")
             self._outbox = make_folder(root / "outbox")
             self._references = make_folder(root / "references")
+            self._jobs = make_folder(root / "jobs")
             self._quarantine = make_folder(root / "quarantine")
         except OSError as error:
             raise StorageError(
@@ -163,6 +167,26 @@ class Spool:
         """The files of a series in the inbox, by name."""
         return sorted(_whole(self._series / check_uid(series_uid)))
 
+    def find_instances(self, sop_instance_uids: Iterable[str]) -> dict[str, Path]:
+        """Where instances lie that were received and can be used, by UID; the rest is not here.
+
+        The folders are looked through in the order in which a file moves: one that moves meanwhile is found.
+        """
+        wanted, found = set(sop_instance_uids), {}
+        for folders in (
+            self._incoming.glob("*/"),
+            self._series.glob("*/"),
+            self._segmentations.glob("*/"),
+            self._work.glob("*/ct/"),
+        ):
+            for folder in folders:
+                with suppress(FileNotFoundError):
+                    for name in os.listdir(folder):
+                        uid = name.removesuffix(".dcm").partition("~")[0]
+                        if uid in wanted and name.endswith(".dcm"):
+                            found[uid] = folder / name
+        return found
+
     def quarantine(self, path: Path, reason_code: str) -> Path:
         """Put a file of the spool aside under `quarantine/<reason_code>/`; where it is now."""
         if not _REASON.fullmatch(reason_code):
@@ -240,6 +264,24 @@ class Spool:
             return {}
         return kept
 
+    def keep_job(self, job_id: str, facts: Mapping[str, Any]) -> None:
+        """Keep what a job is beside its files: a ledger that is restored from a backup may not know it any more."""
+        write_file(self._jobs / f"{_hex(job_id)}.json", (json.dumps(dict(facts)).encode(),))
+
+    def kept_job(self, job_id: str) -> dict[str, Any]:
+        """What `keep_job` kept; {} where there is nothing that can be read."""
+        try:
+            kept = json.loads((self._jobs / f"{_hex(job_id)}.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return kept if isinstance(kept, dict) else {}
+
+    def job_ids(self) -> list[str]:
+        """The jobs that have input or a result here, the oldest folder first."""
+        folders = [f for top in (self._work, self._outbox) for f in top.iterdir() if _HEX.fullmatch(f.name)]
+        aged = {folder.name: folder.stat().st_mtime_ns for folder in reversed(folders) if folder.is_dir()}
+        return sorted(aged, key=lambda job_id: (aged[job_id], job_id))
+
     def discard_work(self, job_id: str) -> None:
         """Remove the job's input and scratch files; fine when gone."""
         remove_tree(self._work / _hex(job_id))
@@ -261,6 +303,7 @@ class Spool:
             self._work,
             self._outbox,
             self._references,
+            self._jobs,
         ):
             for path in [p for p in _walk(top) if is_temp(p)]:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -310,7 +353,7 @@ class Spool:
             if _age(path, now) > max(keep_inputs, least):
                 path.unlink(missing_ok=True)
                 removed.append(str(path.relative_to(self.root)))
-        for path in sorted(_whole(self._references)):
+        for path in sorted((*_whole(self._references), *_whole(self._jobs))):
             if _age(path, now) > keep_references:
                 path.unlink(missing_ok=True)
                 removed.append(str(path.relative_to(self.root)))

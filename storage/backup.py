@@ -1,0 +1,175 @@
+"""The ledger's file: is it whole, a copy of it every day, and the way back from such a copy.
+
+SQLite's own backup API makes the copy, while the node goes on reading and writing. A PostgreSQL ledger has its own
+tools: `pg_dump` and `pg_restore` (https://www.postgresql.org/docs/current/backup.html).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, time, timedelta
+from pathlib import Path
+
+from sqlalchemy.engine import make_url
+
+from storage.database import BUSY_TIMEOUT_S
+from storage.durable import fsync_folder, full_disk_is_no_space, make_folder, temp_beside
+from storage.errors import LedgerDamaged, LedgerError, NoSpace
+
+_BACKUP = re.compile(r"ledger-(\d{8}T\d{6}Z)\.sqlite")
+_STAMP = "%Y%m%dT%H%M%SZ"
+_SHOWN_PROBLEMS = 5
+_SIDE_FILES = ("-wal", "-shm")
+
+
+def ledger_file(url: str) -> Path:
+    """The file of a SQLite ledger. Raises `LedgerError` for any other database."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database.startswith((":", "file:")):
+        raise LedgerError(
+            "the ledger is no SQLite file: back it up and restore it with the database's own tools (PostgreSQL: "
+            "pg_dump and pg_restore)"
+        )
+    return Path(parsed.database)
+
+
+def check_file(file: Path, *, full: bool = False) -> None:
+    """Raise `LedgerDamaged`, naming what SQLite found, unless the file is whole and a ledger.
+
+    Quick: every page is read and in its place (about 1 s for 300 MB). `full`: also each index against its table, and
+    that no row points to one which is not there.
+    """
+    pragmas = ("integrity_check", "foreign_key_check") if full else ("quick_check",)
+    with _opened(file, "ro") as connection:
+        found = [row for pragma in pragmas for row in connection.execute(f"PRAGMA {pragma}") if row != ("ok",)]
+        problems = [" ".join(str(part) for part in row).splitlines()[0] for row in found]
+        if (
+            not problems
+            and not connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'jobs'").fetchone()
+        ):
+            problems = ["it has no table of jobs: it is no ledger"]
+    if problems:
+        more = f", and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+        raise LedgerDamaged(
+            f"ledger {file}: is damaged: {'; '.join(problems[:_SHOWN_PROBLEMS])}{more}; restore a backup: "
+            "`dicom-node ledger restore FILE`"
+        )
+
+
+def backups(folder: Path) -> list[Path]:
+    """The backups in a folder, oldest first."""
+    return sorted(path for path in folder.glob("ledger-*.sqlite") if _BACKUP.fullmatch(path.name))
+
+
+def backup_time(backup: Path) -> datetime:
+    """When a backup of `backups` was made, by its name."""
+    found = _BACKUP.fullmatch(backup.name)
+    if found is None:
+        raise ValueError(f"{backup.name}: is not the name of a backup")
+    return datetime.strptime(found[1], _STAMP).replace(tzinfo=UTC)
+
+
+def is_due(newest: datetime | None, now: datetime, at: time) -> bool:
+    """Whether a day's backup is missing. `now` is aware and in the zone of `at`, the time of day.
+
+    One that is of the future is of a clock that was wrong: it counts for nothing.
+    """
+    planned = datetime.combine(now.date(), at, now.tzinfo)
+    if planned > now:
+        planned -= timedelta(days=1)
+    return newest is None or newest < planned or newest > now + timedelta(hours=1)
+
+
+def make_backup(file: Path, folder: Path, *, keep: int, now: datetime) -> Path:
+    """Copy the ledger into `folder`, check the copy, remove all but the `keep` newest; where it is.
+
+    Raises `LedgerDamaged` (the ledger, or the copy: then nothing is removed), `NoSpace`, `LedgerError`.
+    """
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise LedgerError(f"backup folder {folder}: {error.strerror}") from error
+    target = folder / f"ledger-{now.astimezone(UTC).strftime(_STAMP)}.sqlite"
+    _copy(file, target)
+    for old in backups(folder)[: -max(keep, 1)]:
+        old.unlink(missing_ok=True)
+    return target
+
+
+def restore(backup: Path, file: Path, *, now: datetime) -> Path | None:
+    """Put a backup in the ledger's place; nobody may have it open. Where the former ledger is now, None without one.
+
+    The ledger is the former one or the backup at any instant, also when this is killed. Raises `LedgerDamaged` for a
+    backup that is none, before anything is changed, and `NoSpace`.
+    """
+    check_file(backup, full=True)
+    fresh = temp_beside(file)
+    try:
+        _copy(backup, fresh)
+        aside = _put_aside(file, now)
+        fresh.rename(file)
+        fsync_folder(file.parent)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return aside
+
+
+def _put_aside(file: Path, now: datetime) -> Path | None:
+    """A second name for the former ledger; its log of changes must be gone before another file has its name."""
+    if not file.exists():
+        return None
+    aside = file.with_name(f"{file.name}.before-{now.astimezone(UTC).strftime(_STAMP)}")
+    aside.unlink(missing_ok=True)
+    aside.hardlink_to(file)
+    for ending in _SIDE_FILES:
+        with suppress(FileNotFoundError):
+            file.with_name(file.name + ending).rename(aside.with_name(aside.name + ending))
+    fsync_folder(file.parent)
+    return aside
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A whole, synced, checked copy under `target`, for the owner's eyes only; or nothing."""
+    size = source.stat().st_size if source.exists() else 0
+    if shutil.disk_usage(target.parent).free < size:
+        raise NoSpace(f"a copy of the ledger needs {size} bytes in {target.parent}")
+    temp = temp_beside(target)
+    try:
+        temp.touch(mode=0o600)
+        with _opened(source, "ro") as ours, _opened(temp, "rw") as theirs:
+            ours.backup(theirs)
+            theirs.execute("PRAGMA journal_mode = DELETE")  # one file, without a log beside it
+        check_file(temp)
+        with full_disk_is_no_space(target):
+            handle = os.open(temp, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            temp.rename(target)
+            fsync_folder(target.parent)
+    finally:
+        for path in (temp, *(temp.with_name(temp.name + ending) for ending in (*_SIDE_FILES, "-journal"))):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    """A connection of our own, whose errors name the file and the remedy."""
+    connection = None
+    try:
+        connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT_S)
+        yield connection
+    except sqlite3.OperationalError as error:  # of the system: no such file, locked, full
+        text = f"ledger {file}: {error}"
+        raise NoSpace(text) if "full" in str(error) else LedgerError(text) from error
+    except sqlite3.DatabaseError as error:  # of the file
+        raise LedgerDamaged(f"ledger {file}: {error}; restore a backup: `dicom-node ledger restore FILE`") from error
+    finally:
+        if connection is not None:
+            connection.close()
