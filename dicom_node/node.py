@@ -24,6 +24,7 @@ import structlog
 
 from dicom_node import __version__
 from dicom_node.assembler import Assembler
+from dicom_node.commitments import CommitmentReporter
 from dicom_node.config import Config, StorageConfig
 from dicom_node.delivery import Deliveries
 from dicom_node.engine import Engine, EngineError
@@ -39,6 +40,7 @@ from dicom_node.proof import Prover
 from dicom_node.rejections import keep_references, reject_superseded
 from dicom_node.schedule import Schedule
 from dicom_node.worker import Worker, pipeline_options
+from storage.asked import AskedCommitments
 from storage.errors import NotFound
 from storage.ledger import Ledger, open_ledger, utc_now
 from storage.records import FINAL_JOB_STATES
@@ -49,6 +51,7 @@ log = structlog.get_logger()
 DRAIN_S = 30.0  # below systemd's default TimeoutStopSec of 90 s
 SWEEP_EVERY_S = 60.0
 RETENTION_EVERY_S = 3600.0
+REPORT_EVERY_S = 1.0
 REJECT_EVERY_S = 10.0  # a series that a later one replaces is hidden so soon after the later one has arrived
 
 
@@ -173,13 +176,26 @@ class Node:
         schedule = self._schedule()
         schedule.start()
         parts.callback(schedule.stop)
+        self._report_commitments()
         return self._listen(port, deliveries.prover)
+
+    def _report_commitments(self) -> None:
+        """Storage Commitment that was asked of us: also what an earlier life of the node was asked."""
+        asked = AskedCommitments(self.config.storage.root)
+        asked.clean_temp()
+        reporter = CommitmentReporter(self.config, asked, self.spool, self.ledger)
+        ticker = Ticker("commitment-reporter", reporter.tick, REPORT_EVERY_S)
+        ticker.start()
+        self._parts.callback(ticker.stop)
+        self._alive.append(lambda: ticker.alive)
 
     def _listen(self, port: int | None, prover: Prover) -> int:
         take_report = prover.take if self.config.asks_commitment else None
         receiver: Receiver | ReceiverPool
         if self.config.node.receiver_processes:
-            receiver = ReceiverPool(self.config, self.ledger, self.registry, take_report=take_report)
+            receiver = ReceiverPool(
+                self.config, self.ledger, self.registry, take_report=take_report, on_lost=self.spool.drop_halves
+            )
         else:
             receiver = Receiver(self.config, self.spool, self.ledger, self.registry, take_report=take_report)
         try:

@@ -44,14 +44,15 @@ class IncomingFile:
                     os.fsync(self._handle)
             self._close()
             for place in places(self._target):
-                if not place.exists():
-                    with full_disk_is_no_space(self._target):
-                        self._temp.rename(place)
-                        if self._sync:
-                            fsync_folder(place.parent)
-                    return place
-                if same_bytes(self._temp, place):
-                    return place
+                with suppress(FileNotFoundError):  # not there, or the assembler takes it away at this moment
+                    if same_bytes(self._temp, place):
+                        return place
+                    continue
+                with full_disk_is_no_space(self._target):
+                    self._temp.rename(place)
+                    if self._sync:
+                        fsync_folder(place.parent)
+                return place
         finally:
             self.discard()
         raise AssertionError("places are endless")

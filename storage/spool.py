@@ -124,6 +124,13 @@ class Spool:
         finally:
             file.discard()
 
+    def drop_halves(self, association: str) -> None:
+        """Remove what a process left half written that received this association and was killed."""
+        folder = self._incoming / _hex(association)
+        for path in folder.glob("*") if folder.is_dir() else ():
+            if is_temp(path):
+                path.unlink(missing_ok=True)
+
     def incoming(self) -> list[Path]:
         """The whole files that wait for the assembler, oldest first; one that is adopted meanwhile is left out."""
         aged = []
@@ -180,6 +187,8 @@ class Spool:
             self._work.glob("*/ct/"),
         ):
             for folder in folders:
+                if is_temp(folder) or is_temp(folder.parent):  # on its way out
+                    continue
                 with suppress(FileNotFoundError):
                     for name in os.listdir(folder):
                         uid = name.removesuffix(".dcm").partition("~")[0]

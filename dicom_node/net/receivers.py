@@ -7,8 +7,9 @@ associations, write the ledger, take a commitment report) it asks for over a pip
     tell   (name, arguments)            in order, no answer
     ask    (number, name, arguments)    the answer comes back under its number
 
-A receiver whose pipe closes, because the node was killed, ends at once; one that dies is replaced, and its
-associations count as aborted.
+Nothing that a C-STORE needs is asked for: a node that stalls holds up new associations and no instance. A receiver
+whose pipe closes, because the node was killed, ends at once. One that dies is replaced; its associations count as
+aborted, and what it had half written is removed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ _ASK_S = 60.0  # for an answer of the node's process: a busy ledger may take its
 _READY_S = 120.0  # a cold disk
 _JOIN_S = 15.0
 _TELL_EVERY_S = 0.5  # how often an association's counts are told while it goes on
+_LOOK_S = 1.0  # how often a receiver looks whether its listening threads run
 _AGAIN_S = (0.0, 1.0, 5.0, 30.0)  # waits before a receiver that dies again and again is replaced
+_TRIES = 2  # deaths before it was ready: the node does not start
 _STEADY_S = 60.0  # one that lived so long died of something new
 
 
@@ -69,12 +72,20 @@ class ReceiverPool:
     """The receiver processes of one node; the same face as `Receiver`. `start` and `stop` are called once each."""
 
     def __init__(
-        self, config: Config, notes: Notes, registry: AssociationRegistry, *, take_report: Take | None = None
+        self,
+        config: Config,
+        notes: Notes,
+        registry: AssociationRegistry,
+        *,
+        take_report: Take | None = None,
+        on_lost: Callable[[str], object] = lambda _token: None,
     ) -> None:
+        """`on_lost` is called with the token of each association whose receiver died: it may have left half a file."""
         self._config = config
         self._notes = notes
         self._registry = registry
         self._take_report = take_report
+        self._on_lost = on_lost
         self._listening: tuple[Listener, ...] = ()
         self._stopping = threading.Event()
         self._seats: list[_Seat] = []
@@ -92,14 +103,21 @@ class ReceiverPool:
         self._seats = [_Seat(self, number) for number in range(node.receiver_processes)]
         for seat in self._seats:
             seat.thread.start()
-        until = time.monotonic() + _READY_S
-        if not all(seat.ready.wait(max(0.0, until - time.monotonic())) for seat in self._seats):
+        try:
+            self._wait_for_all()
+        except BaseException:
             self.stop()
-            raise OSError(0, "a receiver process did not start: see the log")
+            raise
         log.info(
             "receivers.started", ae_title=node.ae_title, host=node.host, ports=self.ports, processes=len(self._seats)
         )
         return self.ports[0]
+
+    def _wait_for_all(self) -> None:
+        until = time.monotonic() + _READY_S
+        while not all(seat.ready.wait(0.05) for seat in self._seats):
+            if time.monotonic() > until or any(seat.deaths >= _TRIES for seat in self._seats):
+                raise OSError(0, "a receiver process did not start: see the log")
 
     @property
     def ports(self) -> list[int]:
@@ -128,9 +146,13 @@ class ReceiverPool:
             listener.socket.close()
         for seat in self._seats:
             seat.send(_Message(name="stop"))
+        until = time.monotonic() + _JOIN_S
         for seat in self._seats:
-            seat.thread.join(_JOIN_S)
-            seat.kill()
+            seat.thread.join(max(0.0, until - time.monotonic()))
+            if seat.thread.is_alive():
+                log.error("receivers.did_not_stop", receiver=seat.number)
+                seat.kill()
+                seat.thread.join(_JOIN_S)
         self._news.put(None)
         if self._writer.is_alive():
             self._writer.join(_JOIN_S)
@@ -156,8 +178,8 @@ class ReceiverPool:
         theirs.close()
         return process, ours
 
-    def _do(self, seat: _Seat, message: _Message) -> None:
-        """One question or piece of news of a receiver."""
+    def _do(self, seat: _Seat, message: _Message, connection: Connection) -> None:
+        """One question or piece of news of a receiver; an answer goes to `connection` and to no successor."""
         arguments = message.arguments
         match message.name:
             case "ready":
@@ -166,7 +188,8 @@ class ReceiverPool:
                 token = self._registry.open(**arguments[0])
                 if token is not None:
                     seat.tokens.add(token)
-                seat.send(_Message(number=message.number, value=token))
+                seat.send(_Message(number=message.number, name="open", value=token), connection)
+                self._tell_companions()
             case "carried":
                 token, counts = arguments
                 self._registry.carried(token, **counts)
@@ -174,24 +197,32 @@ class ReceiverPool:
                 token, aborted = arguments
                 seat.tokens.discard(token)
                 self._registry.close(token, aborted=aborted)
+                self._tell_companions()
             case "rejected":
                 self._registry.count_rejection(*arguments)
             case "note":
                 code, text, details = arguments
                 self._news.put(lambda: self._notes.note("", code, text, details=details))
             case "report":
-                self._news.put(lambda: self._answer_report(seat, message))
+                self._news.put(lambda: self._answer_report(seat, message, connection))
             case unknown:
                 log.error("receivers.unknown_message", name=unknown)
 
-    def _answer_report(self, seat: _Seat, message: _Message) -> None:
+    def _tell_companions(self) -> None:
+        """What each association shares its rate with; only who is held to a rate needs to know."""
+        if self._config.intake.max_bytes_per_s:
+            for seat in self._seats:
+                counts = {token: self._registry.companions(token) for token in list(seat.tokens)}
+                seat.send(_Message(name="companions", arguments=(counts,)))
+
+    def _answer_report(self, seat: _Seat, message: _Message, connection: Connection) -> None:
         assert self._take_report is not None
         try:
             answer = _Message(number=message.number, value=self._take_report(*message.arguments))
         except Exception:
             log.exception("commitment.report_failed")
             answer = _Message(number=message.number, failed=True)
-        seat.send(answer)
+        seat.send(answer, connection)
 
 
 class _Seat:
@@ -199,7 +230,7 @@ class _Seat:
 
     def __init__(self, pool: ReceiverPool, number: int) -> None:
         self._pool = pool
-        self._number = number
+        self.number = number
         self._lock = threading.Lock()  # guards the pair below, and sending
         self._process: SpawnProcess | None = None
         self._connection: Connection | None = None
@@ -210,17 +241,17 @@ class _Seat:
 
     @property
     def alive(self) -> bool:
-        process = self._process
-        return process is not None and process.is_alive()
+        return self.pid is not None and self.thread.is_alive()
 
     @property
     def pid(self) -> int | None:
         process = self._process
         return process.pid if process is not None and process.is_alive() else None
 
-    def send(self, message: _Message) -> None:
+    def send(self, message: _Message, to: Connection | None = None) -> None:
+        """To the receiver that is there now, or `to` that one if it still is."""
         with self._lock, suppress(OSError, ValueError):  # it is gone: its thread sees that
-            if self._connection is not None:
+            if self._connection is not None and to in (None, self._connection):
                 self._connection.send(message)
 
     def kill(self) -> None:
@@ -234,9 +265,10 @@ class _Seat:
         while not stopping.is_set():
             began = time.monotonic()
             try:
-                process, connection = self._pool._spawn(self._number)
+                process, connection = self._pool._spawn(self.number)
             except Exception:
-                log.exception("receivers.spawn_failed")
+                if not stopping.is_set():  # else the listening socket is closed already
+                    log.exception("receivers.spawn_failed")
             else:
                 with self._lock:
                     self._process, self._connection = process, connection
@@ -244,6 +276,7 @@ class _Seat:
                     self.send(_Message(name="stop"))
                 self._listen(connection)
                 process.join(_JOIN_S)
+                self.kill()  # it closed its pipe and does not end
             if stopping.is_set():
                 break
             deaths = 0 if time.monotonic() - began > _STEADY_S else deaths + 1
@@ -254,7 +287,11 @@ class _Seat:
     def _listen(self, connection: Connection) -> None:
         with suppress(EOFError, OSError):
             while True:
-                self._pool._do(self, connection.recv())
+                message = connection.recv()
+                try:
+                    self._pool._do(self, message, connection)
+                except Exception:  # or nobody would listen to this receiver any more
+                    log.exception("receivers.message_failed", name=message.name)
         with self._lock:
             self._connection = None
             connection.close()
@@ -262,7 +299,9 @@ class _Seat:
     def _close_all(self) -> None:
         for token in list(self.tokens):
             self._pool._registry.close(token, aborted=True)
+            self._pool._on_lost(token)
         self.tokens.clear()
+        self._pool._tell_companions()
 
     def _tell_of_death(self) -> None:
         process = self._process
@@ -270,7 +309,7 @@ class _Seat:
         self.deaths += 1
         lost = len(self.tokens)
         self._close_all()
-        log.error("receiver.died", receiver=self._number, exit_code=code, associations=lost)
+        log.error("receiver.died", receiver=self.number, exit_code=code, associations=lost)
         text = f"a receiver process ended (exit code {code}) with {lost} open associations: replaced"
         details = {"exit_code": code, "associations": lost}
         self._pool._news.put(lambda: self._pool._notes.note("", "receiver_died", text, details=details))
@@ -291,10 +330,11 @@ def serve(config: Config, listening: tuple[Listener, ...], connection: Connectio
     receiver = Receiver(config, spool, node, node, take_report=node.take if takes_reports else None)
     receiver.start(listening=listening)
     node.tell("ready")
-    if node.listen():
+    stopping = node.listen(lambda: receiver.alive)
+    if stopping:
         receiver.stop()
-    else:
-        os._exit(1)  # the node was killed: whoever comes next must find the port and the spool free
+    # at once, whatever a thread waits for: when the node was killed, the next one must find the port and spool free
+    os._exit(0 if stopping else 1)
 
 
 class _Node:
@@ -309,21 +349,33 @@ class _Node:
         self._asked: dict[int, Future[Any]] = {}
         self._open: dict[str, Association] = {}
         self._rejected: Counter[str] = Counter()
+        self._companions: dict[str, int] = {}
 
-    def listen(self) -> bool:
-        """Read what the node says; True when it says stop, False when it is gone."""
+    def listen(self, alive: Callable[[], bool]) -> bool:
+        """Read what the node says; True when it says stop, False when it is gone or this process no longer `alive`."""
         with suppress(EOFError, OSError):
-            while True:
+            while alive():
+                if not self._connection.poll(_LOOK_S):
+                    continue
                 message: _Message = self._connection.recv()
-                if message.name == "stop":
-                    return True
-                with self._lock:
-                    waiting = self._asked.pop(message.number, None)
-                if waiting is not None and message.failed:
-                    waiting.set_exception(RuntimeError("the node's process could not do it: see its log"))
-                elif waiting is not None:
-                    waiting.set_result(message.value)
+                match message.name:
+                    case "stop":
+                        return True
+                    case "companions":
+                        (self._companions,) = message.arguments
+                    case _:
+                        self._answered(message)
         return False
+
+    def _answered(self, message: _Message) -> None:
+        with self._lock:
+            waiting = self._asked.pop(message.number, None)
+        if waiting is not None and message.failed:
+            waiting.set_exception(RuntimeError("the node's process could not do it: see its log"))
+        elif waiting is not None:
+            waiting.set_result(message.value)
+        elif message.name == "open" and message.value is not None:
+            self.tell("close", message.value, True)  # too late: who asked for the place has rejected its caller
 
     def tell(self, name: str, *arguments: Any) -> None:
         with self._sending:
@@ -338,9 +390,12 @@ class _Node:
             self._connection.send(_Message(number=number, name=name, arguments=arguments))
         try:
             return answer.result(_ASK_S)
-        finally:
+        except TimeoutError:
             with self._lock:
-                self._asked.pop(number, None)
+                given_up = self._asked.pop(number, None) is not None
+            if given_up:
+                raise
+            return answer.result()  # it came at the last moment
 
     # -- Notes, Take
 
@@ -410,6 +465,9 @@ class _Node:
         self._tell_carried(association)
         self.tell("close", token, aborted)
         return association
+
+    def companions(self, token: str) -> int:
+        return self._companions.get(token, 1)
 
     def count_rejection(self, code: str) -> int:
         self.tell("rejected", code)
