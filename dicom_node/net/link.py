@@ -113,7 +113,7 @@ class Link:
         self._roles = roles
         self._connected = False
         self._tls_sockets: list[socket.socket] = []
-        self._tls_fault = ""
+        self._tls_error: ssl.SSLError | None = None
         self.trouble: Trouble | None = None
 
     def __enter__(self) -> Link:
@@ -168,13 +168,14 @@ class Link:
 
     def _on_tls_failure(self, error: OSError) -> None:
         if isinstance(error, ssl.SSLError):  # another one is of the network: nobody listens there
-            self._tls_fault = why(error)
+            self._tls_error = error
 
     def _why_not(self) -> Trouble:
         answer = self.assoc.acceptor.primitive
         at = where(self._peer)
-        if self._tls_fault:
-            return Trouble("tls_failed", f"{at}: no TLS connection: {self._tls_fault}", True)
+        if self._tls_error is not None:
+            hung_up = isinstance(self._tls_error, ssl.SSLEOFError)  # as a proxy does whose PACS is down
+            return Trouble("tls_failed", f"{at}: no TLS connection: {why(self._tls_error)}", not hung_up)
         if not self._connected:
             return Trouble("connection_failed", f"{at} cannot be reached", False)
         if self.assoc.is_rejected and answer is not None:
