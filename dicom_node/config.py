@@ -435,6 +435,16 @@ class StorageConfig(_Table):
     keep_inputs_days: float = Field(default=7.0, ge=0)
     keep_results_days: float = Field(default=30.0, ge=0)
     keep_events_days: float = Field(default=365.0, ge=0)
+    backup_folder: str = ""  # empty: backups in root
+    keep_backups: int = Field(default=14, ge=0, description="0: no backups")
+    backup_at: str = "02:30"
+
+    @field_validator("backup_at")
+    @classmethod
+    def _time_of_day(cls, value: str) -> str:
+        if not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", value):
+            raise ValueError("a time of day from 00:00 to 23:59")
+        return value
 
 
 class CommitmentConfig(_Table):
@@ -543,6 +553,11 @@ class Config(_Table):
         return self.storage.database_url or default_url(self.storage.root)
 
     @property
+    def has_ledger_file(self) -> bool:
+        """Whether the ledger is a SQLite file, which the node itself checks and backs up."""
+        return self.ledger_url.startswith("sqlite:///") and not self.ledger_url.startswith("sqlite:///file:")
+
+    @property
     def asks_commitment(self) -> bool:
         """Whether archives may bring Storage Commitment reports: some destination is asked for them."""
         return any(destination.commitment for destination in self.destinations)
@@ -578,9 +593,13 @@ def load_config(path: Path) -> Config:
 
 def _with_absolute_paths(config: Config, base: Path) -> Config:
     """Take every relative path from `base`: a bundle only where such a folder is, else it is a name."""
+    def folder(path: str) -> str:
+        return str((base / path).resolve()) if path else ""
+
     storage = config.storage.model_copy(
         update={
             "root": (base / config.storage.root).resolve(),
+            "backup_folder": folder(config.storage.backup_folder),
             "database_url": re.sub(
                 r"^sqlite:///(?!/)(?=.)", lambda _: f"sqlite:///{base}/", config.storage.database_url
             ),
@@ -589,9 +608,6 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
 
     def folder_or_name(bundle: str) -> str:
         return str(base / bundle) if bundle and (base / bundle).is_dir() else bundle
-
-    def folder(path: str) -> str:
-        return str((base / path).resolve()) if path else ""
 
     pipeline = config.pipeline.model_copy(
         update={

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import secrets
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import structlog
 
 from dicom_node import __version__
 from dicom_node.assembler import Assembler
+from dicom_node.backup import Backups
 from dicom_node.commitments import CommitmentReporter
 from dicom_node.config import Config, StorageConfig
 from dicom_node.delivery import Deliveries
@@ -35,12 +37,15 @@ from dicom_node.metrics import Metrics, Sources
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receive import Receiver
 from dicom_node.net.receivers import ReceiverPool
+from dicom_node.net.security import SecurityError, server_context, warn_of_ends
 from dicom_node.notify import Notifier
 from dicom_node.proof import Prover
+from dicom_node.recover import adopt_unknown
 from dicom_node.rejections import keep_references, reject_superseded
 from dicom_node.schedule import Schedule
 from dicom_node.worker import Worker, pipeline_options
 from storage.asked import AskedCommitments
+from storage.backup import check_file, ledger_file
 from storage.errors import NotFound
 from storage.ledger import Ledger, open_ledger, utc_now
 from storage.records import FINAL_JOB_STATES
@@ -48,10 +53,13 @@ from storage.spool import Spool
 
 log = structlog.get_logger()
 
+PRIVATE_UMASK = 0o077  # what the node writes is of patients
 DRAIN_S = 30.0  # below systemd's default TimeoutStopSec of 90 s
 SWEEP_EVERY_S = 60.0
 RETENTION_EVERY_S = 3600.0
+BACKUP_EVERY_S = 300.0  # how often it is asked whether one is due
 REPORT_EVERY_S = 1.0
+CERTIFICATES_EVERY_S = 86400.0
 REJECT_EVERY_S = 10.0  # a series that a later one replaces is hidden so soon after the later one has arrived
 
 
@@ -100,6 +108,7 @@ class Node:
 
         That is safe at any instant: the next start takes up what this one left.
         """
+        os.umask(PRIVATE_UMASK)  # also of the receivers and the engine, which are its children
         configure_logging(self.config.log)
         self._notifier = Notifier.from_environment()
         signals: SimpleQueue[int] = SimpleQueue()  # its put() may be called from a signal handler
@@ -132,13 +141,17 @@ class Node:
         config, parts = self.config, self._parts
         root = config.storage.root
         try:
-            root.mkdir(exist_ok=True)  # not its parents: a disk that is not mounted must not be papered over
-            parts.callback(_lock(root / "node.lock"))
+            root.mkdir(
+                mode=0o700, exist_ok=True
+            )  # not its parents: a disk that is not mounted must not be papered over
+            _close_to_others(root)
+            parts.callback(lock_root(root))
         except OSError as error:
             text = f"{error.strerror} for {error.filename}; it must be a folder that the node's user can write"
             raise NodeError(f"[storage].root = {root}: {text}") from error
         self.spool = Spool(root, min_free_bytes=config.intake.min_free_bytes, sync=config.intake.sync)
         self.spool.clean_temp()
+        self._check_ledger()
         self.ledger = open_ledger(config.ledger_url)
         parts.callback(self.ledger.close)
         if not (root / "node.id").exists():
@@ -159,6 +172,7 @@ class Node:
             on_result=deliveries.wake,
             on_stage=self.metrics.observe_stage,
         )
+        adopt_unknown(self.ledger, self.spool)
         worker.reclaim()
         deliveries.reclaim()
         self._sweep()
@@ -189,8 +203,16 @@ class Node:
         self._parts.callback(ticker.stop)
         self._alive.append(lambda: ticker.alive)
 
+    def _check_ledger(self) -> None:
+        """Raise `LedgerDamaged` before anything is written into a file that is broken."""
+        if self.config.has_ledger_file and (file := ledger_file(self.config.ledger_url)).exists():
+            began = time.monotonic()
+            check_file(file)
+            log.info("ledger.checked", bytes=file.stat().st_size, seconds=round(time.monotonic() - began, 3))
+
     def _listen(self, port: int | None, prover: Prover) -> int:
         take_report = prover.take if self.config.asks_commitment else None
+        self._check_security()
         receiver: Receiver | ReceiverPool
         if self.config.node.receiver_processes:
             receiver = ReceiverPool(
@@ -235,6 +257,22 @@ class Node:
             raise NodeError(f"[metrics].port = {metrics.port}: cannot listen: {error.strerror}") from error
         self._parts.callback(self.metrics.stop)
 
+    def _check_security(self) -> None:
+        """What an administrator must know of who can come in, before anybody can."""
+        config = self.config
+        if config.tls.cert_file is not None:
+            try:
+                server_context(config.tls)
+            except SecurityError as error:
+                raise NodeError(str(error)) from error
+        self._warn_of_certificates()
+        if config.node.unknown_peers == "accept":
+            reason = 'whoever reaches the port may send: say "reject" when every sender is one of [[peers]]'
+            log.warning("node.open_to_strangers", key="[node].unknown_peers", reason=reason)
+
+    def _warn_of_certificates(self) -> None:
+        warn_of_ends(self.config, utc_now())
+
     def _warm_up(self, engine: Engine) -> None:
         try:
             engine.warm_up(pipeline_options(self.config))
@@ -245,7 +283,9 @@ class Node:
         schedule = Schedule()
         schedule.every(SWEEP_EVERY_S, "sweep", self._sweep)
         schedule.every(RETENTION_EVERY_S, "retention", self._retention)
+        schedule.every(BACKUP_EVERY_S, "backup", Backups(self.config, self.ledger).tick)
         schedule.every(REJECT_EVERY_S, "rejections", self._reject_superseded)
+        schedule.every(CERTIFICATES_EVERY_S, "certificates", self._warn_of_certificates)
         if self._notifier.watchdog_s:
             schedule.every(self._notifier.watchdog_s / 2, "watchdog", self._sign_of_life)
         return schedule
@@ -320,14 +360,26 @@ class Ticker:
                 log.exception("node.tick_failed", part=self._thread.name)
 
 
-def _lock(path: Path) -> Callable[[], None]:
+def _close_to_others(root: Path) -> None:
+    """The spool is the node's user's alone: patients' data, whatever the modes of the files in it."""
+    mode = stat.S_IMODE(root.stat().st_mode)
+    if not mode & 0o077:
+        return
+    try:
+        root.chmod(mode & 0o700)
+        log.warning("node.spool_closed_to_others", root=str(root), was=f"{mode:04o}", now=f"{mode & 0o700:04o}")
+    except OSError as error:  # somebody else's folder, as a mounted volume may be
+        log.warning("node.spool_open_to_others", root=str(root), mode=f"{mode:04o}", reason=error.strerror)
+
+
+def lock_root(root: Path) -> Callable[[], None]:
     """Hold the storage root for this process; returns how to let go. A killed process lets go by itself."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(root / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        raise NodeError(f"[storage].root = {path.parent}: another node is running on it") from error
+        raise NodeError(f"[storage].root = {root}: another node is running on it") from error
     return lambda: os.close(descriptor)
 
 

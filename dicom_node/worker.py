@@ -31,6 +31,7 @@ from dicom_node.lineage import (
     series_out,
     written_at,
 )
+from dicom_node.recover import facts_of
 from dicom_node.retry import retry_delay_s
 from dicom_node.settle import OPTIONAL_KINDS
 from pipeline.errors import DistrictError, GateRefusal, PipelineError, UnsupportedSeries
@@ -290,7 +291,9 @@ class Worker:
             self._ledger, job.id, self._owner, self._config.engine.lease_s, lambda: self._stop_at, self._on_stage
         )
         options = self._options_for(job)
-        self._ledger.update(job.id, details={**_made_of(options), WRITTEN: created.isoformat()})
+        made_of = {**_made_of(options), WRITTEN: created.isoformat()}
+        self._spool.keep_job(job.id, facts_of(job, **made_of))
+        self._ledger.update(job.id, details=made_of)
         self._engine.run(
             job.id,
             paths,

@@ -7,12 +7,12 @@ import sys
 import typer
 
 from dicom_node import __version__
-from dicom_node.cli import check, conformance, demo, jobs, models, recall, run, serve, train, why
+from dicom_node.cli import check, conformance, demo, jobs, ledger, models, recall, run, serve, train, why
 from dicom_node.cli.common import console_err, print_error
 from dicom_node.config import ConfigError
 from dicom_node.errors import NodeError
 from pipeline.errors import PipelineError
-from storage.errors import StorageError
+from storage.errors import LedgerDamaged, StorageError
 
 app = typer.Typer(
     name="dicom-node",
@@ -30,6 +30,7 @@ app.command("recall")(recall.recall_results)
 app.command("conformance")(conformance.conformance)
 app.command("demo")(demo.demo)
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(ledger.app, name="ledger")
 app.add_typer(models.app, name="models")
 app.add_typer(train.app, name="train")
 
@@ -54,6 +55,9 @@ def main() -> None:
     except ConfigError as error:
         print_error(str(error))
         sys.exit(2)
+    except LedgerDamaged as error:  # starting again cannot help: deploy/dicom-node.service
+        print_error(f"error: {error}")
+        sys.exit(3)
     except (NodeError, StorageError, PipelineError) as error:
         print_error(f"error: {error}")
         sys.exit(1)

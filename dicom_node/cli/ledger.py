@@ -1,0 +1,78 @@
+"""`dicom-node ledger`: is the ledger whole, a copy of it, and the way back from one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dicom_node.backup import backup_folder
+from dicom_node.cli.common import DEFAULT_CONFIG, ConfigPath, console, fail, local_time, opened_ledger, safe
+from dicom_node.config import load_config
+from storage.backup import backup_time, backups, check_file, ledger_file, make_backup, restore
+from storage.ledger import utc_now
+
+app = typer.Typer(help="Check, back up and restore the ledger.", no_args_is_help=True)
+
+
+@app.command("check")
+def check(
+    config: ConfigPath = DEFAULT_CONFIG,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what the node checks at each start.")] = False,
+) -> None:
+    """Read the whole ledger and say whether it is in order. The node may be running."""
+    loaded = load_config(config)
+    file = ledger_file(loaded.ledger_url)
+    if not file.exists():
+        raise fail(f"ledger {file}: is not there; no node has run with this configuration yet")
+    check_file(file, full=not quick)
+    size = file.stat().st_size
+    console.print(safe(f"ledger {file}: whole, {size / 1e6:.1f} MB"), soft_wrap=True)
+    found = backups(backup_folder(loaded))
+    if found:
+        newest = f"the newest {found[-1]} of {local_time(backup_time(found[-1]))}"
+        console.print(safe(f"backups: {len(found)}, {newest}"), soft_wrap=True)
+    else:
+        console.print(safe(f"backups: none in {backup_folder(loaded)}"), soft_wrap=True)
+
+
+@app.command("backup")
+def backup(
+    config: ConfigPath = DEFAULT_CONFIG,
+    to: Annotated[Path | None, typer.Option("--to", help="Another folder than the configured one.")] = None,
+) -> None:
+    """Make a backup now, beside those of every day. The node may be running."""
+    loaded = load_config(config)
+    file = ledger_file(loaded.ledger_url)
+    keep = max(loaded.storage.keep_backups, 1) + 1  # one that is asked for pushes no day's out
+    made = make_backup(file, to or backup_folder(loaded), keep=keep, now=utc_now())
+    console.print(safe(f"{made}: {made.stat().st_size / 1e6:.1f} MB, whole"), soft_wrap=True)
+
+
+@app.command("restore")
+def restore_backup(
+    file: Annotated[Path, typer.Argument(help="A backup, as `ledger check` lists them.")],
+    config: ConfigPath = DEFAULT_CONFIG,
+) -> None:
+    """Put a backup in the ledger's place. Stop the node first; the former ledger is kept beside it.
+
+    At its next start the node goes on with what the backup knows, and takes up from the spool what it does not.
+    """
+    from dicom_node.node import lock_root
+
+    loaded = load_config(config)
+    target = ledger_file(loaded.ledger_url)
+    if not file.is_file():
+        raise fail(f"{file}: is not there")
+    unlock = lock_root(loaded.storage.root)
+    try:
+        aside = restore(file, target, now=utc_now())
+        with opened_ledger(loaded) as ledger:  # brings an older schema up
+            ledger.note("", "ledger_restored", f"the ledger was restored from {file.name}")
+    finally:
+        unlock()
+    console.print(safe(f"{target}: is now {file.name}"), soft_wrap=True)
+    if aside is not None:
+        console.print(safe(f"the former ledger is {aside}; remove it when all is well"), soft_wrap=True)
+    console.print("Start the node: it takes up from the spool what the backup does not know.", soft_wrap=True)
