@@ -65,11 +65,16 @@ class ResultUids:
                     "software": made_by.software_version,
                     "segmenter": [made_by.segmenter, made_by.segmenter_version],
                     "settings": sorted(made_by.settings),
-                    "output": {k: v for k, v in asdict(self.options).items() if k not in NOT_IN_KEY},
+                    "output": self._output(),
                     "encoding": self.encoding,
                 }
             )
         ).hexdigest()
+
+    def _output(self) -> dict[str, Any]:
+        """The options that decide the content; `test` only where it is set: results of before keep their UIDs."""
+        options = {k: v for k, v in asdict(self.options).items() if k not in NOT_IN_KEY}
+        return options if self.options.test else {k: v for k, v in options.items() if k != "test"}
 
     def uid(self, kind: str, index: int = 0) -> str:
         """The UID of one thing in the result: kind "series", "inst", "mip", ...; at most 44 characters.

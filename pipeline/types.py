@@ -331,6 +331,7 @@ class OutputOptions:
     emit_patient_position: bool = False
     emit_sc_markers: bool = False
     omit_patient_size: bool = False
+    test: bool = False  # of a generated test study: descriptions and comments say TEST
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,7 +37,7 @@ from pipeline.outputs.codes import (
 )
 from pipeline.outputs.companions import CONTENT_CREATOR, equipment, one_instance, stand_in, write_common_modules
 from pipeline.outputs.header import clean
-from pipeline.outputs.modules import Uids, contributing_equipment
+from pipeline.outputs.modules import Uids, contributing_equipment, described
 from pipeline.outputs.pet_series import AXIAL
 from pipeline.outputs.picture import DISTRICT_COLORS
 from pipeline.types import (
@@ -104,7 +104,7 @@ def encode_district_seg(
         content_label=CONTENT_LABEL,
         content_description=CONTENT_DESCRIPTION,
         content_creator_name=CONTENT_CREATOR,
-        series_description=SERIES_DESCRIPTION,
+        series_description=described(SERIES_DESCRIPTION, options),
         pixel_measures=_pixel_measures(districts.grid),
         plane_orientation=hd.PlaneOrientationSequence("PATIENT", AXIAL),
         plane_positions=_plane_positions(districts.grid),

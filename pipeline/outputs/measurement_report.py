@@ -41,7 +41,7 @@ from pipeline.outputs.codes import (
 from pipeline.outputs.companions import equipment, one_instance, stand_in, stand_ins, write_common_modules
 from pipeline.outputs.explicit import IMPLEMENTATION_CLASS_UID
 from pipeline.outputs.header import clean
-from pipeline.outputs.modules import HASH_SHOWN, MANUFACTURER, MODEL_NAME, Uids, contributing_equipment
+from pipeline.outputs.modules import HASH_SHOWN, MANUFACTURER, MODEL_NAME, Uids, contributing_equipment, described
 from pipeline.outputs.pet_series import AXIAL
 from pipeline.types import DistrictStats, EncodedSeries, Grid, OutputOptions, Provenance, SourceSeries
 
@@ -117,7 +117,7 @@ def encode_measurement_report(
         series_number=free_series_number(number, source),
         sop_instance_uid=uids.uid(f"sr{segments.sop_instance_uid}", number),
         instance_number=1,
-        series_description=SERIES_DESCRIPTION,
+        series_description=described(SERIES_DESCRIPTION, options),
         is_complete=True,
         is_final=False,
         **equipment(provenance),

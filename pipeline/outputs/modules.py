@@ -27,6 +27,8 @@ MODEL_NAME = "dicom-node synthetic PET"
 HASH_SHOWN = 12  # hexadecimal digits of a SHA-256 that people can still compare by eye
 
 IMAGE_COMMENTS = "SYNTHETIC PET PREDICTED FROM CT BY AI - NOT ACQUIRED - NOT FOR DIAGNOSIS"
+TEST_COMMENTS = "TEST OF THE NODE ON A GENERATED PHANTOM - NO PATIENT; "
+LONG_STRING = 64  # characters of VR LO (PS3.5 table 6.2-1)
 
 
 class Uids(Protocol):
@@ -72,10 +74,19 @@ def result_dataset(
     ds.ContentDate, ds.ContentTime = now.date, now.time
     ds.AcquisitionNumber = 1
     silent = _not_evaluated(not_evaluated)
-    ds.ImageComments = f"{IMAGE_COMMENTS}{silent}"
+    test = TEST_COMMENTS if options.test else ""
+    ds.ImageComments = f"{test}{IMAGE_COMMENTS}{silent}"
     ds.DerivationDescription = f"{derivation_description(provenance)}{silent}"
     copy_lossy_history(ds, source)
     return ds
+
+
+def described(description: str, options: OutputOptions) -> str:
+    """A SeriesDescription (0008,103E) with TEST as its second word in a test study: viewers cut the end off."""
+    if not options.test:
+        return description
+    first, _, rest = description.partition(" ")
+    return f"{first} TEST {rest}"[:LONG_STRING].rstrip()
 
 
 def secondary_capture(ds: Dataset, provenance: Provenance) -> None:

@@ -37,7 +37,7 @@ from pipeline.outputs.explicit import (
     text_element,
 )
 from pipeline.outputs.header import clean, ds_text, numbers_of, unsigned_of
-from pipeline.outputs.modules import Uids, result_dataset, secondary_capture
+from pipeline.outputs.modules import Uids, described, result_dataset, secondary_capture
 from pipeline.outputs.quantize import MAX_CODE, CodeVolume, quantize
 from pipeline.types import (
     EncodedInstance,
@@ -189,7 +189,7 @@ def _shared_dataset(
     ds.Modality = "PT"
     ds.SeriesInstanceUID = uids.uid("series")
     ds.SeriesNumber = free_series_number(options.series_number, source)
-    ds.SeriesDescription = clean("LO", options.series_description)
+    ds.SeriesDescription = described(clean("LO", options.series_description), options)
     ds.FrameOfReferenceUID = suv.grid.frame_of_reference_uid
     ds.BurnedInAnnotation = "NO"
     copy_position_reference(ds, source)

@@ -26,7 +26,7 @@ from pipeline.outputs.drawing import (
     scale_for,
     show,
 )
-from pipeline.outputs.modules import Uids, result_dataset, secondary_capture
+from pipeline.outputs.modules import Uids, described, result_dataset, secondary_capture
 from pipeline.types import (
     CtVolume,
     District,
@@ -89,7 +89,7 @@ def encode_mip(
     ds.Modality = "OT"
     ds.SeriesInstanceUID = uids.uid("mip_series")
     ds.SeriesNumber = free_series_number(options.mip_series_number, source)
-    ds.SeriesDescription = MIP_DESCRIPTION
+    ds.SeriesDescription = described(MIP_DESCRIPTION, options)
     ds.InstanceNumber = 1
     ds.ImageType = ["DERIVED", "SECONDARY"]
     ds.PatientOrientation = None  # three views in one image

@@ -22,7 +22,7 @@ from pydicom.data import get_palette_files
 from pipeline.outputs.attributes import body_part_examined, free_series_number, local_moment
 from pipeline.outputs.companions import CONTENT_CREATOR, equipment, one_instance, stand_ins, write_common_modules
 from pipeline.outputs.header import ds_text
-from pipeline.outputs.modules import Uids, contributing_equipment
+from pipeline.outputs.modules import Uids, contributing_equipment, described
 from pipeline.outputs.picture import MIP_BANNER
 from pipeline.types import EncodedSeries, Grid, OutputOptions, Provenance, SourceSeries
 
@@ -65,7 +65,7 @@ def encode_grayscale_state(
         OutputError: as for the PET series.
     """
     ds = hd.pr.GrayscaleSoftcopyPresentationState(
-        **_identity(GRAYSCALE, options.gsps_series_number, "INVERSE GRAY", uids, source),
+        **_identity(GRAYSCALE, options.gsps_series_number, "INVERSE GRAY", uids, source, options),
         **_shown(pet, slope, grid, source),
         **equipment(provenance),
         voi_lut_transformations=[_window()],
@@ -92,7 +92,7 @@ def encode_pseudo_color_state(
     As `encode_grayscale_state`, of kind "pcps" and numbered `pcps_series_number`.
     """
     ds = hd.pr.PseudoColorSoftcopyPresentationState(
-        **_identity(PSEUDO_COLOR, options.pcps_series_number, "HOT IRON", uids, source),
+        **_identity(PSEUDO_COLOR, options.pcps_series_number, "HOT IRON", uids, source, options),
         **_shown(pet, slope, grid, source),
         **equipment(provenance),
         palette_color_lut_transformation=_palette(),
@@ -101,13 +101,16 @@ def encode_pseudo_color_state(
     return _finished(ds, PSEUDO_COLOR, pet, slope, grid, source, provenance, options, created)
 
 
-def _identity(kind: str, number: int, label: str, uids: Uids, source: SourceSeries) -> dict[str, Any]:
+def _identity(
+    kind: str, number: int, label: str, uids: Uids, source: SourceSeries, options: OutputOptions
+) -> dict[str, Any]:
+    description = f"SYNTHETIC FDG PET {label} {WINDOW_NAME} - AI, RESEARCH ONLY"
     return {
         "series_instance_uid": uids.uid(f"{kind}_series", number),
         "series_number": free_series_number(number, source),
         "sop_instance_uid": uids.uid(kind, number),
         "instance_number": 1,
-        "series_description": f"SYNTHETIC FDG PET {label} {WINDOW_NAME} - AI, RESEARCH ONLY",
+        "series_description": described(description, options),
         "content_label": label,
         "content_description": f"Synthetic PET, {label.lower()}, {WINDOW_NAME}",  # LO: at most 64 characters
         "content_creator_name": CONTENT_CREATOR,

@@ -18,7 +18,7 @@ from pydicom.uid import SecondaryCaptureImageStorage
 from pipeline.outputs.attributes import copy_position_reference, free_series_number, set_character_set
 from pipeline.outputs.codes import SUV_BW_UNITS, code_item
 from pipeline.outputs.explicit import EXPLICIT_VR_LITTLE_ENDIAN, SeriesTemplate
-from pipeline.outputs.modules import Uids, result_dataset, secondary_capture
+from pipeline.outputs.modules import Uids, described, result_dataset, secondary_capture
 from pipeline.outputs.pet_series import (
     IMAGE_INDEX,
     VARYING,
@@ -79,7 +79,7 @@ def encode_uncertainty_series(
     ds.Modality = "OT"
     ds.SeriesInstanceUID = own.uid("series")
     ds.SeriesNumber = free_series_number(options.uncertainty_series_number, source)
-    ds.SeriesDescription = SERIES_DESCRIPTION
+    ds.SeriesDescription = described(SERIES_DESCRIPTION, options)
     ds.ImageType = ["DERIVED", "SECONDARY", "UNCERTAINTY"]
     ds.ImageComments = f"{WHAT_IT_IS}; {ds.ImageComments}"
     ds.DerivationDescription = f"{WHAT_IT_IS}; {ds.DerivationDescription}"
