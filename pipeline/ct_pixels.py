@@ -11,8 +11,8 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.pixels import iter_pixels
 from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import ExplicitVRBigEndian
 
 from pipeline.ct_headers import PIXEL_TAGS, Frame, PixelFormat
@@ -113,7 +113,8 @@ def _decode(frames: Sequence[Frame]) -> Iterator[NDArray[np.uint16]]:
     # one frame is looked up; for several the file is read once, from the front: without an offset table
     # (PS3.5 annex A.4) every look-up begins there
     indices = [first.index] if len(frames) == 1 else None
-    with closing(iter_pixels(first.path, raw=True, indices=indices)) as arrays:
+    decoding: Any = iter_pixels(first.path, raw=True, indices=indices)  # a generator: it closes the file
+    with closing(decoding) as arrays:
         number = -1
         for frame in frames:
             while number < frame.index:
