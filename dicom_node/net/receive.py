@@ -27,7 +27,7 @@ from dicom_node.net.peers import Admission, admit, peer_that_may, plain_address,
 from dicom_node.net.scp import Listener, build_ae, contexts_for, listen_all, make_server, storage_services_for
 from dicom_node.net.security import ServerContext
 from dicom_node.net.status import LOCAL_LIMIT_EXCEEDED, NO_REASON_TRANSIENT, Rejection, Status, rejection
-from dicom_node.net.store import Announced, Book, Notes, Store, fault_of, names_instance
+from dicom_node.net.store import PLACEHOLDER_UID, Announced, Book, Notes, Store, fault_of, names_instance
 from dicom_node.net.stream import PduReader
 from storage.spool import Spool
 
@@ -39,7 +39,6 @@ _AFFECTED_CLASS = Tag(0x0000, 0x0002)
 _AFFECTED_INSTANCE = Tag(0x0000, 0x1000)
 _MESSAGE_ID = Tag(0x0000, 0x0110)
 _MOVE_ORIGINATOR_AE = Tag(0x0000, 0x1030)
-_PLACEHOLDER_UID = "0.0"  # stands in a response for what was no UID
 _AWAITS_REQUEST = "Sta2"  # PS3.8 table 9-6: connected, waiting for the A-ASSOCIATE-RQ
 _JOIN_S = 10.0
 _POLL_S = 0.1  # how soon the listening thread sees that it shall stop
@@ -99,6 +98,8 @@ class Receiver:
             self._threads.append(threading.Thread(target=server.serve_forever, args=(_POLL_S,), name=name, daemon=True))
             self._threads[-1].start()
             log.info("receiver.started", ae_title=node.ae_title, host=node.host, port=listener.port, tls=listener.tls)
+        if self._commitments is not None:
+            self._commitments.start()
         return listening[0].port
 
     @property
@@ -117,6 +118,8 @@ class Receiver:
             return
         self._hang_up_on_the_silent()
         self._ae.shutdown()
+        if self._commitments is not None:
+            self._commitments.stop()
         for thread in self._threads:
             thread.join(_JOIN_S)
         with self._lock:
@@ -209,8 +212,13 @@ class Receiver:
         log.warning("association.rejected", code=decision.code, reason=decision.text, count=count)
         repeated = self._store.repeats(decision.code, decision.text)
         if repeated is not None:
-            details = {"reason": decision.code, "repeated": repeated}
+            details: dict[str, Any] = {"reason": decision.code, "repeated": repeated}
+            if decision.config_lines:
+                details["config_lines"] = list(decision.config_lines)
             self._store.note("association_rejected", decision.text, details)
+        if repeated == 0:
+            for line in decision.config_lines:
+                log.warning("association.to_let_it_in", add_to_config=line)
         assoc.kill()  # waits until the rejection is sent and the peer closed (or the ARTIM timer ran out)
 
     def _too_many(self, text: str) -> None:
@@ -305,7 +313,7 @@ class Receiver:
             return  # pynetdicom aborts
         fault = fault_of(sop_class_uid=sop_class, sop_instance_uid=instance, context_class=str(context.abstract_syntax))
         if fault:
-            command.add_new(_AFFECTED_INSTANCE, "UI", _PLACEHOLDER_UID if names_instance(fault) else instance)
+            command.add_new(_AFFECTED_INSTANCE, "UI", PLACEHOLDER_UID if names_instance(fault) else instance)
             command.add_new(_AFFECTED_CLASS, "UI", str(context.abstract_syntax))
             with self._lock:
                 token = self._tokens.get(event.assoc, "")

@@ -16,8 +16,12 @@ class Status(IntEnum):
 
     SUCCESS = 0x0000
     PROCESSING_FAILURE = 0x0110
+    NO_SUCH_INSTANCE = 0x0112
     NO_SUCH_EVENT_TYPE = 0x0113
     INVALID_ARGUMENT = 0x0115
+    NO_SUCH_ACTION = 0x0123
+    NOT_AUTHORIZED = 0x0124
+    RESOURCE_LIMITATION = 0x0213
     OUT_OF_RESOURCES = 0xA700
     DATA_SET_MISMATCH = 0xA900
     CANNOT_UNDERSTAND = 0xC000
@@ -26,10 +30,16 @@ class Status(IntEnum):
 
 ANSWERS: Mapping[Status, str] = MappingProxyType(
     {
-        Status.SUCCESS: "C-STORE: the instance is durable, or of a class that is not kept; a report: it is durable",
-        Status.PROCESSING_FAILURE: "N-EVENT-REPORT: the report could not be kept; report it again",
+        Status.SUCCESS: "C-STORE: the instance is durable, or of a class that is not kept; a report, a request for one: it is durable",
+        Status.PROCESSING_FAILURE: "N-EVENT-REPORT: it could not be kept, send it again; N-ACTION: so, or its "
+        "Transaction UID is that of another request",
+        Status.NO_SUCH_INSTANCE: "N-ACTION: it is not for the well-known instance of the Push Model",
         Status.NO_SUCH_EVENT_TYPE: "N-EVENT-REPORT: the Event Type ID is neither 1 nor 2",
-        Status.INVALID_ARGUMENT: "N-EVENT-REPORT: it cannot be read, or its Transaction UID is not one of ours",
+        Status.INVALID_ARGUMENT: "N-EVENT-REPORT: it cannot be read, or its Transaction UID is not one of ours; "
+        "N-ACTION: it cannot be read, or holds what is no UID",
+        Status.NO_SUCH_ACTION: "N-ACTION: the Action Type ID is not 1",
+        Status.NOT_AUTHORIZED: "N-ACTION: the peer may not ask for commitment",
+        Status.RESOURCE_LIMITATION: "N-ACTION: no room, or too many instances or requests; nothing was kept",
         Status.OUT_OF_RESOURCES: "C-STORE: no room on disk; nothing was kept, send it again later",
         Status.DATA_SET_MISMATCH: "C-STORE: the SOP Class UID is not the one of the presentation context",
         Status.CANNOT_UNDERSTAND: "C-STORE: there is no data set, or the SOP Instance UID is none",
@@ -105,13 +115,17 @@ def status_text(status: int) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejection:
-    """An A-ASSOCIATE-RJ (PS3.8 table 9-21) with our reason code and a sentence for the log and the ledger."""
+    """An A-ASSOCIATE-RJ (PS3.8 table 9-21) with our reason code and a sentence for the log and the ledger.
+
+    `config_lines` are what an administrator adds to config.toml to let the caller in.
+    """
 
     code: str
     result: int  # 1 permanent, 2 transient
     source: int  # 1 service user, 2 ACSE, 3 presentation
     diagnostic: int
     text: str
+    config_lines: tuple[str, ...] = ()
 
 
 CALLED_AE_NOT_RECOGNIZED = (1, 1, 7)
@@ -120,7 +134,9 @@ LOCAL_LIMIT_EXCEEDED = (2, 3, 2)
 NO_REASON_TRANSIENT = (2, 2, 1)
 
 
-def rejection(code: str, reason: tuple[int, int, int], text: str) -> Rejection:
+def rejection(code: str, reason: tuple[int, int, int], text: str, config_lines: tuple[str, ...] = ()) -> Rejection:
     """Join our words with one of the standard's reasons above."""
     result, source, diagnostic = reason
-    return Rejection(code=code, result=result, source=source, diagnostic=diagnostic, text=text)
+    return Rejection(
+        code=code, result=result, source=source, diagnostic=diagnostic, text=text, config_lines=config_lines
+    )

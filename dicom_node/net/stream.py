@@ -105,6 +105,7 @@ class PduReader:
         self._buffer = memoryview(bytearray(0))  # made for the first instance
         self._left = 0  # bytes of the PDU that are not read yet
         self._drained = 0
+        self.heard_at = 0.0  # when the last message began, in monotonic seconds
         self.released = False  # the peer asked for release between two messages: it sent all that it wanted to send
 
     def take_over(self) -> None:
@@ -117,11 +118,6 @@ class PduReader:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(_TICK_S))
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._send_s))
         self._dul._read_pdu_data = self.read
-
-    @property
-    def heard_at(self) -> float:
-        """When the peer's last byte came, in monotonic seconds."""
-        return self._heard
 
     def read(self) -> None:
         """Read what is there: C-STORE requests to their end, anything else as one PDU for pynetdicom."""
@@ -151,12 +147,12 @@ class PduReader:
     def _read_one(self) -> bool:
         """One message or one PDU; True when it is dealt with, False when pynetdicom has to act on it."""
         self._pace.begin()
+        self.heard_at = time.monotonic()
         if not self._left:  # else the PDU that ended the last message has another one
-            header = self._exactly(cmd.PDU_HEADER.size)
-            kind, length = cmd.PDU_HEADER.unpack(header)
+            header, kind, length = self._pdu_header()
             state = self._dul.state_machine.current_state
             if kind != cmd.P_DATA or not self._streams or state != _ESTABLISHED:
-                pdu = self._rest_of_pdu(header)
+                pdu = header + self._exactly(length)
                 self.released = kind == cmd.RELEASE and not self._passing.inside
                 if kind == cmd.P_DATA:
                     self._passing.look(pdu)
@@ -171,14 +167,16 @@ class PduReader:
             self._pass_on(other.pdu)
             return False
 
-    def _rest_of_pdu(self, header: bytes) -> bytes:
+    def _pdu_header(self) -> tuple[bytes, int, int]:
+        """(bytes, type, length) of the next PDU."""
+        header = self._exactly(cmd.PDU_HEADER.size)
         kind, length = cmd.PDU_HEADER.unpack(header)
         if not 1 <= kind <= 7:
             raise Malformed(f"PDU type 0x{kind:02X}")
         limit = self._max_pdu if kind == cmd.P_DATA else _MAX_NEGOTIATION
         if length > limit:
             raise Malformed(f"a PDU of type 0x{kind:02X} claims {length} bytes: at most {limit} are read")
-        return header + self._exactly(length)
+        return header, kind, length
 
     def _pass_on(self, raw: bytes) -> None:
         """Give pynetdicom a PDU, as its own reader would."""
@@ -286,10 +284,9 @@ class PduReader:
     def _next_pdv(self) -> tuple[int, int, int]:
         """(context ID, message control header, length of the fragment); what is left of the PDU begins with that."""
         while not self._left:
-            header = self._exactly(cmd.PDU_HEADER.size)
-            kind, length = cmd.PDU_HEADER.unpack(header)
+            header, kind, length = self._pdu_header()
             if kind != cmd.P_DATA:
-                raise _Interrupted(self._rest_of_pdu(header))
+                raise _Interrupted(header + self._exactly(length))
             self._left = length
         if self._left < cmd.PDV_HEADER.size:
             raise Malformed(f"a PDU with {self._left} bytes left, too few for a PDV")

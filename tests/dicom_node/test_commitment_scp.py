@@ -1,0 +1,349 @@
+"""A peer asks whether we hold what it stored, and is told: on the same association, on another one, after a restart."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ct_factory import write_ct
+from fake_pacs import free_port
+from intake_tools import Intake, config, running_intake
+from pydicom import Dataset
+from pydicom.sequence import Sequence as DicomSequence
+from pydicom.uid import CTImageStorage, MRImageStorage, generate_uid
+from pynetdicom import AE, build_context, build_role, evt
+
+from dicom_node.commitments import CommitmentReporter
+from dicom_node.config import Config
+from dicom_node.net import commitment_scp
+from dicom_node.net.commitment_scp import FailureReason, Verdict, judge, parse_request
+from dicom_node.net.link import RequestOutcome
+from dicom_node.net.part10 import read_part10
+from dicom_node.net.status import Status
+from dicom_node.net.store import kept_classes
+from storage import asked as asked_module
+from storage.asked import Asked, AskedCommitments
+from storage.errors import NoSpace, StaleState
+
+COMMITMENT, INSTANCE = "1.2.840.10008.1.20.1", "1.2.840.10008.1.20.1.1"
+NOW = datetime(2026, 11, 22, 3, 0, tzinfo=UTC)
+WAIT_S = 20.0
+
+
+class Modality:
+    """A modality that stores, asks for commitment, and takes reports on either kind of association."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.reports: list[Dataset] = []
+        self.kinds: list[int] = []
+        self.ways: list[str] = []
+        self.answer = 0x0000
+        self._ae = AE("MODALITY")
+        self._ae.add_supported_context(COMMITMENT, scu_role=False, scp_role=True)
+        self._came = threading.Condition()
+        self._server: Any = None
+
+    def listen(self) -> Modality:
+        handlers = [(evt.EVT_N_EVENT_REPORT, self._on_report)]
+        self._server = self._ae.start_server(("127.0.0.1", self.port), block=False, evt_handlers=handlers)
+        return self
+
+    def stop(self) -> None:
+        self._ae.shutdown()
+
+    def _on_report(self, event: evt.Event) -> tuple[int, None]:
+        with self._came:
+            self.reports.append(event.event_information)
+            self.kinds.append(event.event_type or 0)
+            self.ways.append("same" if event.assoc.is_requestor else "own")
+            self._came.notify_all()
+        return self.answer, None
+
+    def wait(self, count: int = 1) -> Dataset:
+        with self._came:
+            assert self._came.wait_for(lambda: len(self.reports) >= count, WAIT_S), "no report came"
+            return self.reports[-1]
+
+    def ask(
+        self,
+        port: int,
+        references: Sequence[tuple[str, str]],
+        *,
+        transaction_uid: str = "1.2.3.4",
+        calling_ae: str = "MODALITY",
+        wait: bool = False,
+        action: int = 1,
+        instance: str = INSTANCE,
+        both_roles: bool = False,
+    ) -> int | None:
+        """The status of the N-ACTION; None when the context was not accepted. `wait` stays until a report came."""
+        ds = Dataset()
+        ds.TransactionUID = transaction_uid
+        ds.ReferencedSOPSequence = DicomSequence([reference(*one) for one in references])
+        ae = AE(calling_ae)
+        roles = [build_role(COMMITMENT, scu_role=True, scp_role=True)] if both_roles else []
+        assoc = ae.associate(
+            "127.0.0.1",
+            port,
+            contexts=[build_context(COMMITMENT), build_context("1.2.840.10008.1.1")],
+            ae_title="SYNPET",
+            ext_neg=[*roles],
+            evt_handlers=[(evt.EVT_N_EVENT_REPORT, self._on_report)],
+        )
+        assert assoc.is_established
+        try:
+            if COMMITMENT not in {context.abstract_syntax for context in assoc.accepted_contexts}:
+                return None
+            answer, _ = assoc.send_n_action(ds, action, COMMITMENT, instance)
+            if wait:
+                self.wait()
+            return int(answer.Status)
+        finally:
+            assoc.release()
+
+
+def reference(sop_class: str, uid: str) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, uid
+    return item
+
+
+def failures(report: Dataset) -> dict[str, int]:
+    return {item.ReferencedSOPInstanceUID: item.FailureReason for item in report.get("FailedSOPSequence", ())}
+
+
+def committed(report: Dataset) -> set[str]:
+    return {item.ReferencedSOPInstanceUID for item in report.get("ReferencedSOPSequence", ())}
+
+
+@dataclass
+class Desk:
+    intake: Intake
+    modality: Modality
+    paths: list[Path]
+
+    @property
+    def references(self) -> list[tuple[str, str]]:
+        parts = [read_part10(path) for path in self.paths]
+        return [(part.sop_class_uid, part.sop_instance_uid) for part in parts]
+
+    @property
+    def asked(self) -> AskedCommitments:
+        return AskedCommitments(self.intake.spool.root)
+
+    def reporter(self, **changes: Any) -> CommitmentReporter:
+        return CommitmentReporter(self.intake.config, self.asked, self.intake.spool, self.intake.ledger, **changes)
+
+
+def config_for(modality_port: int, **tables: Any) -> Config:
+    peers = [
+        {"name": "modality", "ae_title": "MODALITY", "port": modality_port, "may": ["store", "echo", "commit"]},
+        {"name": "pacs", "ae_title": "PACS"},
+    ]
+    return config(peers=peers, **tables)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    monkeypatch.setattr(commitment_scp, "SAME_ASSOCIATION_AFTER_S", 0.2)
+    modality = Modality()
+    paths = write_ct(tmp_path / "ct", np.zeros((4, 8, 8)))
+    with running_intake(tmp_path / "node", config_for(modality.port)) as intake:
+        yield Desk(intake, modality, paths)
+    modality.stop()
+
+
+# ---- over the network
+
+
+def test_a_requestor_that_stays_is_told_on_the_same_association(desk: Desk) -> None:
+    desk.intake.put(desk.paths)
+    assert desk.modality.ask(desk.intake.port, desk.references, wait=True) == 0x0000
+    report = desk.modality.reports[0]
+    assert (report.TransactionUID, desk.modality.kinds, desk.modality.ways) == ("1.2.3.4", [1], ["same"])
+    assert committed(report) == {uid for _, uid in desk.references}
+    desk.intake.wait(lambda: not desk.asked.waiting())
+    assert "commitment_reported" in desk.intake.event_codes()
+
+
+def test_a_requestor_that_goes_is_told_on_an_association_of_ours(desk: Desk) -> None:
+    desk.intake.put(desk.paths[:3])
+    desk.modality.listen()
+    assert desk.modality.ask(desk.intake.port, [*desk.references, (MRImageStorage, "1.2.9")]) == 0x0000
+    desk.intake.wait(lambda: desk.asked.waiting()[0].due <= datetime.now(UTC))  # handed over
+    assert desk.reporter().tick() == 1
+    report = desk.modality.wait()
+    assert (desk.modality.kinds, desk.modality.ways) == ([2], ["own"])
+    assert committed(report) == {uid for _, uid in desk.references[:3]}
+    assert failures(report) == {desk.references[3][1]: 0x0112, "1.2.9": 0x0122}
+    assert desk.asked.waiting() == []
+
+
+def test_a_request_outlives_a_restart_and_an_absent_requestor(desk: Desk) -> None:
+    desk.intake.put(desk.paths)
+    assert desk.modality.ask(desk.intake.port, desk.references) == 0x0000
+    desk.intake.wait(lambda: desk.asked.waiting()[0].due <= datetime.now(UTC))
+    desk.intake.receiver.stop()  # all that is left is the spool
+    assert desk.reporter().tick() == 0  # nobody listens there
+    [waiting] = desk.asked.waiting()
+    assert (waiting.attempts, waiting.references) == (1, tuple(desk.references))
+    desk.modality.listen()
+    later = waiting.due + timedelta(seconds=1)
+    assert desk.reporter(clock=lambda: later).tick() == 1
+    assert committed(desk.modality.wait()) == {uid for _, uid in desk.references}
+
+
+def test_both_roles_may_be_proposed_at_once(desk: Desk) -> None:
+    desk.intake.put(desk.paths)
+    assert desk.modality.ask(desk.intake.port, desk.references, wait=True, both_roles=True) == 0x0000
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"action": 2}, 0x0123),
+        ({"instance": "1.2.3"}, 0x0112),
+        ({"transaction_uid": ""}, 0x0115),
+        ({"calling_ae": "PACS"}, None),  # its peer lacks "commit": the class is not even accepted
+    ],
+)
+def test_what_is_no_request_of_one_who_may_ask_is_refused(desk: Desk, changes: Any, status: int | None) -> None:
+    assert desk.modality.ask(desk.intake.port, desk.references, **changes) == status
+    assert desk.asked.waiting() == []
+
+
+# ---- what is held
+
+
+def request_for(references: Sequence[tuple[str, str]], **changes: Any) -> Asked:
+    known: dict[str, Any] = {
+        "transaction_uid": "1.2.3.4",
+        "calling_ae": "MODALITY",
+        "peer": "modality",
+        "references": tuple(references),
+        "asked": NOW,
+        "due": NOW,
+    }
+    return Asked(**{**known, **changes})
+
+
+def reasons(desk: Desk, references: Sequence[tuple[str, str]]) -> list[int]:
+    verdict = judge(request_for(references), desk.intake.spool, kept_classes(desk.intake.config))
+    return [reason for _, _, reason in verdict.failed]
+
+
+def test_an_instance_is_held_wherever_its_file_goes_until_it_is_removed(desk: Desk) -> None:
+    desk.intake.put(desk.paths)
+    assert reasons(desk, desk.references) == []  # incoming
+    desk.intake.assembler.tick()
+    assert reasons(desk, desk.references) == []  # of a series
+    job = desk.intake.job()
+    desk.intake.spool.take_series(job.id, job.info.series_uid)
+    assert reasons(desk, desk.references) == []  # of a job
+    desk.intake.spool.quarantine(desk.intake.spool.ct_files(job.id)[0], "different_content")
+    assert reasons(desk, desk.references) == [FailureReason.NO_SUCH_INSTANCE]
+    desk.intake.spool.discard_work(job.id)
+    assert reasons(desk, desk.references) == [FailureReason.NO_SUCH_INSTANCE] * 4
+
+
+def test_an_instance_of_another_class_is_a_conflict_and_a_broken_file_a_failure(desk: Desk) -> None:
+    desk.intake.put(desk.paths)
+    (_, uid), (_, other) = desk.references[:2]
+    desk.intake.spool.find_instances([other])[other].write_bytes(b"no longer DICOM")
+    found = reasons(desk, [(MRImageStorage, uid), (CTImageStorage, other)])
+    assert found == [FailureReason.CLASS_INSTANCE_CONFLICT, FailureReason.PROCESSING_FAILURE]
+
+
+def test_an_instance_that_is_named_twice_is_reported_once() -> None:
+    ds = Dataset()
+    ds.TransactionUID = "1.2.3"
+    ds.ReferencedSOPSequence = DicomSequence([reference(CTImageStorage, "1.2"), reference(CTImageStorage, "1.2")])
+    assert parse_request(ds) == ("1.2.3", ((CTImageStorage, "1.2"),))
+
+
+def test_more_instances_than_any_study_has_are_refused(monkeypatch: pytest.MonkeyPatch, desk: Desk) -> None:
+    monkeypatch.setattr(commitment_scp, "MOST_REFERENCES", 3)
+    assert desk.modality.ask(desk.intake.port, desk.references) == Status.RESOURCE_LIMITATION
+
+
+# ---- the queue
+
+
+def test_the_same_request_is_kept_once_and_another_under_its_uid_is_refused(tmp_path: Path) -> None:
+    asked = AskedCommitments(tmp_path)
+    first = asked.add(request_for([(CTImageStorage, "1.2")]))
+    assert asked.add(request_for([(CTImageStorage, "1.2")], due=NOW + timedelta(hours=1))) == first
+    with pytest.raises(StaleState, match="other instances"):
+        asked.add(request_for([(CTImageStorage, "1.3")]))
+    asked.add(request_for([(CTImageStorage, "1.3")], calling_ae="OTHER"))
+    assert len(asked.waiting()) == 2
+
+
+def test_a_full_queue_and_a_broken_file_stop_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = AskedCommitments(tmp_path)
+    (tmp_path / "commitments" / f"{'0' * 64}.json").write_text("{")
+    (tmp_path / "commitments" / ".left.tmp").write_text("{")
+    asked.clean_temp()
+    kept = asked.add(request_for([(CTImageStorage, "1.2")]))
+    assert asked.waiting() == [kept]
+    assert len(list((tmp_path / "commitments").iterdir())) == 2  # the broken one is put aside, the half one is gone
+    monkeypatch.setattr(asked_module, "MOST_WAITING", 2)
+    with pytest.raises(NoSpace):
+        asked.add(request_for([(CTImageStorage, "1.2")], transaction_uid="9"))
+
+
+class Outbox:
+    """Answers each report with the next outcome; the last one again and again."""
+
+    def __init__(self, *codes: tuple[str, bool]) -> None:
+        self.codes = list(codes)
+        self.verdicts: list[Verdict] = []
+
+    def __call__(self, verdict: Verdict, _peer: Any) -> RequestOutcome:
+        self.verdicts.append(verdict)
+        code, permanent = self.codes.pop(0) if len(self.codes) > 1 else self.codes[0]
+        return RequestOutcome(code=code, text=code and "it did not work", permanent=permanent)
+
+
+def test_pauses_grow_and_at_last_the_report_is_given_up_with_an_event(desk: Desk) -> None:
+    desk.asked.add(request_for(desk.references))
+    outbox, now, pauses = Outbox(("connection_failed", False)), NOW, []
+    for _ in range(12):
+        desk.reporter(send=outbox, clock=lambda now=now: now).tick()
+        pauses += [(one.due - now).total_seconds() for one in desk.asked.waiting()]
+        assert desk.reporter(send=outbox, clock=lambda now=now: now).tick() == 0  # not due: not tried
+        now = now + timedelta(hours=1)
+    assert pauses[:4] == [30.0, 60.0, 120.0, 240.0]
+    assert max(pauses) == 3600.0
+    assert (len(outbox.verdicts), desk.asked.waiting()) == (12, [])
+    [event] = desk.intake.ledger.search_events(code="commitment_report_failed")
+    assert event.details["attempts"] == 12
+
+
+def test_a_permanent_refusal_and_a_peer_that_is_gone_end_it_at_once(desk: Desk) -> None:
+    desk.asked.add(request_for(desk.references))
+    desk.asked.add(request_for(desk.references, transaction_uid=generate_uid(), peer="gone"))
+    desk.reporter(send=Outbox(("report_refused", True)), clock=lambda: NOW).tick()
+    assert desk.asked.waiting() == []
+    found = {event.details["reason"] for event in desk.intake.ledger.search_events(code="commitment_report_failed")}
+    assert found == {"report_refused", "peer_unknown"}
+
+
+def test_a_peer_that_does_not_answer_is_tried_once_a_tick(desk: Desk) -> None:
+    for number in range(3):
+        desk.asked.add(request_for(desk.references, transaction_uid=f"1.{number}"))
+    outbox = Outbox(("connection_failed", False))
+    desk.reporter(send=outbox, clock=lambda: NOW).tick()
+    assert len(outbox.verdicts) == 1
+
+
+def test_a_clock_that_was_set_back_a_year_delays_no_report(desk: Desk) -> None:
+    desk.asked.add(request_for(desk.references, due=NOW))
+    assert desk.reporter(send=Outbox(("", False)), clock=lambda: NOW - timedelta(days=365)).tick() == 1
