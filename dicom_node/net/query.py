@@ -1,13 +1,14 @@
-"""What an archive shows: C-FIND for one series, as SCU (PS3.4 annex C), to count what is visible of it.
+"""What an archive shows: C-FIND as SCU (PS3.4 annex C), to count what is visible of a series, and to find CT studies.
 
-CountOutcome codes: "" (it was counted), not_offered, find_refused, no_response, too_many_answers, interrupted, and
-those of `link`.
+CountOutcome and FindOutcome codes: "" (it was answered), not_offered, find_refused, no_response, too_many_answers,
+interrupted, and those of `link`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from datetime import date
 from time import monotonic
 
 from pydicom import Dataset
@@ -18,6 +19,8 @@ from pynetdicom.presentation import PresentationContext
 from dicom_node.config import PeerConfig
 from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, dimse_status, where
 from dicom_node.net.status import Outcome, classify, status_text
+from storage.errors import BadUid
+from storage.spool import check_uid
 
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 PENDING = (0xFF00, 0xFF01)  # PS3.4 table C.4-1
@@ -68,6 +71,142 @@ def count_series_instances(
         return CountOutcome(count=count, seconds=seconds)
     code = "not_offered" if trouble.code == "no_presentation_context" else trouble.code
     return CountOutcome(code=code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyFound:
+    """A study that an archive shows. Names and dates of the patient are neither asked for nor kept."""
+
+    study_uid: str
+    accession: str = ""
+    study_date: str = ""
+    description: str = ""
+    modalities: tuple[str, ...] = ()  # empty where the archive does not say
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeriesFound:
+    """A series that an archive shows; `instances` is None where it does not say."""
+
+    series_uid: str
+    modality: str = ""
+    description: str = ""
+    station_name: str = ""
+    instances: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FindOutcome(RequestOutcome):
+    """What was found, or why it is not known; one of the two lists, as it was asked for."""
+
+    studies: tuple[StudyFound, ...] = ()
+    series: tuple[SeriesFound, ...] = ()
+
+
+class Finder:
+    """Questions to one archive, each on an association of its own."""
+
+    def __init__(
+        self,
+        peer: PeerConfig,
+        *,
+        calling_ae: str,
+        timeouts: Timeouts | None = None,
+        max_pdu: int = 262144,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._peer, self._calling_ae, self._max_pdu = peer, calling_ae, max_pdu
+        self._timeouts, self._should_stop = timeouts or Timeouts(), should_stop
+
+    def studies_of_accession(self, accession: str) -> FindOutcome:
+        """The studies with exactly this accession number; one that the archive adds of its own is left out."""
+        found = self._studies(AccessionNumber=accession)
+        mine = tuple(study for study in found.studies if study.accession == accession.strip())
+        return replace(found, studies=mine)
+
+    def study(self, study_uid: str) -> FindOutcome:
+        """That study, if it is there."""
+        found = self._studies(StudyInstanceUID=study_uid)
+        return replace(found, studies=tuple(study for study in found.studies if study.study_uid == study_uid))
+
+    def ct_studies(self, first: date, last: date) -> FindOutcome:
+        """The studies of these days (both included) that have a CT, or of which the archive does not say."""
+        days = f"{first:%Y%m%d}-{last:%Y%m%d}" if first < last else f"{first:%Y%m%d}"
+        found = self._studies(StudyDate=days, ModalitiesInStudy="CT")
+        kept = [study for study in found.studies if not study.modalities or "CT" in study.modalities]
+        inside = (study for study in kept if f"{first:%Y%m%d}" <= study.study_date <= f"{last:%Y%m%d}")
+        return replace(found, studies=tuple(inside))
+
+    def ct_series(self, study_uid: str) -> FindOutcome:
+        """The CT series of a study: an archive need not match Modality, so what it answers is looked at."""
+        query = Dataset()
+        query.QueryRetrieveLevel, query.StudyInstanceUID, query.Modality = "SERIES", study_uid, "CT"
+        for keyword in ("SeriesInstanceUID", "SeriesDescription", "StationName", "NumberOfSeriesRelatedInstances"):
+            setattr(query, keyword, None)
+        answers, outcome = self._ask(query)
+        found = {
+            uid: SeriesFound(
+                series_uid=uid,
+                modality=_text(answer, "Modality"),
+                description=_text(answer, "SeriesDescription"),
+                station_name=_text(answer, "StationName"),
+                instances=_number(answer),
+            )
+            for answer in answers
+            if (uid := _uid(answer, "SeriesInstanceUID")) and _uid(answer, "StudyInstanceUID") in ("", study_uid)
+        }
+        return replace(outcome, series=tuple(one for one in found.values() if one.modality == "CT"))
+
+    def _studies(self, **keys: str) -> FindOutcome:
+        query = Dataset()
+        query.QueryRetrieveLevel = "STUDY"
+        for keyword in ("StudyInstanceUID", "AccessionNumber", "StudyDate", "StudyDescription", "ModalitiesInStudy"):
+            setattr(query, keyword, keys.get(keyword))
+        answers, outcome = self._ask(query)
+        found = {
+            uid: StudyFound(
+                study_uid=uid,
+                accession=_text(answer, "AccessionNumber"),
+                study_date=_text(answer, "StudyDate"),
+                description=_text(answer, "StudyDescription"),
+                modalities=tuple(filter(None, _text(answer, "ModalitiesInStudy").split("\\"))),
+            )
+            for answer in answers
+            if (uid := _uid(answer, "StudyInstanceUID"))
+        }
+        return replace(outcome, studies=tuple(found.values()))
+
+    def _ask(self, query: Dataset) -> tuple[list[Dataset], FindOutcome]:
+        began = monotonic()
+        answers: list[Dataset] = []
+        with Link(self._peer, [find_context()], self._calling_ae, self._timeouts, self._max_pdu) as link:
+            trouble = link.trouble
+            if trouble is None:
+                answers, trouble = _find(link, query, self._peer, self._should_stop)
+        seconds = monotonic() - began
+        if trouble is None:
+            return answers, FindOutcome(seconds=seconds)
+        code = "not_offered" if trouble.code == "no_presentation_context" else trouble.code
+        return [], FindOutcome(code=code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
+
+
+def _text(answer: Dataset, keyword: str) -> str:
+    """A value as text, whatever the archive wrote; several values with a backslash between them."""
+    try:  # pydicom reads a value when it is asked for
+        value = answer.get(keyword)
+    except (ValueError, TypeError, LookupError, OverflowError):
+        return ""
+    if isinstance(value, str | bytes) or value is None:
+        return str(value or "").strip()
+    return "\\".join(str(one) for one in value).strip() if isinstance(value, Iterable) else str(value).strip()
+
+
+def _uid(answer: Dataset, keyword: str) -> str:
+    """A UID that is one; empty for anything else: it goes back over the network, and into the ledger."""
+    try:
+        return check_uid(_text(answer, keyword))
+    except BadUid:
+        return ""
 
 
 def find_context() -> PresentationContext:
