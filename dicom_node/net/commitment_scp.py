@@ -44,6 +44,7 @@ SAME_ASSOCIATION_AFTER_S = 1.0  # of quiet: who releases the association at once
 SAME_ASSOCIATION_ANSWER_S = 10.0  # for the requestor's answer to a report there
 HANDED_OVER_S = 60.0  # then the node reports, whatever became of the association
 _JOIN_S = 15.0
+_SLICE_S = 0.05
 _EVENT_ALL_HELD, _EVENT_FAILURES = 1, 2  # Event Type IDs (table J.3-2)
 
 
@@ -240,7 +241,9 @@ class CommitmentScp:
     def _run(self) -> None:
         while (one := self._due.get()) is not None:
             assoc, request, sent = one
-            self._stopping.wait(max(0.0, sent + SAME_ASSOCIATION_AFTER_S - time.monotonic()))
+            while assoc.is_established and time.monotonic() < sent + SAME_ASSOCIATION_AFTER_S:
+                if self._stopping.wait(_SLICE_S):
+                    break
             if self._stopping.is_set():
                 return
             try:

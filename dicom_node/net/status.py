@@ -30,7 +30,8 @@ class Status(IntEnum):
 
 ANSWERS: Mapping[Status, str] = MappingProxyType(
     {
-        Status.SUCCESS: "C-STORE: the instance is durable, or of a class that is not kept; a report, a request for one: it is durable",
+        Status.SUCCESS: "C-STORE: the instance is durable, or of a class that is not kept; "
+        "N-EVENT-REPORT, N-ACTION: it is durable",
         Status.PROCESSING_FAILURE: "N-EVENT-REPORT: it could not be kept, send it again; N-ACTION: so, or its "
         "Transaction UID is that of another request",
         Status.NO_SUCH_INSTANCE: "N-ACTION: it is not for the well-known instance of the Push Model",
