@@ -141,9 +141,8 @@ class Node:
         config, parts = self.config, self._parts
         root = config.storage.root
         try:
-            root.mkdir(
-                mode=0o700, exist_ok=True
-            )  # not its parents: a disk that is not mounted must not be papered over
+            # not its parents: a disk that is not mounted must not be papered over
+            root.mkdir(mode=0o700, exist_ok=True)
             _close_to_others(root)
             parts.callback(lock_root(root))
         except OSError as error:

@@ -10,6 +10,7 @@ OUTAGE_CODES = frozenset(
         "connection_failed",
         "association_rejected",  # a transient one; a permanent one never asks
         "association_aborted",
+        "tls_failed",  # it hung up in the handshake; what a certificate is to blame for is permanent
         "no_response",
         "instances_deferred",  # 0xA7xx
         "service_busy",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,8 @@ def _check_folder(url: URL) -> None:
         raise LedgerError(f"ledger {path}: the folder {path.parent} does not exist; create it or correct [storage]")
     if path.is_dir():
         raise LedgerError(f"ledger {path}: is a folder, expected a file; correct [storage].database_url")
+    with suppress(OSError):  # SQLite says better what is wrong
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # its owner's; so are its -wal and -shm
 
 
 def _prepare_sqlite(engine: Engine) -> None:

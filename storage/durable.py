@@ -39,7 +39,7 @@ def make_folder(folder: Path) -> Path:
     if not folder.is_dir():
         make_folder(folder.parent)
         with full_disk_is_no_space(folder):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)  # patients' data: nobody else's
         fsync_folder(folder.parent)
     return folder
 
@@ -47,12 +47,17 @@ def make_folder(folder: Path) -> Path:
 def write_temp(target: Path, chunks: Iterable[bytes]) -> Path:
     """Write and fsync a temp file beside `target`; the caller renames it. Raises `NoSpace`, leaving nothing."""
     temp = temp_beside(target)
-    with _removed_on_error(temp), full_disk_is_no_space(target), temp.open("xb") as file:
+    with _removed_on_error(temp), full_disk_is_no_space(target), open(temp, "xb", opener=private) as file:
         for chunk in chunks:
             file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
     return temp
+
+
+def private(path: str, flags: int) -> int:
+    """An `opener` for `open`: the file is its owner's alone, whatever the process's umask."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def write_file(target: Path, chunks: Iterable[bytes]) -> None:

@@ -23,7 +23,7 @@ class IncomingFile:
         self._sync = sync
         self._temp = temp_beside(target)
         with full_disk_is_no_space(target):
-            self._handle = os.open(self._temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._handle = os.open(self._temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def write(self, piece: bytes | memoryview) -> None:
         """Append. Raises `NoSpace`; the caller then discards."""

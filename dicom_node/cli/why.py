@@ -160,6 +160,11 @@ def _explain(job: Job, deliveries: list[Delivery]) -> None:
 
 def _print_event(event: Event) -> None:
     _say(f"{local_time(event.time)}  {event.code}: {event.text}")
+    lines = event.details.get("config_lines") or ()
+    if lines:
+        _say("    what to do, if it may send here: add to config.toml, and restart the node")
+    for line in lines:
+        _say(line)
 
 
 def _say(text: str) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address, ip_network
+from itertools import count
+
+from pydantic import ValidationError
 
 from dicom_node.config import NodeConfig, PeerConfig
 from dicom_node.net.status import CALLED_AE_NOT_RECOGNIZED, CALLING_AE_NOT_RECOGNIZED, Rejection, rejection
@@ -47,6 +52,11 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+def is_own(node: NodeConfig, address: str) -> bool:
+    """True for an address that only this machine calls us from: loopback, or the one address that we listen on."""
+    return is_loopback(address) or plain_address(address) == plain_address(node.host)
+
+
 def address_allowed(peer: PeerConfig, address: str) -> bool:
     """True when the peer names no addresses, or `address` is one of them or lies in one of its networks."""
     if not peer.allowed_addresses:
@@ -64,6 +74,28 @@ def peer_that_may(peers: Sequence[PeerConfig], what: str, *, calling_ae: str, ad
     return next((peer for peer in named if address_allowed(peer, address)), None)
 
 
+def lines_to_admit(calling_ae: str, address: str, names: Collection[str]) -> tuple[str, ...]:
+    """The lines of config.toml that make a stranger a peer; none where its AE title could not stand there.
+
+    What the stranger said of itself is quoted: an AE title may hold quotes and brackets, and no line break.
+    """
+    wanted = re.sub(r"[^a-z0-9_-]+", "-", calling_ae.lower()).strip("-_") or "peer"
+    name = next(one for one in (wanted, *(f"{wanted}-{n}" for n in count(2))) if one not in names)
+    try:
+        peer = PeerConfig(name=name, ae_title=calling_ae, allowed_addresses=(address,))
+    except ValidationError:
+        return ()
+    return (
+        "[[peers]]",
+        f"name = {json.dumps(peer.name)}",
+        f"ae_title = {json.dumps(peer.ae_title)}",
+        f"host = {json.dumps(address)}",
+        f"port = {peer.port}",
+        'may = ["store", "echo"]',
+        f"allowed_addresses = {json.dumps(list(peer.allowed_addresses))}",
+    )
+
+
 def admit(
     node: NodeConfig, peers: Sequence[PeerConfig], *, calling_ae: str, called_ae: str, address: str
 ) -> Admission | Rejection:
@@ -78,8 +110,8 @@ def admit(
             CALLED_AE_NOT_RECOGNIZED,
             f"{shown(calling)} at {shown(address)} called {shown(called)}: this node is {node.ae_title!r}",
         )
-    if calling == node.ae_title and is_loopback(address):  # `dicom-node check` of this machine: a health check
-        return Admission(peer="", may_store=False, may_echo=True)
+    if calling == node.ae_title and is_own(node, address):  # `dicom-node check` and `doctor`, whose studies are tests
+        return Admission(peer="", may_store=True, may_echo=True)
     titled = [peer for peer in peers if peer.ae_title == calling]
     matching = [peer for peer in titled if address_allowed(peer, address)]
     if matching:
@@ -100,5 +132,6 @@ def admit(
             "calling_ae_unknown",
             CALLING_AE_NOT_RECOGNIZED,
             f"{shown(calling)} at {shown(address)}: no peer has this AE title",
+            lines_to_admit(calling, plain_address(address), {peer.name for peer in peers}),
         )
     return Admission(peer="", may_store=True, may_echo=True)
