@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address, ip_network
-from itertools import count
+from itertools import chain, count
 
 from pydantic import ValidationError
 
@@ -80,7 +80,7 @@ def lines_to_admit(calling_ae: str, address: str, names: Collection[str]) -> tup
     What the stranger said of itself is quoted: an AE title may hold quotes and brackets, and no line break.
     """
     wanted = re.sub(r"[^a-z0-9_-]+", "-", calling_ae.lower()).strip("-_") or "peer"
-    name = next(one for one in (wanted, *(f"{wanted}-{n}" for n in count(2))) if one not in names)
+    name = next(one for one in chain((wanted,), (f"{wanted}-{n}" for n in count(2))) if one not in names)
     try:
         peer = PeerConfig(name=name, ae_title=calling_ae, allowed_addresses=(address,))
     except ValidationError:
