@@ -33,6 +33,7 @@ def asked_for(options: PipelineOptions) -> dict[str, Any]:
         "low_confidence": options.low_confidence,
         **asdict(options.output),
     }
+    del kept["test"]  # the study's, and nobody asks for it
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
     return plain
 

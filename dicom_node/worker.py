@@ -34,6 +34,7 @@ from dicom_node.lineage import (
 from dicom_node.recover import facts_of
 from dicom_node.retry import retry_delay_s
 from dicom_node.settle import OPTIONAL_KINDS
+from dicom_node.trial import Trial, only_for, trial_of
 from pipeline.errors import DistrictError, GateRefusal, PipelineError, UnsupportedSeries
 from pipeline.result import ResultSummary, SeriesSummary, read_summary
 from pipeline.types import DistrictOptions, GateOptions, OutputOptions, PipelineOptions, Progress, Stage
@@ -278,7 +279,7 @@ class Worker:
         else:
             log.info("job.completed", state=done.state.value, seconds=round(monotonic() - began, 3))
             self._on_result()
-            if self._options.shadow is not None:
+            if self._options.shadow is not None and self._trial(job) is None:
                 self._shadow(job)
 
     def _run(self, job: Job, created: datetime) -> None:
@@ -310,13 +311,18 @@ class Worker:
 
         A viewer in which somebody corrected the districts on our PET names that series, and not the CT.
         """
+        output = replace(self._options.output, test=self._trial(job) is not None)
+        options = replace(self._options, output=output)
         if not self._config.pipeline.uses_segmentations:
-            return self._options
+            return options
         found = tuple(self._spool.segmentations(job.info.study_uid))
         jobs = self._ledger.jobs_of_series(job.info.series_uid)
         made = tuple(sorted(set().union(*(result_uids(one) for one in jobs))))
-        districts = replace(self._options.districts, segmentations=found, result_series=made)
-        return replace(self._options, districts=districts)
+        districts = replace(options.districts, segmentations=found, result_series=made)
+        return replace(options, districts=districts)
+
+    def _trial(self, job: Job) -> Trial | None:
+        return trial_of(self._ledger, job, self._config.node.ae_title)
 
     def _first_created(self, job: Job) -> datetime:
         """When these instances first became a job: a repeated run writes the same bytes under the same UIDs.
@@ -359,7 +365,7 @@ class Worker:
         return self._ledger.complete_run(
             job.id,
             self._owner,
-            deliveries=new_deliveries(fresh, self._config.destinations),
+            deliveries=new_deliveries(fresh, only_for(self._trial(job), self._config.destinations)),
             held=held,
             details={**result_details(summary), **details},
         )

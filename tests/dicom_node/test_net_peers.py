@@ -114,10 +114,19 @@ def test_the_registry_keeps_the_limit_and_gives_places_back() -> None:
     assert registry.open(calling_ae="PACS", address="10.1.2.3", peer="pacs") is not None
 
 
-@pytest.mark.parametrize(("address", "admitted"), [("127.0.0.1", True), ("::1", True), ("10.0.0.9", False)])
-def test_our_own_title_may_echo_from_this_machine_only(address: str, admitted: bool) -> None:
-    node = NodeConfig()
+@pytest.mark.parametrize(
+    ("address", "host", "admitted"),
+    [
+        ("127.0.0.1", "0.0.0.0", True),
+        ("::1", "0.0.0.0", True),
+        ("10.0.0.5", "10.0.0.5", True),
+        ("10.0.0.9", "10.0.0.5", False),
+        ("10.0.0.9", "0.0.0.0", False),
+    ],
+)
+def test_our_own_title_is_for_check_and_doctor_of_this_machine_only(address: str, host: str, admitted: bool) -> None:
+    node = NodeConfig(host=host)
     found = admit(node, (), calling_ae=node.ae_title, called_ae=node.ae_title, address=address)
     assert isinstance(found, Admission) is admitted
     if isinstance(found, Admission):
-        assert (found.may_store, found.may_echo) == (False, True)
+        assert (found.peer, found.may_store, found.may_echo) == ("", True, True)

@@ -1,0 +1,42 @@
+"""Test studies of `dicom-node doctor`: which jobs are one, and where alone their results may go.
+
+A test study is announced in the ledger before it is sent, with its one destination. It is sent under the node's own AE
+title, which nobody but this machine may use: what came under it and was not announced goes nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dicom_node.config import DestinationConfig
+from storage.ledger import Ledger
+from storage.records import Job
+
+ANNOUNCED = "test_announced"  # the event's code
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """A test study. `destination` is the one it may go to; empty: none."""
+
+    destination: str = ""
+
+
+def announce(ledger: Ledger, study_uid: str, destination: str) -> None:
+    """Say before it is sent that a study is a test, and where alone its result may go ("": nowhere)."""
+    text = f"a test study of `dicom-node doctor`, for {destination or 'no destination'}"
+    ledger.note("", ANNOUNCED, text, details={"study_uid": study_uid, "destination": destination})
+
+
+def trial_of(ledger: Ledger, job: Job, ae_title: str) -> Trial | None:
+    """Of which test study a job is, or None. `ae_title` is the node's own."""
+    announced = [event for event in ledger.events_of_study(job.info.study_uid) if event.code == ANNOUNCED]
+    if announced:
+        return Trial(destination=str(announced[-1].details.get("destination") or ""))
+    return Trial() if job.info.calling_ae == ae_title else None
+
+
+def only_for(trial: Trial | None, destinations: Sequence[DestinationConfig]) -> list[DestinationConfig]:
+    """The destinations that a job's result may go to."""
+    return [one for one in destinations if trial is None or one.name == trial.destination]
