@@ -217,6 +217,7 @@ def our_node(folder: Path, processes: int, *, sync: bool = True, reader: str = "
             "log": {"level": "error"},
         }
     )
+    folder.mkdir()
     ledger = open_ledger(config.ledger_url)
     registry = AssociationRegistry(limit=config.node.max_associations, clock=time.monotonic)
     pool = ReceiverPool(config, ledger, registry)

@@ -227,6 +227,8 @@ class StreamSender:
             self._buffer[begin:_COMMAND_ROOM] = pdus
         self._lay_out(context_id)
         left = os.fstat(file).st_size - at
+        if left < 0:
+            raise OSError(0, "the file became shorter before it was sent")
         while True:
             wanted = min(left, self._slots * self._fragment)
             if _read_into(self._values, file, at, wanted) < wanted:
