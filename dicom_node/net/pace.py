@@ -35,13 +35,15 @@ class Pace:
     def waited(self, seconds: float, n_bytes: int) -> None:
         """A read took so long and brought so much. Raises `TooSlow`."""
         self._silent = 0.0 if n_bytes else self._silent + seconds
-        if self._silent > self._silence_s:
-            raise TooSlow("a sender that fell silent in a message")
         self._waited += seconds
         self._came += n_bytes
-        if self._waited > self._silence_s:
-            if self._came < self._min_bytes_per_s * self._waited:
-                raise TooSlow("a sender that is too slow")
+        over = self._waited > self._silence_s
+        too_slow = over and self._came < self._min_bytes_per_s * self._waited
+        if self._silent > self._silence_s or (too_slow and self._silent > self._silence_s / 2):
+            raise TooSlow("a sender that fell silent in a message")
+        if too_slow:
+            raise TooSlow("a sender that is too slow")
+        if over:
             self._waited, self._came = 0.0, 0
 
     def pause_s(self, n_bytes: int, bytes_per_s: float, now: float) -> float:

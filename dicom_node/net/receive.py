@@ -125,7 +125,7 @@ class Receiver:
         with self._lock:
             left = list(self._tokens)
         for assoc in left:
-            self._closed(assoc, aborted=True)
+            self._closed(assoc)
         self._servers, self._threads = [], []
         log.info("receiver.stopped")
 
@@ -149,9 +149,9 @@ class Receiver:
             (evt.EVT_C_STORE, self._on_store),
             (evt.EVT_N_EVENT_REPORT, self._on_report),
             *(self._commitments.handlers if self._commitments else ()),
-            (evt.EVT_RELEASED, lambda event: self._closed(event.assoc, aborted=False)),
-            (evt.EVT_ABORTED, lambda event: self._closed(event.assoc, aborted=True)),
-            (evt.EVT_CONN_CLOSE, lambda event: self._closed(event.assoc, aborted=True)),
+            (evt.EVT_RELEASED, lambda event: self._closed(event.assoc)),
+            (evt.EVT_ABORTED, lambda event: self._closed(event.assoc)),
+            (evt.EVT_CONN_CLOSE, lambda event: self._closed(event.assoc)),
         ]
 
     # -- association ---------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class Receiver:
         return decision
 
     def _reject(self, assoc: PynetAssociation, decision: Rejection) -> None:
-        self._closed(assoc, aborted=True)
+        self._closed(assoc)
         assoc.acse.send_reject(decision.result, decision.source, decision.diagnostic)
         count = self._book.count_rejection(decision.code)
         log.warning("association.rejected", code=decision.code, reason=decision.text, count=count)
@@ -241,17 +241,18 @@ class Receiver:
         with self._lock:
             dead = [assoc for assoc in self._tokens if not assoc.is_alive()]
         for assoc in dead:
-            self._closed(assoc, aborted=True)
+            self._closed(assoc)
 
-    def _closed(self, assoc: Any, *, aborted: bool) -> None:
+    def _closed(self, assoc: Any) -> None:
+        """It ended, well or not; the first who says so is heard."""
         with self._lock:
             token = self._tokens.pop(assoc, None)
             if token is not None:
                 for key in [key for key in self._bad_uids if key[0] == token]:
                     del self._bad_uids[key]
-        # the peer's closing of the connection may be seen before pynetdicom tells of the release that came first
-        aborted = aborted and not assoc.pdu_reader.released
-        association = self._book.close(token, aborted=aborted) if token else None
+        # the peer's closing of the connection may be seen before pynetdicom tells of the release that came first, and
+        # it tells of a release in the middle of a message as of any other
+        association = self._book.close(token, aborted=not assoc.pdu_reader.released) if token else None
         if association is None:
             return
         log.info(
