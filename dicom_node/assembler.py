@@ -25,6 +25,7 @@ from dicom_node.incoming import CHOSEN, IncomingSeries, gaps_text, source_digest
 from dicom_node.net.associations import AssociationRegistry, sender_of
 from dicom_node.selection import Decision, EarlierChoice, SeriesSummary, choose, matches, summarize, unfit
 from storage.errors import IllegalMove, NotFound, StaleState
+from storage.fetched import FetchedTokens
 from storage.ledger import Ledger
 from storage.records import Job, JobState
 from storage.spool import Adopted, Spool
@@ -62,6 +63,7 @@ class Assembler:
         self._spool = spool
         self._ledger = ledger
         self._registry = registry
+        self._fetched = FetchedTokens(spool.root)
         self._clock = clock
         self._series: dict[str, IncomingSeries] = {}
         self._blocked: dict[str, float] = {}  # study UID or file name -> not before
@@ -334,7 +336,7 @@ class Assembler:
 
     def _has_gaps(self, series: IncomingSeries) -> bool:
         """Slices are missing, and the series would be used if they were not."""
-        if not series.headers or not series.geometry.gaps_mm:
+        if not series.headers or not (series.geometry.gaps_mm or series.missing_parts[0]):
             return False
         summary = self._summary(series)
         rule = next((rule for rule in self._config.rules if matches(rule, summary)), None)
@@ -347,7 +349,8 @@ class Assembler:
         """
         if self._clock() - series.last_seen >= self._config.intake.incomplete_after_s:
             return False
-        cut_off = not self._registry.ended_well(series.last_token)
+        token = series.last_token
+        cut_off = not (self._registry.ended_well(token) or self._fetched.is_whole(token))
         return cut_off or not series.headers or series.geometry.uneven or self._has_gaps(series)
 
     def _incomplete(self, series: IncomingSeries) -> Decision | None:
@@ -360,7 +363,7 @@ class Assembler:
             code, text = "too_large", f"more than {limit} instances; the rest was dropped"
         elif self._has_gaps(series):
             waited = f"waited {self._config.intake.incomplete_after_s:.0f} s for them"
-            code, text = "missing_slices", f"{gaps_text(series.geometry)}; {waited}"
+            code, text = "missing_slices", f"{gaps_text(series.geometry, series.missing_parts)}; {waited}"
         return Decision(series_uid=series.series_uid, action="reject", code=code, text=text) if code else None
 
     def _earlier_choices(self, study_uid: str) -> list[EarlierChoice]:
@@ -405,7 +408,7 @@ class Assembler:
             self._spool.link_previous(job.id, series.earlier.id)
         uids = [_uid_of(path) for path in self._spool.ct_files(job.id)]
         details = {
-            "slices": len(uids),
+            "slices": series.slices or len(uids),
             "coverage_mm": round(series.geometry.coverage_mm, 1),
             "spacing_mm": round(series.geometry.spacing_mm, 3),
             "score": decision.score,
@@ -419,7 +422,7 @@ class Assembler:
             self._ledger.move(
                 job.id, to, code=decision.code, text=decision.text, expected={JobState.RECEIVING}, details=details
             )
-            log.info("series.decided", job_id=job.id, state=to.value, code=decision.code, slices=len(uids))
+            log.info("series.decided", job_id=job.id, state=to.value, code=decision.code, slices=details["slices"])
         except (IllegalMove, StaleState) as error:  # an operator was quicker
             log.warning("series.moved_by_another", job_id=job.id, reason=str(error))
         self._forget(series)

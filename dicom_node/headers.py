@@ -15,20 +15,19 @@ from statistics import median
 
 from pydicom import Dataset, dcmread
 from pydicom.charset import decode_bytes, python_encoding
-from pydicom.dataelem import RawDataElement
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
-from pydicom.tag import BaseTag, Tag
+from pydicom.tag import Tag
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     EnhancedCTImageStorage,
     LegacyConvertedEnhancedCTImageStorage,
 )
 
+from dicom_node.frames import FRAME_TAGS, Frames, Vector, numbers, raw, read_frames
+from pipeline.ct_groups import Concatenation, values_of
 from storage.errors import BadUid
 from storage.spool import check_uid
-
-Vector = tuple[float, float, float]
 
 _TAGS = {
     name: Tag(name)
@@ -53,9 +52,10 @@ _TAGS = {
         "ImagePositionPatient",
         "ImageOrientationPatient",
         "NumberOfFrames",
+        "ConcatenationUID",
     )
 }
-_FRAME_TAGS = [Tag("SharedFunctionalGroupsSequence"), Tag("PerFrameFunctionalGroupsSequence")]
+_PART_TAGS = (Tag("InConcatenationNumber"), Tag("InConcatenationTotalNumber"))
 _MULTI_FRAME = frozenset({EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage})
 
 SAME_PLACE_MM = 0.01  # positions are written with 2 to 6 decimals
@@ -80,7 +80,11 @@ class BadInstance(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InstanceHeader:
-    """One instance. `positions` are LPS mm, one per frame; empty where the file does not say where it lies."""
+    """One instance. `positions` are LPS mm, one per frame; empty where the file does not say where it lies.
+
+    A multi-frame instance has its kernel and thickness from its functional groups, and kinds of projection that they
+    name stand after Image Type.
+    """
 
     study_uid: str
     series_uid: str
@@ -100,6 +104,7 @@ class InstanceHeader:
     thickness_mm: float = 0.0
     positions: tuple[Vector, ...] = ()
     orientation: tuple[float, ...] = ()  # six direction cosines, or empty
+    concatenation: Concatenation | None = None  # the whole that this multi-frame instance is a part of
 
 
 def read_header(path: Path) -> InstanceHeader:
@@ -122,7 +127,7 @@ def read_header(path: Path) -> InstanceHeader:
 
 def _parse(path: Path) -> InstanceHeader:
     _check_inflated_size(path)
-    ds = dcmread(path, stop_before_pixels=True, specific_tags=[*_TAGS.values(), *_FRAME_TAGS])
+    ds = dcmread(path, stop_before_pixels=True, specific_tags=[*_TAGS.values(), *_PART_TAGS, *FRAME_TAGS])
     charset = tuple(_ascii(ds, "SpecificCharacterSet").split("\\"))
     accession = _text(ds, "AccessionNumber", charset)
     uids: dict[str, str] = {}
@@ -132,14 +137,15 @@ def _parse(path: Path) -> InstanceHeader:
     except BadInstance as fault:
         study_uid = uids.get("StudyInstanceUID", "")
         raise BadInstance(fault.code, str(fault), study_uid=study_uid, accession=accession) from fault
-    orientation, positions = _places(ds, uids["SOPClassUID"])
+    frames = read_frames(ds) if uids["SOPClassUID"] in _MULTI_FRAME else None
+    orientation, positions = _places(ds, frames)
     return InstanceHeader(
         study_uid=uids["StudyInstanceUID"],
         series_uid=uids["SeriesInstanceUID"],
         sop_instance_uid=uids["SOPInstanceUID"],
         sop_class_uid=uids["SOPClassUID"],
         modality=_ascii(ds, "Modality").upper(),
-        image_type=tuple(part.strip().upper() for part in _ascii(ds, "ImageType").split("\\") if part.strip()),
+        image_type=_image_type(ds, frames),
         study_date=_ascii(ds, "StudyDate"),
         accession=accession,
         patient_id=_text(ds, "PatientID", charset),
@@ -148,11 +154,29 @@ def _parse(path: Path) -> InstanceHeader:
         series_description=_text(ds, "SeriesDescription", charset),
         series_number=_ascii(ds, "SeriesNumber"),
         body_part=_ascii(ds, "BodyPartExamined"),
-        kernel=_text(ds, "ConvolutionKernel", charset),
-        thickness_mm=_number(_ascii(ds, "SliceThickness")),
+        kernel=_text(ds, "ConvolutionKernel", charset) or (_decoded(frames.kernel, charset) if frames else ""),
+        thickness_mm=_number(_ascii(ds, "SliceThickness") or (frames.thickness if frames else "")),
         positions=positions,
         orientation=orientation,
+        concatenation=_concatenation(ds) if frames else None,
     )
+
+
+def _image_type(ds: Dataset, frames: Frames | None) -> tuple[str, ...]:
+    parts = (part.strip().upper() for part in _ascii(ds, "ImageType").split("\\"))
+    return (*(part for part in parts if part), *(frames.techniques if frames else ()))
+
+
+def _concatenation(ds: Dataset) -> Concatenation | None:
+    """The part that a multi-frame instance is of a whole (PS3.3 C.7.6.16.2.2.4); a number that is none is 0."""
+    if not _ascii(ds, "ConcatenationUID"):
+        return None
+    number, total = (values_of(ds, tag) for tag in ("InConcatenationNumber", "InConcatenationTotalNumber"))
+    return Concatenation(uid=_uid(ds, "ConcatenationUID"), number=_count(number), total=_count(total))
+
+
+def _count(values: Sequence[object]) -> int:
+    return value if len(values) == 1 and isinstance(value := values[0], int) else 0
 
 
 def _check_inflated_size(path: Path) -> None:
@@ -172,25 +196,16 @@ def _check_inflated_size(path: Path) -> None:
         raise BadInstance("too_large", f"the deflated data set is larger than {MAX_INFLATED_BYTES >> 20} MiB")
 
 
-def _raw(ds: Dataset, tag: BaseTag) -> bytes:
-    """The element's bytes as they are in the file: pydicom would warn with the value of what it finds invalid."""
-    if tag not in ds:
-        return b""
-    elem = ds.get_item(tag)
-    if isinstance(elem, RawDataElement):
-        return elem.value or b""
-    value = elem.value if elem is not None else None  # pydicom has decoded SpecificCharacterSet already
-    parts = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
-    return "\\".join(str(part) for part in parts if part is not None).encode("ascii", "replace")
-
-
 def _ascii(ds: Dataset, name: str) -> str:
-    return _raw(ds, _TAGS[name]).decode("latin-1").strip("\0 ")
+    return raw(ds, _TAGS[name]).decode("latin-1").strip("\0 ")
 
 
 def _text(ds: Dataset, name: str, charset: tuple[str, ...]) -> str:
     """Text in the data set's character set (PS3.5 section 6.1.2); what it does not explain becomes U+FFFD."""
-    value = _raw(ds, _TAGS[name])
+    return _decoded(raw(ds, _TAGS[name]), charset)
+
+
+def _decoded(value: bytes, charset: tuple[str, ...]) -> str:
     if value.isascii() and b"\x1b" not in value:
         return value.decode("ascii").strip("\0 ")
     encodings = [python_encoding[term.strip()] for term in charset if term.strip() in python_encoding]
@@ -217,41 +232,17 @@ def _number(text: str) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _numbers(text: str, count: int) -> tuple[float, ...]:
-    """`count` finite numbers of a DS value, or nothing."""
-    parts = text.split("\\")
-    try:
-        values = tuple(float(part) for part in parts)
-    except ValueError:
-        return ()
-    return values if len(values) == count and all(map(math.isfinite, values)) else ()
-
-
-def _places(ds: Dataset, sop_class_uid: str) -> tuple[tuple[float, ...], tuple[Vector, ...]]:
+def _places(ds: Dataset, frames: Frames | None) -> tuple[tuple[float, ...], tuple[Vector, ...]]:
     """Orientation and positions, or nothing where one of the numbers can be no place in a scanner."""
-    if sop_class_uid in _MULTI_FRAME:
-        orientation, places = _frame_places(ds)
+    if frames is not None:
+        orientation, places = frames.orientation, frames.positions
     else:
-        position = _numbers(_ascii(ds, "ImagePositionPatient"), 3)
-        orientation = _numbers(_ascii(ds, "ImageOrientationPatient"), 6)
+        position = numbers(_ascii(ds, "ImagePositionPatient"), 3)
+        orientation = numbers(_ascii(ds, "ImageOrientationPatient"), 6)
         places = ((position[0], position[1], position[2]),) if position else ()
-    numbers = (*orientation, *(value for place in places for value in place))
-    if not all(math.isfinite(value) and abs(value) <= _MAX_PLACE_MM for value in numbers):
+    if not all(abs(value) <= _MAX_PLACE_MM for value in (*orientation, *(v for place in places for v in place))):
         return (), ()
     return orientation, places
-
-
-def _frame_places(ds: Dataset) -> tuple[tuple[float, ...], tuple[Vector, ...]]:
-    """Plane orientation (shared, else of the first frame) and the position of each frame (PS3.3 C.7.6.16.2.3)."""
-    try:
-        shared = ds.get("SharedFunctionalGroupsSequence") or [Dataset()]
-        frames = ds.get("PerFrameFunctionalGroupsSequence") or []
-        plane = shared[0].get("PlaneOrientationSequence") or frames[0].get("PlaneOrientationSequence")
-        orientation = tuple(float(v) for v in plane[0].ImageOrientationPatient)
-        places = [frame.PlanePositionSequence[0].ImagePositionPatient for frame in frames]
-        return orientation, tuple((float(x), float(y), float(z)) for x, y, z in places)
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return (), ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

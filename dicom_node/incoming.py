@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from dicom_node.headers import InstanceHeader, SeriesGeometry, geometry_of
 from dicom_node.lineage import RECALLED
+from pipeline.ct_groups import missing_parts
 from storage.records import Job, JobState, SeriesInfo
 
 # a job of the series in one of these states stands; in any other it was given up and the series has a new chance
@@ -74,6 +75,16 @@ class IncomingSeries:
             self._geometry = (count, geometry_of(self.instances))
         return self._geometry[1]
 
+    @property
+    def slices(self) -> int:
+        """How many planes these instances are: each frame of a multi-frame one counts."""
+        return sum(max(1, len(header.positions)) for header in self.instances)
+
+    @property
+    def missing_parts(self) -> tuple[int, int]:
+        """How many parts of a multi-frame image that was split have not come, and how many there are."""
+        return missing_parts(h.concatenation for h in self.instances if h.concatenation is not None)
+
     def info(self) -> SeriesInfo:
         """What opens the job."""
         header = next(iter(self.headers.values()), self.latest)
@@ -99,11 +110,13 @@ def source_digest(sop_instance_uids: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(sop_instance_uids)).encode("ascii")).hexdigest()
 
 
-def gaps_text(geometry: SeriesGeometry) -> str:
-    """Name the places where slices are missing: `2 slices missing near z = -431.0 mm`."""
+def gaps_text(geometry: SeriesGeometry, missing: tuple[int, int]) -> str:
+    """Name the places where slices are missing: `2 between z = -437.0 and -431.0 mm`; or `missing` parts of a whole."""
+    if missing[0]:
+        return f"{missing[0]} of the {missing[1]} parts of a concatenation missing"
     places = []
     for below, above in geometry.gaps_mm[:_SHOWN_GAPS]:
-        missing = max(1, round((above - below) / geometry.spacing_mm) - 1)
-        places.append(f"{missing} between z = {below:.1f} and {above:.1f} mm")
+        slices = max(1, round((above - below) / geometry.spacing_mm) - 1)
+        places.append(f"{slices} between z = {below:.1f} and {above:.1f} mm")
     more = len(geometry.gaps_mm) - len(places)
     return f"slices missing: {', '.join(places)}" + (f", and {more} more places" if more > 0 else "")

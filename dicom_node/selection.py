@@ -16,6 +16,7 @@ from dicom_node.config import RuleConfig, SelectionConfig
 from dicom_node.headers import InstanceHeader, SeriesGeometry, geometry_of
 from dicom_node.kernels import Kernel, classify_kernel
 from dicom_node.net.scp import CT_CLASSES
+from pipeline.ct_groups import PROJECTIONS
 
 Action = Literal["synthesize", "reject", "hold", "cancel"]
 
@@ -24,7 +25,7 @@ CLEARLY_BETTER = 1.25  # coverage of a series that comes after the study's choic
 NEARLY_AS_GOOD = 0.95  # reconstructions of one scan differ by a slice or two in coverage
 _LOCALIZER_WORDS = ("*localizer*", "*scout*", "*topogram*", "*surview*", "*scanogram*", "*dose report*")
 _MADE_UP = frozenset(
-    {"SECONDARY", "MPR", "MIP", "MINIP", "VRT", "CPR", "REFORMATTED", "PROJECTION IMAGE", "SCREEN SAVE"}
+    {"SECONDARY", "MPR", "MIP", "MINIP", "VRT", "CPR", "REFORMATTED", "PROJECTION IMAGE", "SCREEN SAVE", *PROJECTIONS}
 )
 _KERNEL_WEIGHT = {Kernel.SOFT: 1.0, Kernel.UNKNOWN: 0.9, Kernel.SHARP: 0.6}
 _DERIVED_WEIGHT = 0.9

@@ -147,7 +147,7 @@ def frames_of(path: Path, name: str, *, max_frames: int) -> tuple[Frame, ...]:
     count = _frame_count(ds, sop_class, name, max_frames)
     _check_length(path, pixels, count, name)
     groups = FunctionalGroups(ds)
-    part = _concatenation(ds, name)
+    part = _concatenation(ds, name) if sop_class in ENHANCED else None
     wanted = (k for k in range(count) if not is_localizer_type(groups.frame_type(k)))
     frames = (_frame(groups, path, k, (sop_class, sop_instance_uid), pixels) for k in wanted)
     return tuple(replace(frame, of=count, concatenation=part) for frame in frames)
