@@ -43,6 +43,7 @@ from dicom_node.proof import Prover
 from dicom_node.recover import adopt_unknown
 from dicom_node.rejections import keep_references, reject_superseded
 from dicom_node.schedule import Schedule
+from dicom_node.scheduled_pulls import ScheduledPulls
 from dicom_node.worker import Worker, pipeline_options
 from storage.asked import AskedCommitments
 from storage.backup import check_file, ledger_file
@@ -59,6 +60,7 @@ SWEEP_EVERY_S = 60.0
 RETENTION_EVERY_S = 3600.0
 BACKUP_EVERY_S = 300.0  # how often it is asked whether one is due
 REPORT_EVERY_S = 1.0
+PULLS_EVERY_S = 60.0
 CERTIFICATES_EVERY_S = 86400.0
 REJECT_EVERY_S = 10.0  # a series that a later one replaces is hidden so soon after the later one has arrived
 
@@ -79,6 +81,7 @@ class Node:
         self._drain_s = drain_s
         self._notifier = notifier or Notifier()
         self._parts = ExitStack()
+        self._stopping_pulls = threading.Event()
         self._alive: list[Callable[[], bool]] = []
         self.metrics = Metrics()
         self.registry = AssociationRegistry(limit=config.node.max_associations, clock=time.monotonic)
@@ -189,6 +192,7 @@ class Node:
         schedule = self._schedule()
         schedule.start()
         parts.callback(schedule.stop)
+        parts.callback(self._stopping_pulls.set)  # before the clockwork is waited for
         self._report_commitments()
         return self._listen(port, deliveries.prover)
 
@@ -285,6 +289,10 @@ class Node:
         schedule.every(BACKUP_EVERY_S, "backup", Backups(self.config, self.ledger).tick)
         schedule.every(REJECT_EVERY_S, "rejections", self._reject_superseded)
         schedule.every(CERTIFICATES_EVERY_S, "certificates", self._warn_of_certificates)
+        if self.config.pulls:
+            stopping = self._stopping_pulls
+            pulls = ScheduledPulls(self.config, self.ledger, self.spool, should_stop=stopping.is_set)
+            schedule.every(PULLS_EVERY_S, "pulls", pulls.tick)
         if self._notifier.watchdog_s:
             schedule.every(self._notifier.watchdog_s / 2, "watchdog", self._sign_of_life)
         return schedule

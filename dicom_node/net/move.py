@@ -141,6 +141,7 @@ class _Counts:
 
     def __init__(self) -> None:
         self.completed = self.failed = 0
+        self.told = False  # the archive counts at all
         self.total: int | None = None
         self.failed_uids: tuple[str, ...] = ()
 
@@ -150,7 +151,7 @@ class _Counts:
         failed = _count(answer, "NumberOfFailedSuboperations")
         left = _count(answer, "NumberOfRemainingSuboperations")
         if done is not None or warned is not None:
-            self.completed = (done or 0) + (warned or 0)
+            self.completed, self.told = (done or 0) + (warned or 0), True
         self.failed = self.failed if failed is None else failed
         if left is not None:
             self.total = self.completed + self.failed + left
@@ -177,6 +178,8 @@ def _judged(status: int, counted: _Counts, how: Retrieval) -> Trouble | None:
     if status in (SUCCESS, SOME_FAILED) and (counted.failed or counted.failed_uids or status == SOME_FAILED):
         failed = max(counted.failed, len(counted.failed_uids))
         return Trouble("incomplete", f"{at} could not send {failed} of {counted.completed + failed} instances", False)
+    if status == SUCCESS and counted.told and not counted.completed:
+        return Trouble("incomplete", f"{at} says that it is done, and sent nothing", False)
     if status == SUCCESS:
         return None
     return Trouble("retrieve_refused", f"{at} did not send: {_said(status)}", False)
