@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
+
 import pytest
 
-from dicom_node.config import NodeConfig, PeerConfig
+from dicom_node.config import Config, NodeConfig, PeerConfig
 from dicom_node.net.associations import AssociationRegistry, make_token, sender_of
-from dicom_node.net.peers import Admission, admit, plain_address, shown
+from dicom_node.net.peers import Admission, admit, lines_to_admit, plain_address, shown
 from dicom_node.net.status import Rejection
 
 PEERS = (
@@ -61,6 +63,32 @@ def test_strangers_are_welcome_only_where_the_configuration_says_so() -> None:
     assert isinstance(ask("PACS", called="ANY", require_called_ae=False), Admission)
 
 
+@pytest.mark.parametrize(
+    ("title", "address"),
+    [
+        ("CT_99", "10.1.2.3"),
+        ('"] may="', "2001:db8::5"),
+        ("[[peers]]", "10.1.2.3"),
+        ("PACS", "10.1.2.3"),
+        ("===", "10.1.2.3"),
+        ("a'b #c", "10.1.2.3"),
+    ],
+)
+def test_the_lines_that_let_a_stranger_in_are_a_peers_table_of_just_that(title: str, address: str) -> None:
+    lines = lines_to_admit(title, address, {"pacs", "pacs-2"})
+    (table,) = Config.model_validate(tomllib.loads("\n".join(lines))).peers
+    assert (table.ae_title, table.host, table.allowed_addresses) == (title, address, (address,))
+    assert table.name not in ("pacs", "pacs-2")
+    assert isinstance(admit(NodeConfig(), [table], calling_ae=title, called_ae="SYNPET", address=address), Admission)
+
+
+@pytest.mark.parametrize(
+    ("title", "address"), [("", "10.1.2.3"), ("A\nB", "10.1.2.3"), ("A\\B", "10.1.2.3"), ("A", "no address")]
+)
+def test_what_could_not_stand_in_a_configuration_is_not_offered_for_it(title: str, address: str) -> None:
+    assert lines_to_admit(title, address, set()) == ()
+
+
 def test_hostile_ae_titles_are_quoted() -> None:
     answer = ask("EVIL\nAE\x1b[2J", called="SYNPET")
     assert isinstance(answer, Rejection)
@@ -84,6 +112,20 @@ def test_a_token_is_short_hex_and_says_who_sent(title: str, address: str, kept: 
     assert set(token) <= set("0123456789abcdef")
     assert sender_of(token) == (title, kept)
     assert make_token(title, address) != token
+
+
+def test_a_peers_own_limit_leaves_the_others_their_places() -> None:
+    registry = AssociationRegistry(limit=3, clock=lambda: 0.0)
+
+    def opened(peer: str) -> str | None:
+        return registry.open(calling_ae="X", address="10.1.2.3", peer=peer, peer_limit=1)
+
+    first = opened("a")
+    assert first is not None
+    assert opened("a") is None
+    assert opened("b") is not None
+    registry.close(first)
+    assert opened("a") is not None
 
 
 def test_a_foreign_folder_name_has_no_sender() -> None:

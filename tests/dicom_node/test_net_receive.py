@@ -101,10 +101,14 @@ def test_a_wrong_called_ae_is_rejected_and_told(intake: Intake) -> None:
 def test_an_unknown_calling_ae_is_rejected_and_told(intake: Intake) -> None:
     with structlog.testing.capture_logs() as logs:
         assert rejection(intake, calling_ae="STRANGER") == (1, 1, 3)
-        intake.wait(lambda: any(line["event"] == "association.rejected" for line in logs))
-    intake.wait(lambda: intake.event_codes() == ["association_rejected"])
+        intake.wait(lambda: [line["event"] for line in logs].count("association.to_let_it_in") == 7)
+    assert any(line["event"] == "association.rejected" for line in logs)
     (event,) = intake.ledger.search_events()
+    assert event.code == "association_rejected"
     assert "'STRANGER'" in event.text
+    lines = [line["add_to_config"] for line in logs if line["event"] == "association.to_let_it_in"]
+    assert 'ae_title = "STRANGER"' in lines
+    assert event.details["config_lines"] == lines
     assert intake.registry.counts()["rejected_calling_ae_unknown"] == 1
 
 
