@@ -68,10 +68,21 @@ def _findings(path: Path, quick: bool) -> Iterator[Finding]:
         yield check_answering(config)
         return
     yield Finding(check="config", verdict=Verdict.OK, text=f"{path}: {_summary(config)}")
+    yield from on_this_machine(config)
+    yield check_port(config)
+    yield from elsewhere(config)
+
+
+def on_this_machine(config: Config) -> Iterator[Finding]:
+    """What needs no network."""
     for one in CHECKS:
         yield one(config)
     if config.pipeline.shadow:
         yield check_shadow(config)
+
+
+def elsewhere(config: Config) -> Iterator[Finding]:
+    """Every peer and every destination."""
     for peer in config.peers:
         yield check_peer(config, peer)
     for destination in config.destinations:
@@ -174,12 +185,20 @@ def check_answering(config: Config) -> Finding:
     """The running node answers; that it refuses our own AE title is an answer too."""
     from dicom_node.net.scu import echo
 
-    host = "127.0.0.1" if config.node.host in ("0.0.0.0", "::") else config.node.host
-    us = PeerConfig(name="self", ae_title=config.node.ae_title, host=host, port=config.node.port)
-    outcome = echo(us, calling_ae=config.node.ae_title)
+    outcome = echo(ourselves(config), calling_ae=config.node.ae_title)
     alive = outcome.ok or outcome.code == "association_rejected"
     text = f"{config.node.ae_title} answers on port {config.node.port}" if alive else outcome.text
     return Finding(check="node", verdict=Verdict.OK if alive else Verdict.FAIL, text=text)
+
+
+def ourselves(config: Config) -> PeerConfig:
+    """The running node as a peer of this machine; over TLS, with its own certificate, where it speaks nothing else."""
+    host = "127.0.0.1" if config.node.host in ("0.0.0.0", "::") else config.node.host
+    us = PeerConfig(name="self", ae_title=config.node.ae_title, host=host, port=config.node.port)
+    if not config.tls_alone:
+        return us
+    own = {"client_cert_file": config.tls.cert_file, "client_key_file": config.tls.key_file}
+    return us.model_copy(update={"tls": True, "ca_file": config.tls.cert_file, "check_host_name": False, **own})
 
 
 def check_peer(config: Config, peer: PeerConfig) -> Finding:
@@ -262,4 +281,4 @@ def check_web(destination: DestinationConfig) -> Finding:
     return Finding(check=name, verdict=Verdict.WARN, text=text)
 
 
-CHECKS: tuple[Callable[[Config], Finding], ...] = (check_disk, check_ledger, check_bundle, check_device, check_port)
+CHECKS: tuple[Callable[[Config], Finding], ...] = (check_disk, check_ledger, check_bundle, check_device)
