@@ -24,6 +24,7 @@ class IncomingFile:
         self._temp = temp_beside(target)
         with full_disk_is_no_space(target):
             self._handle = os.open(self._temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._is_there = True  # the temp file
 
     def write(self, piece: bytes | memoryview) -> None:
         """Append. Raises `NoSpace`; the caller then discards."""
@@ -50,6 +51,7 @@ class IncomingFile:
                     continue
                 with full_disk_is_no_space(self._target):
                     self._temp.rename(place)
+                    self._is_there = False
                     if self._sync:
                         fsync_folder(place.parent)
                 return place
@@ -60,8 +62,10 @@ class IncomingFile:
     def discard(self) -> None:
         """Remove what was written, if it was not committed; fine when gone."""
         self._close()
-        with suppress(FileNotFoundError):
-            self._temp.unlink()
+        if self._is_there:
+            self._is_there = False
+            with suppress(FileNotFoundError):
+                self._temp.unlink()
 
     def _close(self) -> None:
         if self._handle >= 0:

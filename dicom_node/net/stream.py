@@ -50,6 +50,7 @@ _MAX_PASSED = 16 * 1024 * 1024  # bytes of a message that pynetdicom gets: a rep
 _MAX_DRAINED = 16 * 1024 * 1024  # bytes that a peer may still send after an A-ABORT before we close
 _SLACK = 1024 * 1024  # a peer that exceeds a maximum a little is served: others serve it, too
 _BUFFER = 256 * 1024
+_AHEAD = cmd.PDU_HEADER.size + cmd.PDV_HEADER.size  # what follows a fragment that ends its PDU and is not the last
 _CHUNK = 64 * 1024  # what is read at once of anything else
 _TICK_S = 0.5  # how soon a blocked read sees that the association was ended from our side
 _LINGER_S = 0.02  # how long we wait here for the next request before pynetdicom's loop polls again
@@ -104,6 +105,7 @@ class PduReader:
         self._socket: socket.socket
         self._buffer = memoryview(bytearray(0))  # made for the first instance
         self._left = 0  # bytes of the PDU that are not read yet
+        self._ahead = b""  # inside a data set: the next headers, which came with the fragment before
         self._drained = 0
         self.heard_at = 0.0  # when the last message began, in monotonic seconds
         self.released = False  # the peer asked for release between two messages: it sent all that it wanted to send
@@ -141,6 +143,9 @@ class PduReader:
         except (OSError, ValueError) as error:  # ValueError: another thread closed the socket
             log.info("association.connection_lost", reason=getattr(error, "strerror", "") or type(error).__name__)
             self._dul.event_queue.put(_CLOSED)
+        finally:
+            self._ahead = b""
+            self._assoc._reactor_checkpoint.set()
 
     # ---- PDUs
 
@@ -253,8 +258,9 @@ class PduReader:
             fault=request.fault,
         )
         if not len(self._buffer):
-            self._buffer = memoryview(bytearray(_BUFFER))
+            self._buffer = memoryview(bytearray(_BUFFER + _AHEAD))
         assoc = self._assoc
+        assoc._reactor_checkpoint.clear()  # pynetdicom's other thread looks around every millisecond: not while we read
         arrival = self._store.arrival(self._token_of(assoc), str(assoc.requestor.ae_title), announced)
         try:
             self._data_set(request.context_id, arrival)
@@ -269,8 +275,11 @@ class PduReader:
         while not control & cmd.LAST:
             control, length = self._next_data(context_id)
             self._left -= length
+            ahead = 0 if self._left or control & cmd.LAST else _AHEAD  # one read for the fragment and what follows it
             while length:
-                count = self._into(self._buffer[: min(length, len(self._buffer))])
+                count = self._into(self._buffer[: length + ahead])
+                self._ahead = bytes(self._buffer[length:count])
+                count = min(count, length)
                 arrival.write(self._buffer[:count])
                 length -= count
 
@@ -309,8 +318,8 @@ class PduReader:
 
     def _exactly(self, length: int) -> bytes:
         """The next bytes, all of them."""
-        view = memoryview(bytearray(min(length, _CHUNK)))
-        pieces = bytearray()
+        pieces, self._ahead = bytearray(self._ahead[:length]), self._ahead[length:]
+        view = memoryview(bytearray(min(length - len(pieces), _CHUNK)))
         while len(pieces) < length:
             count = self._into(view[: min(len(view), length - len(pieces))])
             pieces += view[:count]
