@@ -1,0 +1,291 @@
+"""A ledger is restored from a backup, or lost: the node goes on with what the backup knows and what the spool knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ct_factory import write_ct
+from pydicom import dcmread
+from pydicom.uid import generate_uid
+from small_node import FolderPacs, SmallNode, small_config
+from structlog.testing import capture_logs
+from typer.testing import CliRunner
+
+from dicom_node.backup import Backups, backup_folder
+from dicom_node.cli import main
+from dicom_node.cli.app import app
+from dicom_node.config import load_config
+from dicom_node.engine.local import LocalEngine
+from dicom_node.node import Node, lock_root
+from storage.backup import backups, make_backup, restore
+from storage.errors import LedgerDamaged
+from storage.ledger import open_ledger
+from storage.records import JobState
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def ct(tmp_path: Path) -> Callable[[], list[Path]]:
+    """A new series of four slices, each file named by its UID."""
+
+    def make() -> list[Path]:
+        folder = tmp_path / f"ct{generate_uid()[-6:]}"
+        hu = np.zeros((4, 8, 8), dtype=np.int16)
+        files = write_ct(folder, hu, spacing_mm=(2.0, 2.0, 2.0), study_uid=generate_uid(), series_uid=generate_uid())
+        return [path.rename(folder / f"{dcmread(path).SOPInstanceUID}.dcm") for path in files]
+
+    return make
+
+
+class Place:
+    """A spool with its ledger and backups, and the PACS that outlives them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "spool"
+        self.root.mkdir()
+        self.file = self.root / "ledger.sqlite"
+        self.pacs = FolderPacs(folder / "pacs")
+        self.pacs.folder.mkdir()
+        self.node: SmallNode | None = None
+
+    def start(self) -> SmallNode:
+        self.stop()
+        self.node = SmallNode(self.root, self.pacs)
+        return self.node
+
+    def stop(self) -> None:
+        if self.node is not None:
+            self.node.close()
+            self.node = None
+
+    def backup(self) -> Path:
+        return make_backup(self.file, self.root / "backups", keep=9, now=NOW)
+
+    def restore(self, backup: Path) -> None:
+        self.stop()
+        restore(backup, self.file, now=NOW)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path)
+    yield made
+    made.stop()
+
+
+def test_jobs_and_deliveries_are_as_of_the_backup_and_what_came_later_ends_under_its_own_id(
+    place: Place, ct: Callable[[], list[Path]]
+) -> None:
+    node = place.start()
+    node.receive(ct())
+    node.run_to_end()
+    [first] = node.jobs(JobState.DONE)
+    backup = place.backup()
+    node.receive(ct())
+    node.run_to_end()
+    second = next(job for job in node.jobs(JobState.DONE) if job.id != first.id)
+    before = place.pacs.contents()
+    place.restore(backup)
+    node = place.start()
+    assert node.adopted == [second.id]
+    node.run_to_end()
+    again = node.ledger.get(second.id)
+    assert node.ledger.get(first.id) == first
+    assert (again.state, again.created, again.info, again.source_digest) == (
+        JobState.DONE, second.created, second.info, second.source_digest,
+    )  # fmt: skip
+    assert place.pacs.contents() == before  # sent again, as the same bytes
+    assert "adopted" in [event.code for event in node.ledger.events(second.id)]
+
+
+def test_a_result_that_nothing_but_the_spool_knows_is_delivered(place: Place, ct: Callable[[], list[Path]]) -> None:
+    node = place.start()
+    backup = place.backup()
+    place.pacs.up = False
+    node.receive(ct())
+    with pytest.raises(AssertionError, match="DELIVERING"):
+        node.run_to_end(rounds=2)
+    place.restore(backup)
+    place.pacs.up = True
+    node = place.start()
+    node.run_to_end()
+    assert [job.state for job in node.jobs()] == [JobState.DONE]
+    assert len(place.pacs.contents()) == 3
+
+
+def test_a_series_that_waited_in_the_inbox_or_for_its_turn_becomes_a_job_again(
+    place: Place, ct: Callable[[], list[Path]]
+) -> None:
+    node = place.start()
+    backup = place.backup()
+    node.receive(ct())
+    node.assembler.tick()
+    node.now_s += 1000
+    node.assembler.tick()  # in work, chosen, not begun
+    node.receive(ct())
+    node.assembler.tick()  # in the inbox
+    [queued] = node.jobs(JobState.QUEUED)
+    assert len(node.jobs(JobState.RECEIVING)) == 1
+    place.restore(backup)
+    node = place.start()
+    assert node.adopted == [queued.id]
+    node.run_to_end()
+    assert [job.state for job in node.jobs()] == [JobState.DONE, JobState.DONE]
+    assert len(place.pacs.contents()) == 6
+
+
+def test_a_ledger_that_is_lost_altogether_comes_back_from_the_spool(place: Place, ct: Callable[[], list[Path]]) -> None:
+    node = place.start()
+    node.receive(ct())
+    node.run_to_end()
+    before = place.pacs.contents()
+    place.stop()
+    place.file.unlink()
+    node = place.start()
+    node.run_to_end()
+    assert [job.state for job in node.jobs()] == [JobState.DONE]
+    assert place.pacs.contents() == before
+
+
+def test_a_result_that_was_taken_back_since_the_backup_waits_for_a_person(
+    place: Place, ct: Callable[[], list[Path]]
+) -> None:
+    node = place.start()
+    backup = place.backup()
+    node.receive(ct())
+    node.run_to_end()
+    [job] = node.jobs()
+    (node.spool.result_folder(job.id) / "rejection-sc").mkdir()
+    place.restore(backup)
+    node = place.start()
+    [held] = node.jobs()
+    assert (held.id, held.state) == (job.id, JobState.HELD)
+    assert "look before you release it" in held.reason
+
+
+def test_half_of_a_job_that_was_to_be_computed_again_is_no_job(place: Place, ct: Callable[[], list[Path]]) -> None:
+    node = place.start()
+    node.receive(ct())
+    node.run_to_end()
+    [job] = node.jobs()
+    node.spool.link_previous("ab" * 16, job.id)  # killed before the ledger heard of it
+    node = place.start()
+    assert node.adopted == []
+    assert [one.id for one in node.jobs()] == [job.id]
+
+
+def test_input_that_cannot_be_read_does_not_hold_the_start_up(place: Place) -> None:
+    node = place.start()
+    folder = node.spool.work_folder("cd" * 16) / "ct"
+    folder.mkdir()
+    (folder / "1.2.dcm").write_bytes(b"no DICOM")
+    with capture_logs() as logged:
+        node = place.start()
+    assert node.adopted == []
+    assert [line["job_id"] for line in logged if line["event"] == "job.not_adopted"] == ["cd" * 16]
+
+
+# ---- every day
+
+
+def test_a_backup_is_made_once_a_day_and_a_failure_is_told_once(place: Place) -> None:
+    node = place.start()
+    config = small_config(place.root)
+    now = [NOW]
+    keeper = Backups(config, node.ledger, clock=lambda: now[0])
+    for hours in (0, 1, 25, 26):
+        now[0] = NOW + timedelta(hours=hours)
+        keeper.tick()
+    assert len(backups(backup_folder(config))) == 2
+    blocked = small_config(place.root, storage={"root": str(place.root), "backup_folder": str(place.file)})
+    keeper = Backups(blocked, node.ledger, clock=lambda: now[0])
+    keeper.tick()
+    keeper.tick()
+    [told] = node.ledger.search_events(code="backup_failed")
+    assert "backup folder" in told.text
+
+
+def test_no_backups_are_made_where_none_are_wanted_or_the_database_has_its_own(place: Place) -> None:
+    node = place.start()
+    for storage in ({"keep_backups": 0}, {"database_url": "postgresql+psycopg://node@db/ledger"}):
+        config = small_config(place.root, storage={"root": str(place.root), **storage})
+        Backups(config, node.ledger).tick()
+        assert not backup_folder(config).exists()
+
+
+# ---- at start, and by command
+
+
+@pytest.fixture
+def config(place: Place, tmp_path: Path) -> str:
+    path = tmp_path / "config.toml"
+    path.write_text(f'[node]\nhost = "127.0.0.1"\n[storage]\nroot = "{place.root}"\n')
+    return str(path)
+
+
+def damage(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[4096 * 2 : 4096 * 4] = b"\xa5" * 8192
+    file.write_bytes(data)
+
+
+def test_a_node_never_starts_on_a_damaged_ledger(place: Place, config: str) -> None:
+    place.start()
+    place.stop()
+    damage(place.file)
+    before = place.file.read_bytes()
+    with pytest.raises(LedgerDamaged, match="dicom-node ledger restore FILE"):
+        Node(load_config(Path(config)), engine=LocalEngine(job_timeout_s=1)).start(port=0)
+    assert place.file.read_bytes() == before
+    lock_root(place.root)()  # and it has let go of the folder
+
+
+def test_a_damaged_ledger_is_an_exit_code_of_its_own(
+    place: Place, config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.start()
+    place.stop()
+    damage(place.file)
+    monkeypatch.setattr("sys.argv", ["dicom-node", "ledger", "check", "--config", config])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 3
+    assert "restore a backup" in capsys.readouterr().err
+
+
+def test_check_backup_and_restore_by_command(place: Place, config: str, ct: Callable[[], list[Path]]) -> None:
+    node = place.start()
+    node.receive(ct())
+    node.run_to_end()
+    run = CliRunner().invoke
+    answer = run(app, ["ledger", "check", "--config", config])
+    assert (answer.exit_code, "whole" in answer.output, "backups: none in" in answer.output) == (0, True, True)
+    assert run(app, ["ledger", "backup", "--config", config]).exit_code == 0
+    [made] = backups(place.root / "backups")
+    assert made.name in run(app, ["ledger", "check", "--quick", "--config", config]).output
+    place.stop()
+    damage(place.file)
+    answer = run(app, ["ledger", "restore", str(made), "--config", config])
+    assert answer.exit_code == 0, answer.output
+    ledger = open_ledger(f"sqlite:///{place.file}")
+    assert [event.code for event in ledger.search_events(limit=1)] == ["ledger_restored"]
+    ledger.close()
+    node = place.start()
+    assert [job.state for job in node.jobs()] == [JobState.DONE]
+
+
+def test_nothing_is_restored_under_a_running_node(place: Place, config: str) -> None:
+    place.start()
+    made = place.backup()
+    before = place.file.stat().st_ino
+    unlock = lock_root(place.root)
+    answer = CliRunner().invoke(app, ["ledger", "restore", str(made), "--config", config])
+    unlock()
+    assert answer.exit_code == 1
+    assert "another node is running" in str(answer.exception)
+    assert place.file.stat().st_ino == before
