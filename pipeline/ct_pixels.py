@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from typing import IO, Any, TypeVar
 
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.utils import iter_pixels
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.pixels.decoders.base import Decoder, get_decoder
+from pydicom.pixels.utils import as_pixel_options
 from pydicom.uid import ExplicitVRBigEndian
 
 from pipeline.ct_headers import PIXEL_TAGS, Frame, PixelFormat
@@ -22,6 +22,7 @@ from pipeline.types import FloatVolume
 AIR_HU = -1024.0
 
 _ITEM = struct.Struct("<HHL")  # the header of a fragment; encapsulated data are Little Endian
+_OFFSET_TAGS = ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")
 _Decoded = TypeVar("_Decoded")
 
 
@@ -108,19 +109,31 @@ def _inflate(frames: Sequence[Frame]) -> Iterator[NDArray[np.uint16]]:
 def _decode(frames: Sequence[Frame]) -> Iterator[NDArray[np.uint16]]:
     """A compressed file, frame after frame from the disk, through pydicom's decoders and their plug-ins."""
     first = frames[0]
+    decoder = _decoder(first)
+    header = pydicom.dcmread(first.path, stop_before_pixels=True, specific_tags=[*PIXEL_TAGS, *_OFFSET_TAGS])
+    options = as_pixel_options(header, pixel_keyword="PixelData", pixel_vr="OB", number_of_frames=1)
     with first.path.open("rb") as file:
         _check_fragments(file, first)
-    # one frame is looked up; for several the file is read once, from the front: without an offset table
-    # (PS3.5 annex A.4) every look-up begins there
-    indices = [first.index] if len(frames) == 1 else None
-    decoding: Any = iter_pixels(first.path, raw=True, indices=indices)  # a generator: it closes the file
-    with closing(decoding) as arrays:
+        file.seek(first.pixels.offset)
+        coded = generate_frames(file, number_of_frames=first.of, extended_offsets=options.pop("extended_offsets", None))
         number = -1
         for frame in frames:
             while number < frame.index:
-                array = _next(arrays, frame)
-                number = frame.index if indices else number + 1
-            yield _words(array, frame)
+                data, number = _next(coded, frame), number + 1
+            yield _words(_next(_decoded(decoder, data, options), frame), frame)
+
+
+def _decoded(decoder: Decoder, data: bytes, options: dict[str, Any]) -> Iterator[NDArray[Any]]:
+    """One frame, alone: pydicom cannot extend the sign of several JPEG-LS frames (its array is read-only)."""
+    for array, _ in decoder.iter_array(encapsulate([data], has_bot=False), raw=True, indices=[0], **options):
+        yield array
+
+
+def _decoder(frame: Frame) -> Decoder:
+    try:
+        return get_decoder(frame.pixels.transfer_syntax)
+    except NotImplementedError as error:  # a video, a syntax of the future
+        raise _undecodable(frame, "no decoder") from error
 
 
 def _check_fragments(file: IO[bytes], frame: Frame) -> None:

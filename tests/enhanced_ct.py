@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
+from encoded_ct import encode
 from pydicom import Dataset
-from pydicom.uid import EnhancedCTImageStorage, ExplicitVRBigEndian, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 Modify = Callable[[Dataset], None]
 DIMENSION = "1.2.3.4.5"
@@ -67,16 +68,10 @@ def write_enhanced(
 
 
 def _write(ds: Dataset, path: Path, transfer_syntax: str, modify: Modify | None) -> None:
-    syntax = pydicom.uid.UID(transfer_syntax)
-    if syntax == ExplicitVRBigEndian:
-        words = memoryview(ds.PixelData).cast("H").tolist()
-        ds.PixelData = b"".join(word.to_bytes(2, "big") for word in words)
     if modify:
         modify(ds)
-    if syntax.is_encapsulated and not ds.file_meta.TransferSyntaxUID.is_encapsulated:
-        ds.compress(syntax, generate_instance_uid=False)
-    elif not ds.file_meta.TransferSyntaxUID.is_encapsulated:
-        ds.file_meta.TransferSyntaxUID = syntax
+    if not ds.file_meta.TransferSyntaxUID.is_encapsulated:
+        encode(ds, transfer_syntax)
     pydicom.dcmwrite(path, ds, enforce_file_format=True)
 
 

@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +206,14 @@ def test_one_frame_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     path, hu = compressed(tmp_path, FRAGMENTS["empty offset table"])
     read: list[int] = []
     really = pydicom.encaps.generate_fragments
-    monkeypatch.setattr(
-        "pydicom.encaps.generate_fragments",
-        lambda *args, **kwargs: (read.append(len(piece)) or piece for piece in really(*args, **kwargs)),  # type: ignore[func-returns-value]
-    )
+
+    def counted(source: Any, **kwargs: Any) -> Iterator[bytes]:
+        for fragment in really(source, **kwargs):
+            if isinstance(source, BufferedReader):  # the file, not the one frame that is decoded
+                read.append(len(fragment))
+            yield fragment
+
+    monkeypatch.setattr("pydicom.encaps.generate_fragments", counted)
     planes = []
 
     def on_progress(progress: Any) -> None:
