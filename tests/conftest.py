@@ -17,6 +17,7 @@ hypothesis.settings.load_profile("any machine")
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS))  # `from ct_factory import write_ct`
+sys.path.append(str(TESTS / "dicom_node"))  # `from intake_tools import running_intake`, in tests/hostile
 sys.path.append(str(TESTS / "pipeline"))  # `from outputs_samples import Sample`, in every folder of tests
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import structlog
@@ -18,6 +19,7 @@ from pydicom.uid import UID
 from pynetdicom import evt
 from pynetdicom.association import Association as PynetAssociation
 from pynetdicom.events import Event, EventHandlerType
+from pynetdicom.fsm import InvalidEventError
 
 from dicom_node.config import Config
 from dicom_node.net.associations import Association
@@ -161,6 +163,23 @@ class Receiver:
         assoc: Any = event.assoc
         assoc.pdu_reader = PduReader(assoc, self._store, self._token_of, self._config)  # lives as long as it
         assoc.pdu_reader.take_over()
+        machine = assoc.dul.state_machine
+        machine.do_action = partial(self._act, assoc, machine.do_action)
+
+    def _act(self, assoc: Any, do_action: Callable[[str], None], event: str) -> None:
+        """One step of the state machine. A PDU that its state does not know would else end only half of the threads.
+
+        The peer hears nothing more of us: the connection is closed, and `_reap` gives the place back.
+        """
+        try:
+            do_action(event)
+        except Exception as error:
+            state = assoc.dul.state_machine.current_state
+            reason = str(error) if isinstance(error, InvalidEventError) else type(error).__name__
+            log.warning("association.protocol_error", state=state, pdu_event=event, reason=reason)
+            assoc.dul.socket.close()
+            assoc.is_aborted, assoc.is_established = True, False
+            assoc._kill = assoc.dul._kill_thread = True
 
     def _token_of(self, assoc: PynetAssociation) -> str:
         with self._lock:
@@ -326,6 +345,8 @@ class Receiver:
         with self._lock:
             token = self._tokens.get(event.assoc, "")
             fault = self._bad_uids.pop((token, int(request.MessageID or 0)), "")
+        if not token:  # the association ended while this request waited: nobody hears the answer
+            return Status.UNABLE_TO_PROCESS
         data: Any = request.DataSet.getbuffer() if request.DataSet is not None else b""  # no copy of the instance
         announced = Announced(
             sop_class_uid=str(event.context.abstract_syntax),

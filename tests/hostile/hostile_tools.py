@@ -1,0 +1,168 @@
+"""A node's intake under siege, and what must hold after every batch of hostile input.
+
+Nothing crashed, nothing lies outside the spool, the memory is bounded, no association or half file is left behind,
+and the next good study is served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+from hypothesis import strategies as st
+from intake_tools import Intake, config, running_intake, small_ct
+from pydicom.uid import CTImageStorage, generate_uid
+from raw_sender import associate_request
+
+from dicom_node.config import PeerConfig
+from dicom_node.net.scu import send_series
+from storage.records import JobState
+
+CT = str(CTImageStorage)
+VERIFICATION = "1.2.840.10008.1.1"
+MOST_GROWTH = 64 << 20  # bytes of resident memory that a batch may leave behind
+_SPOOL_FILE = re.compile(
+    r"inbox/(incoming/[0-9a-f]+|series/[0-9.]+|segmentations/[0-9.]+)(/[0-9.]+(~[0-9]+)?\.dcm)?"
+    r"|(work|outbox)/[0-9a-f]+(/.*)?|quarantine/[a-z_]+(/[0-9.~]+\.dcm)?|references/[0-9a-f]+\.json"
+    r"|inbox|inbox/[a-z]+|work|outbox|quarantine|references|commitments?(/.*)?|fetched(/.*)?|[a-z]+"
+)
+_BAD_NEWS = ("store.failed", "association.admission_failed", "ledger.note_failed", "assembler.step_failed")
+
+NASTY = (
+    "a\nnode.started fake=line",
+    "\x1b[2J\x1b]0;title\x07",
+    "'; DROP TABLE jobs; --",
+    '"; rm -rf / #',
+    "$(touch /tmp/x)`id`",
+    "<script>alert(1)</script>",
+    "=cmd|' /C calc'!A0",
+    "+1+1",
+    "-2+3",
+    "@SUM(A1)",
+    "../../../etc/passwd",
+    "[red]markup[/red] {0} %s %n",
+    "\u202eevil\u2066",
+    "\x00\x00",
+)
+
+
+@dataclass
+class Siege:
+    """A receiver, its spool and ledger, with what was there before the batch."""
+
+    intake: Intake
+    folder: Path
+    logs: list[dict[str, object]] = field(default_factory=list)
+    resident: int = 0
+    outside: frozenset[str] = frozenset()
+    served: int = 0
+
+    def begin(self) -> None:
+        """Remember what there is; a good study first, so that everything that is loaded once is loaded."""
+        self.good_study()
+        self.resident, self.outside = resident_bytes(), self._outside()
+
+    def assert_unharmed(self) -> None:
+        """What the module's first lines say."""
+        intake = self.intake
+        intake.wait(lambda: not intake.registry.open_tokens())
+        intake.wait(lambda: not any(server.active_associations for server in intake.receiver._servers))
+        assert intake.receiver.alive
+        bad_news = [line for line in self.logs if line["event"] in _BAD_NEWS]
+        self.logs.clear()
+        assert not bad_news, bad_news
+        assert self._outside() == self.outside
+        spool = intake.spool.root
+        strange = [str(path.relative_to(spool)) for path in spool.rglob("*")]
+        assert [path for path in strange if not _SPOOL_FILE.fullmatch(path)] == []
+        self.good_study()
+        growth = resident_bytes() - self.resident
+        assert growth < MOST_GROWTH, f"{growth >> 20} MiB more"
+
+    def good_study(self) -> None:
+        """An ordinary study, sent by an ordinary sender, becomes a job."""
+        self.served += 1
+        series_uid = generate_uid()
+        paths = small_ct(self.folder / "good" / str(self.served), 4, series_uid=series_uid)
+        node = PeerConfig(name="node", ae_title="SYNPET", port=self.intake.port)
+        outcome = send_series(paths, node, calling_ae="PACS")
+        assert outcome.ok, outcome.text
+        self.intake.wait(lambda: not self.intake.registry.open_tokens())
+        self.intake.pass_time(31)
+        job = self.intake.job(series_uid)
+        assert (job.state, job.instances) == (JobState.QUEUED, 4)
+
+    def send(self, *words: bytes, associate: Sequence[str] = ()) -> None:
+        """Say something on a connection of its own, and hang up when the node has had time to read it.
+
+        With `associate`, SOP classes, an association is asked for first, and its answer awaited.
+        """
+        sock = socket.create_connection(("127.0.0.1", self.intake.port), timeout=20)
+        with sock, contextlib.suppress(ConnectionError, BrokenPipeError):  # it may hang up in the middle
+            if associate:
+                sock.sendall(associate_request(associate))
+                sock.recv(65536)
+            for word in words:
+                sock.sendall(word)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(65536):
+                pass
+
+    def _outside(self) -> frozenset[str]:
+        ours = ("spool", "good", "ledger.sqlite")
+        return frozenset(
+            str(path)
+            for path in self.folder.parent.rglob("*")
+            if path.relative_to(self.folder).parts[:1] and not path.relative_to(self.folder).parts[0].startswith(ours)
+        )
+
+
+@contextlib.contextmanager
+def besieged(folder: Path, *, reader: str = "stream") -> Iterator[Siege]:
+    """A receiver in this process, so that an exception in any of its threads fails the test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    node = {"acse_timeout_s": 1, "network_timeout_s": 2, "max_connections_per_address": 0, "max_associations": 200}
+    with (
+        structlog.testing.capture_logs() as logs,
+        running_intake(folder, config(node=node, intake={"reader": reader, "max_instance_bytes": 4_000_000})) as intake,
+    ):
+        siege = Siege(intake, folder, logs)
+        siege.begin()
+        yield siege
+
+
+def resident_bytes() -> int:
+    """The resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@st.composite
+def mutated(draw: st.DrawFn, valid: bytes, most: int = 6) -> bytes:
+    """`valid` with some bytes changed, doubled, dropped, or lengths made huge; or cut short."""
+    raw = bytearray(valid)
+    for _ in range(draw(st.integers(1, most))):
+        if not raw:
+            break
+        at = draw(st.integers(0, len(raw) - 1))
+        match draw(st.sampled_from(("flip", "insert", "drop", "huge", "zero", "double", "cut"))):
+            case "flip":
+                raw[at] ^= 1 << draw(st.integers(0, 7))
+            case "insert":
+                raw[at:at] = draw(st.binary(min_size=1, max_size=40))
+            case "drop":
+                del raw[at : at + draw(st.integers(1, 40))]
+            case "huge":
+                raw[at : at + 4] = b"\xff\xff\xff\xff"
+            case "zero":
+                raw[at : at + 4] = bytes(4)
+            case "double":
+                raw[at:at] = raw[at : at + 64]
+            case _:
+                del raw[at:]
+    return bytes(raw)
