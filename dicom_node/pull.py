@@ -141,9 +141,8 @@ class Puller:
     def pull_study(self, study: StudyFound, wanted: Wanted) -> PullOutcome:
         """The CT series of one study that is there."""
         jobs = self._ledger.jobs_of_study(study.study_uid)
-        cut_short = self._was_cut_short(study.study_uid)
         blank = PullOutcome(wanted=wanted, study_uid=study.study_uid, code="present")
-        if not self._options.again and not cut_short and is_present(jobs):
+        if not self._options.again and self.is_here(study.study_uid):
             return replace(blank, text=f"{len(jobs)} jobs of it are here")
         found = self.finder.ct_series(study.study_uid)
         if not found.ok:
@@ -175,6 +174,10 @@ class Puller:
         for study in found.studies:
             yield self.pull_study(study, wanted)
 
+    def is_here(self, study_uid: str) -> bool:
+        """Whether a study needs no fetching: it has jobs, and no fetching of it was cut short."""
+        return is_present(self._ledger.jobs_of_study(study_uid)) and not self._was_cut_short(study_uid)
+
     def _was_cut_short(self, study_uid: str) -> bool:
         codes = [event.code for event in self._ledger.events_of_study(study_uid)]
         return next((code for code in reversed(codes) if code.startswith("pull_")), "") in _CUT_SHORT
@@ -187,10 +190,12 @@ class Puller:
             total.add(outcome)
             if outcome.code in ARCHIVE_TROUBLE or self._options.should_stop():
                 break
-        counts = {"series": total.series, "instances": total.instances, "failed": total.failed}
+        counts: dict[str, Any] = {"series": total.series, "instances": total.instances, "failed": total.failed}
         done = replace(blank, code="fetched", seconds=total.seconds, **counts)
         details = {**counts, "method": self._options.method, "peer": self._peer.name}
         trouble = total.trouble
+        if trouble is None and total.series < len(missing):
+            trouble = RetrieveOutcome(code="interrupted", text="stopped before the rest")
         if trouble is None:
             text = f"{total.series} CT series, {total.instances} instances fetched from {self._peer.ae_title}"
             self._note(study, "pull_ended", text, details, total.seconds)
@@ -231,7 +236,7 @@ def is_unfinished(job: Job) -> bool:
 
 
 def is_present(jobs: Sequence[Job]) -> bool:
-    """Whether a study needs no fetching: it has jobs, and none ended for want of instances without a better one."""
+    """Whether a study has jobs, and none ended for want of instances without a better one of its series."""
     finished = {job.info.series_uid for job in jobs if not is_unfinished(job)}
     return bool(jobs) and all(job.info.series_uid in finished for job in jobs)
 

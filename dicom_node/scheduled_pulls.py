@@ -16,7 +16,7 @@ import structlog
 
 from dicom_node.config import Config, ScheduledPull
 from dicom_node.net.query import SeriesFound, StudyFound
-from dicom_node.pull import ARCHIVE_TROUBLE, Puller, PullOptions, PullOutcome, Wanted, is_present
+from dicom_node.pull import ARCHIVE_TROUBLE, Puller, PullOptions, PullOutcome, Wanted
 from dicom_node.selection import like
 from storage.ledger import Ledger
 from storage.spool import Spool
@@ -115,7 +115,7 @@ class ScheduledPulls:
             self._tell(pull, RUN_FAILED, found.text, {"reason": found.code})
             return False
         studies = [study for study in found.studies if _fits(study.description, pull.study_description)]
-        missing = [study for study in studies if not is_present(self._ledger.jobs_of_study(study.study_uid))]
+        missing = [study for study in studies if not puller.is_here(study.study_uid)]
         outcomes = self._pull(puller, missing[: pull.max_studies])
         codes = Counter(outcome.code for outcome in outcomes)
         left = len(missing) - len(outcomes)
@@ -131,9 +131,8 @@ class ScheduledPulls:
         }
         failed = [outcome for outcome in outcomes if outcome.code not in _HARMLESS]
         text = f"{len(studies)} CT studies of {first:%Y-%m-%d} to {last:%Y-%m-%d} at {pull.peer}: "
-        text += (
-            f"{len(studies) - len(missing)} were here, {codes['fetched']} fetched, {len(failed)} failed, {left} left"
-        )
+        here = len(studies) - len(missing)
+        text += f"{here} were here, {codes['fetched']} fetched, {len(failed)} failed, {left} left"
         if failed:
             text += f"; the first failure: {failed[0].text}"
         done = not failed and not left

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from dicom_node import __version__
-from dicom_node.cli import check, conformance, demo, jobs, ledger, models, recall, run, serve, train, why
+from dicom_node.cli import check, conformance, demo, doctor, jobs, ledger, models, pull, recall, run, serve, train, why
 from dicom_node.cli.common import console_err, print_error
 from dicom_node.config import ConfigError
 from dicom_node.errors import NodeError
@@ -25,7 +25,9 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("run")(run.run)
 app.command("check")(check.check)
+app.command("doctor")(doctor.doctor)
 app.command("why")(why.why)
+app.command("pull")(pull.pull)
 app.command("recall")(recall.recall_results)
 app.command("conformance")(conformance.conformance)
 app.command("demo")(demo.demo)

@@ -159,11 +159,12 @@ def print_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        writer.writerow([_cell(row.get(column, "")) for column in columns])
+        writer.writerow([cell(row.get(column, "")) for column in columns])
     sys.stdout.write(out.getvalue())
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value in a CSV file: nothing that a spreadsheet would run."""
     text = value.isoformat() if isinstance(value, datetime) else str("" if value is None else value)
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 

@@ -168,21 +168,22 @@ def _count(answer: Dataset, keyword: str) -> int | None:
 
 
 def _judged(status: int, counted: _Counts, how: Retrieval) -> Trouble | None:
-    """What the last answer means. Success with failures in it is none (seen of archives that never warn)."""
+    """What the last answer means: by its counts, where it counts. A warning that counts no failure is a success."""
     at = where(how.peer)
     if status == DESTINATION_UNKNOWN:
         text = f"{at} does not know {how.calling_ae} as a destination: add it there, with this node's address and port"
         return Trouble("destination_unknown", text, True)
     if status in NOT_OFFERED_STATUSES:
         return Trouble("not_offered", f"{at} refused to send: {status_text(status)}", True)
-    if status in (SUCCESS, SOME_FAILED) and (counted.failed or counted.failed_uids or status == SOME_FAILED):
-        failed = max(counted.failed, len(counted.failed_uids))
-        return Trouble("incomplete", f"{at} could not send {failed} of {counted.completed + failed} instances", False)
-    if status == SUCCESS and counted.told and not counted.completed:
+    if status not in (SUCCESS, SOME_FAILED):
+        return Trouble("retrieve_refused", f"{at} did not send: {_said(status)}", False)
+    failed = max(counted.failed, len(counted.failed_uids))
+    if failed or (status == SOME_FAILED and not counted.told):
+        of = f"{failed or 'some'} of {counted.completed + failed or 'its'} instances"
+        return Trouble("incomplete", f"{at} could not send {of}", False)
+    if counted.told and not counted.completed:
         return Trouble("incomplete", f"{at} says that it is done, and sent nothing", False)
-    if status == SUCCESS:
-        return None
-    return Trouble("retrieve_refused", f"{at} did not send: {_said(status)}", False)
+    return None
 
 
 def _said(status: int) -> str:
