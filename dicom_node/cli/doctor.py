@@ -1,0 +1,192 @@
+"""`dicom-node doctor`: prove the whole path, end to end, with a labelled test study."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.live import Live
+from rich.table import Table
+
+from dicom_node.cli.check import Finding, Verdict, check_answering, elsewhere, on_this_machine, ourselves
+from dicom_node.cli.common import (
+    DEFAULT_CONFIG,
+    AsJson,
+    ConfigPath,
+    console,
+    fail,
+    opened_ledger,
+    print_json,
+    safe,
+    table,
+)
+from dicom_node.config import Config, DestinationConfig, load_config
+
+if TYPE_CHECKING:
+    from dicom_node.doctor import Step, TestStudy
+
+MATRIX = 128
+COVERAGE = (0.58, 0.74)  # of the body's height: pelvis to chest, which every gate knows
+SPACING_MM = (5.0, 4.0, 4.0)
+NAME, PURPOSE = "TEST^DICOM-NODE DOCTOR", "TEST - dicom-node doctor"
+COMMENTS = "TEST: a generated phantom of dicom-node doctor, not a patient"
+_REMEDIES = {
+    "disk": "make room, or correct [storage].root",
+    "ledger": "the message above; docs/operation.md",
+    "bundle": "dicom-node models verify; [pipeline].bundle",
+    "shadow": "dicom-node models verify; [pipeline].shadow",
+    "device": "[pipeline].device",
+    "peer": "address, port and AE titles on both sides; the peer must know ours",
+    "proof": "what the archive lacks ends earlier; commitment and verify of the destination",
+    "destination": "docs/dicomweb.md has every message",
+}
+
+
+def doctor(
+    config: ConfigPath = DEFAULT_CONFIG,
+    destination: Annotated[
+        str,
+        typer.Option("--destination", "-d", help="The one of [[destinations]] that gets the result. Without: none."),
+    ] = "",
+    retire: Annotated[
+        bool, typer.Option("--retire", help="Afterwards ask that destination to hide it (rejection note, IHE IOCM).")
+    ] = False,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that a step may take.")] = 1800.0,
+    as_json: AsJson = False,
+) -> None:
+    """Prove the whole path of the running node with a labelled TEST study, step by step. Exit code 1 when one fails.
+
+    What `check` proves comes first. Then a small generated CT is sent to the node, and its result to one destination.
+    """
+    loaded = load_config(config)
+    chosen = _destination(loaded, destination)
+    if retire and chosen is None:
+        raise fail("--retire takes back what was sent: name its --destination", code=2)
+    done: list[Step] = []
+    with ExitStack() as open_:
+        shown = table("dicom-node doctor", "step", "", "seconds", "what was found, and what to do")
+        live = None if as_json else open_.enter_context(Live(shown, console=console, auto_refresh=False))
+        for step in _steps(loaded, config, chosen, retire=retire, timeout_s=timeout):
+            done.append(step)
+            _add(shown, step)
+            if live is not None:
+                live.refresh()
+    if as_json:
+        print_json([asdict(step) for step in done])
+    if not all(step.ok for step in done):
+        raise typer.Exit(1)
+
+
+def _destination(config: Config, name: str) -> DestinationConfig | None:
+    if not name:
+        return None
+    found = next((one for one in config.destinations if one.name == name), None)
+    if found is None:
+        names = ", ".join(one.name for one in config.destinations) or "none"
+        raise fail(f"no destination is named {name!r}; the configuration has: {names}", code=2)
+    return found
+
+
+def _add(shown: Table, step: Step) -> None:
+    mark = "[green]ok[/]" if step.ok else "[bold red]FAILED[/]"
+    text = safe(step.text if step.ok or not step.remedy else f"{step.text}\n-> {step.remedy}")
+    shown.add_row(safe(step.name), mark, f"{step.seconds:.1f}", text)
+
+
+def _steps(
+    config: Config, path: Path, destination: DestinationConfig | None, *, retire: bool, timeout_s: float
+) -> Iterator[Step]:
+    """What `check` looks at, then the study; nothing is sent when this machine or the destination is not ready."""
+    from dicom_node.doctor import Step, Trip
+
+    yield Step(name="config", ok=True, text=str(path))
+    ready = True
+    for step in _checks(config, path):
+        yield step
+        ready = ready and (step.ok or not _needed(step.name, destination))
+    if not ready:
+        return
+    with tempfile.TemporaryDirectory(prefix="dicom-node-doctor-") as folder, opened_ledger(config) as ledger:
+        began = monotonic()
+        study = make_test_study(Path(folder))
+        text = f"{len(study.files)} slices of {MATRIX} x {MATRIX}: {NAME}, accession {study.accession}"
+        yield Step(name="test study", ok=True, text=text, seconds=monotonic() - began)
+        trip = Trip(config, ledger, study, node=ourselves(config), destination=destination, timeout_s=timeout_s)
+        yield from trip.steps(retire=retire)
+
+
+def _checks(config: Config, path: Path) -> Iterator[Step]:
+    from dicom_node.doctor import Step, node_runs_on
+
+    yield from _timed(on_this_machine(config))
+    if not node_runs_on(config.storage.root):
+        text = f"no node runs on [storage].root = {config.storage.root}"
+        remedy = f"start it: dicom-node serve --config {path} (or systemctl start dicom-node)"
+        yield Step(name="node", ok=False, text=text, remedy=remedy)
+        return
+    remedy = "the node runs and does not answer on its port: its log says why"
+    for step in _timed(iter([check_answering(config)])):
+        yield Step(name=step.name, ok=step.ok, text=step.text, seconds=step.seconds, remedy=remedy)
+    yield from _timed(elsewhere(config))
+
+
+def _timed(findings: Iterator[Finding]) -> Iterator[Step]:
+    from dicom_node.doctor import Step
+
+    began = monotonic()
+    for finding in findings:
+        seconds = monotonic() - began
+        ok = finding.verdict is not Verdict.FAIL
+        warning = "warning: " if finding.verdict is Verdict.WARN else ""
+        remedy = _REMEDIES.get(finding.check.partition(" ")[0], "")
+        yield Step(name=finding.check, ok=ok, text=f"{warning}{finding.text}", seconds=seconds, remedy=remedy)
+        began = monotonic()
+
+
+def _needed(name: str, destination: DestinationConfig | None) -> bool:
+    """Whether the study cannot go its way without what this check looked at."""
+    what, _, who = name.partition(" ")
+    if what not in ("peer", "proof", "compression", "destination"):
+        return what != "shadow"
+    return destination is not None and who in (destination.name, destination.peer)
+
+
+def make_test_study(folder: Path) -> TestStudy:
+    """A generated torso CT, labelled TEST in every text, with UIDs and an accession number of its own."""
+    from dicom_node.doctor import TestStudy
+    from training.phantom import PhantomSpec, make_phantom
+    from training.phantom.dicom import StudyHeader, write_ct_series
+
+    now = datetime.now()
+    spec = PhantomSpec(seed=1, spacing_mm=SPACING_MM, fov_mm=MATRIX * SPACING_MM[1], pose="raised", coverage=COVERAGE)
+    accession = f"TEST{now:%y%m%d%H%M%S}"
+    header = StudyHeader(patient_id=accession, patient_name=NAME, scanned=now, description=PURPOSE)
+    files = write_ct_series(make_phantom(spec), folder, matrix=MATRIX, header=header)
+    study_uid = _label(files, accession)
+    return TestStudy(files=files, study_uid=study_uid, accession=accession)
+
+
+def _label(files: Sequence[Path], accession: str) -> str:
+    """Write TEST and fresh UIDs into the files: the study of another day is another study. Returns its UID."""
+    from pydicom import dcmread
+    from pydicom.uid import generate_uid
+
+    study_uid, series_uid, frame_of_reference_uid = generate_uid(), generate_uid(), generate_uid()
+    for path in files:
+        ds = dcmread(path)
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = study_uid, series_uid
+        ds.FrameOfReferenceUID = frame_of_reference_uid
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        ds.AccessionNumber = accession
+        ds.SeriesDescription = "TEST - PHANTOM CT"
+        ds.PatientComments = ds.ImageComments = COMMENTS
+        ds.QualityControlImage = "YES"  # PS3.3 C.7.6.1: of a phantom
+        ds.save_as(path)
+    return str(study_uid)
