@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +32,7 @@ from dicom_node.config import Config, DestinationConfig, load_config
 
 if TYPE_CHECKING:
     from dicom_node.doctor import Step, TestStudy
+    from training.phantom import Phantom
 
 MATRIX = 128
 COVERAGE = (0.58, 0.74)  # of the body's height: pelvis to chest, which every gate knows
@@ -161,16 +163,22 @@ def _needed(name: str, destination: DestinationConfig | None) -> bool:
 def make_test_study(folder: Path) -> TestStudy:
     """A generated torso CT, labelled TEST in every text, with UIDs and an accession number of its own."""
     from dicom_node.doctor import TestStudy
-    from training.phantom import PhantomSpec, make_phantom
     from training.phantom.dicom import StudyHeader, write_ct_series
 
     now = datetime.now()
-    spec = PhantomSpec(seed=1, spacing_mm=SPACING_MM, fov_mm=MATRIX * SPACING_MM[1], pose="raised", coverage=COVERAGE)
     accession = f"TEST{now:%y%m%d%H%M%S}"
     header = StudyHeader(patient_id=accession, patient_name=NAME, scanned=now, description=PURPOSE)
-    files = write_ct_series(make_phantom(spec), folder, matrix=MATRIX, header=header)
+    files = write_ct_series(_paint(), folder, matrix=MATRIX, header=header)
     study_uid = _label(files, accession)
     return TestStudy(files=files, study_uid=study_uid, accession=accession)
+
+
+@cache
+def _paint() -> Phantom:
+    from training.phantom import PhantomSpec, make_phantom
+
+    fov_mm = MATRIX * SPACING_MM[1]
+    return make_phantom(PhantomSpec(seed=1, spacing_mm=SPACING_MM, fov_mm=fov_mm, pose="raised", coverage=COVERAGE))
 
 
 def _label(files: Sequence[Path], accession: str) -> str:
