@@ -53,6 +53,8 @@ MANY = 1_000_000  # all of them
 REJECTING = (UnsupportedSeries, DistrictError, GateRefusal)  # the series is at fault: nobody can mend it here
 OPERATORS_CODES = frozenset({"no_segmenter", "unknown_segmenter"})  # the series is not at fault for these
 LATER_CODES = frozenset({"not_written"})  # a PipelineError that a disk with room again would not meet
+WAIT_FOR_ROOM_S = 300.0  # nobody frees a disk in less; an attempt that finds no room costs nothing
+RESULT_TO_INPUT = 2  # a result is at most so many times as large as its CT, with all its companions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +65,7 @@ class Verdict:
     text: str
     permanent: bool = False
     rejected: bool = False
+    waits: bool = False  # nothing is wrong with the job: it is tried again however long it takes
 
 
 def judge(error: Exception) -> Verdict:
@@ -74,13 +77,14 @@ def judge(error: Exception) -> Verdict:
         case PipelineError():
             rejected = isinstance(error, REJECTING) and error.code not in OPERATORS_CODES
             permanent = error.permanent and error.code not in LATER_CODES
-            return Verdict(code=error.code, text=error.text, permanent=permanent, rejected=rejected)
+            waits = error.code in LATER_CODES
+            return Verdict(code=error.code, text=error.text, permanent=permanent, rejected=rejected, waits=waits)
         case EngineError():
             return Verdict(code=error.code, text=error.text)
         case NotFound():
             return Verdict(code="input_gone", text="the series is not in the spool any more", permanent=True)
         case NoSpace():
-            return Verdict(code="no_space", text="the disk is full")
+            return Verdict(code="no_space", text=f"{error}; it goes on when there is room", waits=True)
         case OtherSeries():
             return Verdict(code=OTHER_SERIES, text=str(error), permanent=True)
         case _:
@@ -271,7 +275,7 @@ class Worker:
         except EngineStopped as error:
             self._given_back(job, error)
         except Exception as error:  # the edge
-            if not isinstance(error, PipelineError | EngineError | OtherSeries):
+            if not isinstance(error, PipelineError | EngineError | OtherSeries | NoSpace):
                 log.exception("job.error")
             if isinstance(error, OtherSeries):  # the outbox must not pass for what was sent
                 self._spool.discard_result(job.id)
@@ -286,6 +290,9 @@ class Worker:
         paths = self._spool.ct_files(job.id)
         if not paths:
             raise NotFound(f"job {job.id}: no CT files")
+        needed = RESULT_TO_INPUT * sum(path.stat().st_size for path in paths)
+        if self._spool.free_bytes() < needed:  # minutes of computing would end with the same
+            raise NoSpace(f"the disk of the spool has no room for a result of {needed / 1e6:.0f} MB")
         folder = self._spool.result_folder(job.id)
         shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)  # left by a killed run
         watch = _Watch(
@@ -413,6 +420,8 @@ class Worker:
 
     def _failed(self, job: Job, verdict: Verdict) -> None:
         pause = retry_delay_s(max(job.attempts, 1), first_s=self._config.engine.retry_s, longest_s=LONGEST_RETRY_S)
+        if verdict.waits:
+            pause = WAIT_FOR_ROOM_S
         try:
             ended = self._ledger.fail_run(
                 job.id,
@@ -421,6 +430,7 @@ class Worker:
                 text=verdict.text,
                 permanent=verdict.permanent,
                 rejected=verdict.rejected,
+                counted=not verdict.waits,
                 retry_at=self._clock() + timedelta(seconds=pause),
                 max_attempts=self._config.engine.max_attempts,
             )

@@ -321,16 +321,21 @@ class Ledger(ProofLedger, RejectionLedger, FigureLedger):
         text: str,
         permanent: bool,
         rejected: bool = False,
+        counted: bool = True,
         retry_at: datetime | None = None,
         max_attempts: int,
     ) -> Job:
-        """A run had no result: REJECTED, FAILED (permanent, or the last attempt), else QUEUED until `retry_at`."""
+        """A run had no result: REJECTED, FAILED (permanent, or the last attempt), else QUEUED until `retry_at`.
+
+        An attempt that is not `counted` (it only found no room) is none of the `max_attempts`.
+        """
         with self._write() as session:
             row = self._job(session, job_id)
             self._check_owner(row, owner)
+            row.attempts -= 0 if counted else 1
             if rejected:
                 self._move(session, row, JobState.REJECTED, code=code, text=text)
-            elif permanent or row.attempts >= max_attempts:
+            elif permanent or (counted and row.attempts >= max_attempts):
                 self._move(session, row, JobState.FAILED, code=code, text=text)
             else:
                 self._move(session, row, JobState.QUEUED, code=code, text=text, not_before=retry_at)

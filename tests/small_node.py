@@ -21,12 +21,13 @@ from dicom_node.recover import adopt_unknown
 from dicom_node.worker import Worker
 from pipeline.result import write_result
 from pipeline.types import EncodedInstance, EncodedSeries, Progress, Provenance, ResultSet, Stage
-from storage.ledger import Ledger, open_ledger
+from storage.ledger import Ledger, open_ledger, utc_now
 from storage.records import FINAL_JOB_STATES, Job, JobFilter, JobState
 from storage.spool import Spool
 
 OWNER = "node-small"
 SC = "1.2.840.10008.5.1.4.1.1.7"
+Clock = Callable[[], datetime]
 LONG_S = 1000.0  # longer than every period that the assembler waits
 
 
@@ -119,15 +120,17 @@ class FolderPacs:
 class SmallNode:
     """One life of the node, from its start."""
 
-    def __init__(self, root: Path, pacs: FolderPacs, *, engine: Any = None, **tables: Any) -> None:
+    def __init__(
+        self, root: Path, pacs: FolderPacs, *, engine: Any = None, clock: Clock = utc_now, **tables: Any
+    ) -> None:
         self.config = small_config(root, **tables)
         self.now_s = 1000.0
         self.spool = Spool(root, min_free_bytes=self.config.intake.min_free_bytes)
         self.spool.clean_temp()
-        self.ledger: Ledger = open_ledger(self.config.ledger_url)
+        self.ledger: Ledger = open_ledger(self.config.ledger_url, clock=clock)
         self.registry = AssociationRegistry(limit=9, clock=lambda: self.now_s)
-        self.deliveries = Deliveries(self.config, self.ledger, self.spool, owner=OWNER, send=pacs.send)
-        self.worker = Worker(self.config, self.ledger, self.spool, engine or SmallEngine(), owner=OWNER)
+        self.deliveries = Deliveries(self.config, self.ledger, self.spool, owner=OWNER, send=pacs.send, clock=clock)
+        self.worker = Worker(self.config, self.ledger, self.spool, engine or SmallEngine(), owner=OWNER, clock=clock)
         self.adopted = adopt_unknown(self.ledger, self.spool)
         self.worker.reclaim()
         self.deliveries.reclaim()
@@ -146,15 +149,23 @@ class SmallNode:
     def run_to_end(self, rounds: int = 20) -> None:
         """Until every job has ended and nothing is on its way in."""
         for _ in range(rounds):
-            self.assembler.tick()
-            self.now_s += LONG_S
-            self.assembler.tick()
-            while self.worker.work_one():
-                pass
-            self.deliver()
+            self.step()
             if self.jobs() and not self.spool.incoming() and all(j.state in FINAL_JOB_STATES for j in self.jobs()):
                 return
         raise AssertionError(f"jobs that do not end: {[(j.state.value, j.reason_code) for j in self.jobs()]}")
+
+    def step(self) -> None:
+        """Every part once."""
+        self.step_to_queued()
+        while self.worker.work_one():
+            pass
+        self.deliver()
+
+    def step_to_queued(self) -> None:
+        """What came is quiet, and decided upon."""
+        self.assembler.tick()
+        self.now_s += LONG_S
+        self.assembler.tick()
 
     def deliver(self) -> None:
         """What is due now, in this thread."""
