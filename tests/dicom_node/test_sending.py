@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from ct_factory import write_ct
+from delivery_desk import Desk, config_for
+from fake_pacs import FakePacs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread
@@ -301,3 +303,23 @@ def test_a_file_that_becomes_shorter_while_it_is_sent_is_not_stored(files: list[
     assert outcome.stored == 1
     assert outcome.code == "no_response"
     assert len(scp.messages) == 1
+
+
+@pytest.mark.parametrize("sender", ["stream", "plain"])
+def test_the_configuration_says_who_writes_the_requests(tmp_path: Path, sender: Way) -> None:
+    asked: list[Any] = []
+
+    def send(files: list[Path], **keys: Any) -> SendOutcome:
+        asked.append(keys["sender"])
+        return SendOutcome(statuses=dict.fromkeys(sop_uids(files), "0x0000"))
+
+    desk, pacs = Desk(tmp_path / "spool"), FakePacs(port=1)
+    try:
+        config = config_for(desk.root, pacs)
+        config = config.model_copy(update={"node": config.node.model_copy(update={"sender": sender})})
+        desk.finish_job(config)
+        desk.deliver(config, send=send)
+        desk.until(lambda: bool(asked))
+    finally:
+        desk.close()
+    assert set(asked) == {sender}
