@@ -20,6 +20,7 @@ from pynetdicom import evt
 from pynetdicom.association import Association as PynetAssociation
 from pynetdicom.events import Event, EventHandlerType
 from pynetdicom.fsm import InvalidEventError
+from pynetdicom.pdu_primitives import UserIdentityNegotiation
 
 from dicom_node.config import Config
 from dicom_node.net.associations import Association
@@ -35,6 +36,7 @@ from storage.spool import Spool
 
 log = structlog.get_logger(__name__)
 
+_NAMED_USERS = (1, 2)  # user identity types: name, name and passcode (PS3.7 table D.3-14)
 _C_STORE_RQ = 0x0001
 _COMMAND_FIELD = Tag(0x0000, 0x0100)
 _AFFECTED_CLASS = Tag(0x0000, 0x0002)
@@ -146,6 +148,8 @@ class Receiver:
             (evt.EVT_CONN_OPEN, self._on_connection),
             (evt.EVT_REQUESTED, self._on_requested),
             (evt.EVT_SOP_COMMON, self._on_sop_common),
+            (evt.EVT_ASYNC_OPS, self._on_async_ops),
+            (evt.EVT_USER_ID, self._on_user_identity),
             (evt.EVT_C_ECHO, self._on_echo),
             (evt.EVT_DIMSE_RECV, self._on_message),
             (evt.EVT_C_STORE, self._on_store),
@@ -295,8 +299,25 @@ class Receiver:
             )
 
     def _on_sop_common(self, event: Event) -> dict[UID, Any]:
-        proposed: dict[UID, Any] = event.items  # type: ignore[attr-defined]
-        return {**proposed, **storage_services_for(event.assoc.acceptor.supported_contexts)}
+        """What a peer says of its classes' services is not believed: it would have another service answer a C-STORE."""
+        return {**storage_services_for(event.assoc.acceptor.supported_contexts)}
+
+    def _on_async_ops(self, event: Event) -> tuple[int, int]:  # noqa: ARG002
+        """One operation at a time, said aloud (PS3.7 annex D.3.3.3)."""
+        return 1, 1
+
+    def _on_user_identity(self, event: Event) -> tuple[bool, None]:
+        """Whoever a peer says that its user is: it is not checked, and a name gets the positive response it asks for.
+
+        A ticket, an assertion or a token would be answered with one of ours, which we have not (PS3.7 table D.3-15):
+        these get none, which says that they were not looked at.
+        """
+        requested: Any = event.assoc.requestor.user_identity
+        if requested.user_identity_type in _NAMED_USERS and requested.positive_response_requested:
+            response = UserIdentityNegotiation()
+            response.server_response = b""
+            event.assoc.acceptor.add_negotiation_item(response)
+        return True, None
 
     # -- messages ------------------------------------------------------------------------------------------------
 

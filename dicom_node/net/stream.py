@@ -17,6 +17,7 @@ import ssl
 import struct
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from pynetdicom.association import Association
 from dicom_node.config import Config
 from dicom_node.net import command as cmd
 from dicom_node.net.command import Malformed
+from dicom_node.net.negotiation import ASSOCIATE_RQ, readable_request
 from dicom_node.net.pace import Pace, TooSlow, sleep_unless
 from dicom_node.net.passing import Passing, checked, grown, has_data_set, text_of
 from dicom_node.net.peers import shown
@@ -120,6 +122,7 @@ class PduReader:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(_TICK_S))
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._send_s))
         self._dul._read_pdu_data = self.read
+        self._dul.socket._shutdown_socket = self._shut_down
 
     def read(self) -> None:
         """Read what is there: C-STORE requests to their end, anything else as one PDU for pynetdicom."""
@@ -184,7 +187,9 @@ class PduReader:
         return header, kind, length
 
     def _pass_on(self, raw: bytes) -> None:
-        """Give pynetdicom a PDU, as its own reader would."""
+        """Give pynetdicom a PDU, as its own reader would, or an association request that it can read."""
+        if raw[0] == ASSOCIATE_RQ:
+            raw = readable_request(raw)
         try:
             pdu, event = self._dul._decode_pdu(bytearray(raw))
         except Exception as error:
@@ -374,6 +379,12 @@ class PduReader:
     def _ended_here(self) -> bool:
         """Whether our side ended the association while this thread was reading."""
         return bool(self._dul._kill_thread or self._assoc._kill)
+
+    def _shut_down(self) -> None:
+        """Close the connection; pynetdicom's own leaves one open that the peer has reset, until it is collected."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
 
     def _hang_up(self, reason: str) -> None:
         self._tell("slow_sender", reason)
