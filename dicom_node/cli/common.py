@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import structlog
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -30,6 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dicom_node.config import Config, load_config
+from dicom_node.log import escape_controls
 from storage.errors import LedgerError
 from storage.ledger import Ledger, open_ledger
 from storage.records import Job
@@ -71,6 +74,21 @@ def opened_ledger(config: Config, *, create: bool = False) -> Iterator[Ledger]:
         yield ledger
     finally:
         ledger.close()
+
+
+@contextmanager
+def warnings_on_stderr() -> Iterator[None]:
+    """For a command that does the node's work: its log shows warnings only, beside what the command prints."""
+    known = structlog.get_config()
+    structlog.configure(
+        processors=[structlog.processors.add_log_level, escape_controls, structlog.dev.ConsoleRenderer(colors=False)],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    try:
+        yield
+    finally:
+        structlog.configure(**known)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from dicom_node.cli.common import (
     progress_bar,
     safe,
     table,
+    warnings_on_stderr,
 )
 from dicom_node.config import Config, PeerConfig, load_config
 from dicom_node.net.peers import shown
@@ -81,7 +82,7 @@ def pull(
         if answering.verdict is not Verdict.OK:
             text = f"{chosen.ae_title} sends to this node, which does not run ({answering.text}): start it, or --get"
             raise fail(f"error: {text}")
-    with _Report(report) as written:
+    with warnings_on_stderr(), _Report(report) as written:
         outcomes = _pull_all(loaded, chosen, wanted, written, get=get, again=again, dry_run=dry_run)
     rows = [_row(outcome) for outcome in outcomes]
     if as_json:
