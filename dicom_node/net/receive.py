@@ -120,7 +120,7 @@ class Receiver:
         """Abort what is open, stop listening, join. Instances that were answered with Success are on disk."""
         if not self._servers:
             return
-        self._hang_up_on_the_silent()
+        self._hang_up()
         self._ae.shutdown()
         if self._commitments is not None:
             self._commitments.stop()
@@ -133,14 +133,18 @@ class Receiver:
         self._servers, self._threads = [], []
         log.info("receiver.stopped")
 
-    def _hang_up_on_the_silent(self) -> None:
-        """Close connections that never asked for an association: pynetdicom cannot abort what has not begun."""
-        found = [assoc for server in self._servers for assoc in server.active_associations]
-        silent = [assoc for assoc in found if assoc.dul.state_machine.current_state == _AWAITS_REQUEST]
-        for assoc in silent:
-            assoc.dul.socket.close()
+    def _hang_up(self) -> None:
+        """End what is open, and close connections that never asked for an association."""
+        found: list[Any] = [assoc for server in self._servers for assoc in server.active_associations]
+        for assoc in found:
+            if assoc.dul.state_machine.current_state == _AWAITS_REQUEST:  # pynetdicom cannot abort what has not begun
+                assoc.dul.socket.close()
+            else:
+                assoc.pdu_reader.stop()
+            if not assoc.is_established:
+                assoc.dul.to_user_queue.put(None)  # its thread waits for a request, as long as the ACSE time-out
         until = time.monotonic() + _JOIN_S
-        while any(assoc.is_alive() for assoc in silent) and time.monotonic() < until:
+        while any(assoc.is_alive() for assoc in found) and time.monotonic() < until:
             time.sleep(_POLL_S)
 
     def _handlers(self) -> list[EventHandlerType]:

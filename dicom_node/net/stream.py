@@ -109,6 +109,7 @@ class PduReader:
         self._left = 0  # bytes of the PDU that are not read yet
         self._ahead = b""  # inside a data set: the next headers, which came with the fragment before
         self._drained = 0
+        self._stopped = False
         self.heard_at = 0.0  # when the last message began, in monotonic seconds
         self.released = False  # the peer asked for release between two messages: it sent all that it wanted to send
 
@@ -124,6 +125,15 @@ class PduReader:
         self._dul._read_pdu_data = self.read
         self._dul.socket._shutdown_socket = self._shut_down
 
+    def stop(self) -> None:
+        """End the association from our side; may be called from any thread.
+
+        The reader wakes up and sends the A-ABORT itself: pynetdicom's abort closes the socket while it still reads.
+        """
+        self._stopped = True
+        with suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RD)  # of SSLSocket it would end the writing, too
+
     def read(self) -> None:
         """Read what is there: C-STORE requests to their end, anything else as one PDU for pynetdicom."""
         try:
@@ -135,10 +145,13 @@ class PduReader:
         except _Closed:
             self._dul.event_queue.put(_CLOSED)
         except _EndedHere:
-            if not self._dul.to_provider_queue.qsize():  # else: an A-ABORT of ours, which pynetdicom sends now
+            if self._stopped:
+                self._abort()
+            elif not self._dul.to_provider_queue.qsize():  # else: an A-ABORT of ours, which pynetdicom sends now
                 self._dul.event_queue.put(_CLOSED)
         except TooSlow as error:
-            self._hang_up(str(error))
+            self._tell("slow_sender", str(error))
+            self._abort()
         except Malformed as error:
             self._tell("malformed_pdu", str(error))
             self._left = 0
@@ -341,7 +354,7 @@ class PduReader:
             except (BlockingIOError, InterruptedError, TimeoutError):
                 count = -1
             if count == 0:
-                raise _Closed
+                raise _EndedHere if self._stopped else _Closed
             now = time.monotonic()
             self._pace.waited(now - began, max(count, 0))
             if count > 0:
@@ -378,7 +391,7 @@ class PduReader:
 
     def _ended_here(self) -> bool:
         """Whether our side ended the association while this thread was reading."""
-        return bool(self._dul._kill_thread or self._assoc._kill)
+        return bool(self._stopped or self._dul._kill_thread or self._assoc._kill)
 
     def _shut_down(self) -> None:
         """Close the connection; pynetdicom's own leaves one open that the peer has reset, until it is collected."""
@@ -386,8 +399,7 @@ class PduReader:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _hang_up(self, reason: str) -> None:
-        self._tell("slow_sender", reason)
+    def _abort(self) -> None:
         try:
             self._socket.sendall(_ABORT)
         except OSError as error:
