@@ -37,8 +37,8 @@ def readable_request(pdu: bytes) -> bytes:
     """The A-ASSOCIATE-RQ `pdu` without what pynetdicom cannot read; every presentation context stays answered.
 
     Left out: items and user items that are unknown (PS3.8 section 9.3.1: they are ignored) or whose length is not what
-    their content says, user identities of a type that does not exist. A version name is cut to its 16 characters. A
-    presentation context that names no abstract or no transfer syntax is turned into one that is answered as not
+    their content says, user identities of a type that does not exist. A version name is cut to its 16 characters; no
+    maximum length is an unlimited one. A presentation context that names no abstract or no transfer syntax is turned into one that is answered as not
     supported (PS3.8 table 9-18, result 4 or 3).
 
     Raises Malformed where the peer is to be told so by an A-ABORT: an item longer than the PDU, a context ID that is
@@ -47,14 +47,15 @@ def readable_request(pdu: bytes) -> bytes:
     fixed, items = pdu[: _PDU_HEADER.size + _FIXED], pdu[_PDU_HEADER.size + _FIXED :]
     if len(fixed) < _PDU_HEADER.size + _FIXED:
         raise Malformed("an association request that ends before its items")
-    kept = []
+    kept, user = [], b""
     for kind, value in _items(items):
         if kind == _CONTEXT:
             kept.append(_item(kind, _context(value)))
         elif kind == _USER:
-            kept.append(_item(kind, b"".join(_item(k, v) for k, v in _user_items(value))))
+            user += value
         elif kind == _APPLICATION:
             kept.append(_item(kind, value))
+    kept.append(_item(_USER, _user_information(user)))
     body = fixed[_PDU_HEADER.size :] + b"".join(kept)
     return _PDU_HEADER.pack(ASSOCIATE_RQ, len(body)) + body
 
@@ -86,6 +87,14 @@ def _context(value: bytes) -> bytes:
     if not abstract or not transfer:
         abstract, transfer = [VERIFICATION.encode("ascii")], [_NO_SYNTAX]
     return value[:4] + _item(_ABSTRACT, abstract[0]) + b"".join(_item(_TRANSFER, name) for name in transfer)
+
+
+def _user_information(value: bytes) -> bytes:
+    """The user items, with a maximum length: without one there is none (PS3.8 annex D.1.1)."""
+    items = list(_user_items(value))
+    if all(kind != _MAX_LENGTH for kind, _ in items):
+        items.insert(0, (_MAX_LENGTH, bytes(4)))
+    return b"".join(_item(kind, content) for kind, content in items)
 
 
 def _user_items(value: bytes) -> Iterator[tuple[int, bytes]]:
