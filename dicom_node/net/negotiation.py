@@ -38,8 +38,8 @@ def readable_request(pdu: bytes) -> bytes:
 
     Left out: items and user items that are unknown (PS3.8 section 9.3.1: they are ignored) or whose length is not what
     their content says, user identities of a type that does not exist. A version name is cut to its 16 characters; no
-    maximum length is an unlimited one. A presentation context that names no abstract or no transfer syntax is turned into one that is answered as not
-    supported (PS3.8 table 9-18, result 4 or 3).
+    maximum length is an unlimited one. A presentation context that names no abstract or no transfer syntax is turned
+    into one that is answered as not supported (PS3.8 table 9-18, result 4 or 3).
 
     Raises Malformed where the peer is to be told so by an A-ABORT: an item longer than the PDU, a context ID that is
     not odd, a maximum length too small for any response.
