@@ -102,6 +102,18 @@ def runs(pid: int) -> bool:
         return False
 
 
+def is_free(port: int) -> bool:
+    """Whether another node can listen there; a killed process's threads end one after the other."""
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            again.bind(("127.0.0.1", port))
+            again.listen()
+        except OSError:
+            return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running = Running(tmp_path_factory.mktemp("pool"))
@@ -194,10 +206,7 @@ def test_stop_aborts_what_is_open_and_leaves_no_process_and_no_port(tmp_path: Pa
     assert running.registry.open_tokens() == ()
     assert running.registry.totals().aborted == {"pacs": 1}
     assert running.halves() == []
-    with socket.socket() as again:
-        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        again.bind(("127.0.0.1", running.port))
-        again.listen()
+    until(lambda: is_free(running.port))
 
 
 NODE = """
@@ -235,10 +244,7 @@ def test_a_node_that_is_killed_leaves_no_receiver_and_a_free_port(tmp_path: Path
     until(lambda: not any(runs(pid) for pid in pids))
     assert sender.pdu() == b""
     sender.close()
-    with socket.socket() as again:
-        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        again.bind(("127.0.0.1", port))
-        again.listen()
+    until(lambda: is_free(port))
 
 
 def test_receivers_that_never_start_stop_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
