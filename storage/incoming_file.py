@@ -28,10 +28,13 @@ class IncomingFile:
 
     def write(self, piece: bytes | memoryview) -> None:
         """Append. Raises `NoSpace`; the caller then discards."""
-        with full_disk_is_no_space(self._target):
+        try:
             written = os.write(self._handle, piece)
             while written < len(piece):  # a signal or an almost full disk: go on with the rest
                 written += os.write(self._handle, memoryview(piece)[written:])
+        except OSError:
+            with full_disk_is_no_space(self._target):  # entered only now: this is called for every piece of every image
+                raise
 
     def commit(self) -> Path:
         """Make it durable; where it is.
@@ -45,10 +48,11 @@ class IncomingFile:
                     os.fsync(self._handle)
             self._close()
             for place in places(self._target):
-                with suppress(FileNotFoundError):  # not there, or the assembler takes it away at this moment
-                    if same_bytes(self._temp, place):
-                        return place
-                    continue
+                if place.exists():
+                    with suppress(FileNotFoundError):  # the assembler takes it away at this moment
+                        if same_bytes(self._temp, place):
+                            return place
+                        continue
                 with full_disk_is_no_space(self._target):
                     self._temp.rename(place)
                     self._is_there = False

@@ -336,7 +336,11 @@ class PduReader:
 
     def _exactly(self, length: int) -> bytes:
         """The next bytes, all of them."""
-        pieces, self._ahead = bytearray(self._ahead[:length]), self._ahead[length:]
+        ahead = self._ahead[:length]
+        self._ahead = self._ahead[length:]
+        if len(ahead) == length:
+            return ahead
+        pieces = bytearray(ahead)
         view = memoryview(bytearray(min(length - len(pieces), _CHUNK)))
         while len(pieces) < length:
             count = self._into(view[: min(len(view), length - len(pieces))])
