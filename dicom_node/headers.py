@@ -6,7 +6,6 @@ Only the elements named here are looked at; the patient's name is not among them
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,15 +15,14 @@ from statistics import median
 from pydicom import Dataset, dcmread
 from pydicom.charset import decode_bytes, python_encoding
 from pydicom.errors import InvalidDicomError
-from pydicom.filereader import read_file_meta_info
 from pydicom.tag import Tag
 from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
     EnhancedCTImageStorage,
     LegacyConvertedEnhancedCTImageStorage,
 )
 
 from dicom_node.frames import FRAME_TAGS, Frames, Vector, numbers, raw, read_frames
+from pipeline.codestream import MAX_INFLATED_BYTES, inflates_to_more
 from pipeline.ct_groups import Concatenation, values_of
 from storage.errors import BadUid
 from storage.spool import check_uid
@@ -60,9 +58,6 @@ _MULTI_FRAME = frozenset({EnhancedCTImageStorage, LegacyConvertedEnhancedCTImage
 
 SAME_PLACE_MM = 0.01  # positions are written with 2 to 6 decimals
 GAP_FACTOR = 1.5  # one missing slice doubles the distance; scanners' jitter stays well below this
-MAX_INFLATED_BYTES = 256 << 20  # a deflated instance beyond it is not read; a CT slice has 0.5 MB
-_INFLATE_STEP = 1 << 20
-_META_START = 144  # preamble 128, prefix 4, the group length element 12 (PS3.10 section 7.1)
 _MAX_PLACE_MM = 1e5  # a position beyond it is no place in a scanner
 _MAX_GAP_SHARE = 0.2  # more gaps than this among the steps: a series of mixed spacing, the reader's matter
 
@@ -126,7 +121,8 @@ def read_header(path: Path) -> InstanceHeader:
 
 
 def _parse(path: Path) -> InstanceHeader:
-    _check_inflated_size(path)
+    if inflates_to_more(path):
+        raise BadInstance("too_large", f"the deflated data set is larger than {MAX_INFLATED_BYTES >> 20} MiB")
     ds = dcmread(path, stop_before_pixels=True, specific_tags=[*_TAGS.values(), *_PART_TAGS, *FRAME_TAGS])
     charset = tuple(_ascii(ds, "SpecificCharacterSet").split("\\"))
     accession = _text(ds, "AccessionNumber", charset)
@@ -177,23 +173,6 @@ def _concatenation(ds: Dataset) -> Concatenation | None:
 
 def _count(values: Sequence[object]) -> int:
     return value if len(values) == 1 and isinstance(value := values[0], int) else 0
-
-
-def _check_inflated_size(path: Path) -> None:
-    """Refuse a deflated data set that would fill the memory: 300 KB can inflate to gigabytes (PS3.5 annex A.5)."""
-    meta = read_file_meta_info(path)
-    if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
-        return
-    inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    with path.open("rb") as file:
-        file.seek(_META_START + int(meta.FileMetaInformationGroupLength))
-        while total <= MAX_INFLATED_BYTES and not inflater.eof:
-            data = inflater.unconsumed_tail or file.read(_INFLATE_STEP)
-            if not data:
-                return
-            total += len(inflater.decompress(data, _INFLATE_STEP))
-    if total > MAX_INFLATED_BYTES:
-        raise BadInstance("too_large", f"the deflated data set is larger than {MAX_INFLATED_BYTES >> 20} MiB")
 
 
 def _ascii(ds: Dataset, name: str) -> str:

@@ -31,6 +31,7 @@ from pydicom.uid import (
     LegacyConvertedEnhancedCTImageStorage,
 )
 
+from pipeline.codestream import MAX_INFLATED_BYTES, inflates_to_more
 from pipeline.ct_groups import Concatenation, FunctionalGroups, values_of
 from pipeline.errors import UnsupportedSeries
 
@@ -154,9 +155,14 @@ def frames_of(path: Path, name: str, *, max_frames: int) -> tuple[Frame, ...]:
 
 
 def parse(file: IO[bytes], name: str) -> Dataset:
-    """The header elements that the reader looks at; `file` is left at the pixel data. Raises not_dicom."""
+    """The header elements that the reader looks at; `file` is left at the pixel data. Raises not_dicom, too_large."""
     try:
+        if inflates_to_more(Path(file.name)):
+            text = f"{name}: the deflated data set is larger than {MAX_INFLATED_BYTES >> 20} MiB"
+            raise UnsupportedSeries("too_large", text)
         return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(HEADER_TAGS))
+    except UnsupportedSeries:
+        raise
     except InvalidDicomError as error:
         raise UnsupportedSeries("not_dicom", f"{name} is not a DICOM file (no DICM prefix)") from error
     except Exception as error:  # a parser fed with hostile bytes: whatever it raises, the file is unreadable

@@ -15,6 +15,7 @@ from pydicom.pixels.decoders.base import Decoder, get_decoder
 from pydicom.pixels.utils import as_pixel_options
 from pydicom.uid import ExplicitVRBigEndian
 
+from pipeline.codestream import claimed_sizes
 from pipeline.ct_headers import PIXEL_TAGS, Frame, PixelFormat
 from pipeline.errors import UnsupportedSeries
 from pipeline.types import FloatVolume
@@ -120,6 +121,7 @@ def _decode(frames: Sequence[Frame]) -> Iterator[NDArray[np.uint16]]:
         for frame in frames:
             while number < frame.index:
                 data, number = _next(coded, frame), number + 1
+            _check_claims(data, frame)
             yield _words(_next(_decoded(decoder, data, options), frame), frame)
 
 
@@ -127,6 +129,14 @@ def _decoded(decoder: Decoder, data: bytes, options: dict[str, Any]) -> Iterator
     """One frame, alone: pydicom cannot extend the sign of several JPEG-LS frames (its array is read-only)."""
     for array, _ in decoder.iter_array(encapsulate([data], has_bot=False), raw=True, indices=[0], **options):
         yield array
+
+
+def _check_claims(data: bytes, frame: Frame) -> None:
+    """Raises undecodable_pixel_data where the compressed frame claims another size than its header says."""
+    for rows, columns, components in claimed_sizes(data):
+        if (rows, columns, components) != (frame.pixels.rows, frame.pixels.columns, 1):
+            found = f"they claim {rows} x {columns} pixels of {components} values"
+            raise _undecodable(frame, found)
 
 
 def _decoder(frame: Frame) -> Decoder:

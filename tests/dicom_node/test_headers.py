@@ -15,7 +15,8 @@ from pydicom import Dataset, dcmread
 from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, EnhancedCTImageStorage
 
-from dicom_node.headers import MAX_INFLATED_BYTES, BadInstance, InstanceHeader, geometry_of, read_header
+from dicom_node.headers import BadInstance, InstanceHeader, geometry_of, read_header
+from pipeline.codestream import MAX_INFLATED_BYTES
 
 PREFIX = b"\0" * 128 + b"DICM"
 
