@@ -9,8 +9,9 @@ from dicom_node import __version__
 from dicom_node.config import Config, DestinationConfig
 from dicom_node.conformance.annexes import annexes
 from dicom_node.conformance.markdown import name_of, named, table, text, yes
-from dicom_node.conformance.negotiation import DROPPED, Accepted, Proposed, accepted, proposed, verification
+from dicom_node.conformance.negotiation import DROPPED, Accepted, Proposed, accepted, asked, proposed, verification
 from dicom_node.conformance.sample import make_samples
+from dicom_node.conformance.services import commitment_for_peers, studies_from_archives
 from dicom_node.net.scp import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicom_node.net.status import (
     ANSWERS,
@@ -79,8 +80,10 @@ def _cover(config: Config) -> list[str]:
 
 
 def _overview(takes: Sequence[Accepted], dropped: int, sends: Sends, config: Config) -> list[str]:
-    as_scu = [verification().sop_class_uid, *(one.sop_class_uid for one in chain.from_iterable(sends.values()))]
-    as_scp = [one.sop_class_uid for one in takes if one.role == "SCP"]
+    asks = [one for peer in config.peers for one in asked(peer)]
+    out = [verification(), *chain.from_iterable(sends.values()), *(one for one in asks if one.role == "SCU")]
+    as_scu = [one.sop_class_uid for one in out]
+    as_scp = [one.sop_class_uid for one in takes if "SCP" in one.role]
     every = dict.fromkeys([*as_scp, *as_scu])
     rows = [(name_of(uid), f"`{uid}`", yes(uid in as_scu), yes(uid in as_scp)) for uid in every]
     rest = f"every other Storage class: {dropped} of PS3.6, retired ones too, and private ones"
@@ -91,7 +94,7 @@ def _overview(takes: Sequence[Accepted], dropped: int, sends: Sends, config: Con
         *table(("SOP class", "UID", "SCU", "SCP"), [*rows, (rest, "", "no", DROPPED)]),
         *text(
             f"""DICOMweb: {"STOW-RS and QIDO-RS user agent for " + ", ".join(web) if web else "not configured"}. No
-            media, no workflow service, and no query, retrieve or print service to others."""
+            media, no workflow service, and no query, retrieve or print service for others."""
         ),
     ]
 
@@ -163,6 +166,8 @@ def _services(takes: Sequence[Accepted], config: Config) -> list[str]:
             Number of Series Related Instances (0020,1209), at IMAGE level where that stays empty, and QIDO-RS at a
             DICOMweb destination. A service that a destination does not offer is noted; it fails nothing."""
         ),
+        *commitment_for_peers(config),
+        *studies_from_archives(config),
     ]
 
 
@@ -215,7 +220,7 @@ def _network(takes: Sequence[Accepted], sends: Sends, config: Config) -> list[st
         ),
         *_associations(config),
         *_accepted_contexts(takes),
-        *_proposed_contexts(sends),
+        *_proposed_contexts(sends, config),
         "### 7.5 Media",
         "",
         "None. Results of `dicom-node run` are Part 10 files without a DICOMDIR.",
@@ -232,7 +237,7 @@ def _associations(config: Config) -> list[str]:
             f"""Maximum PDU received: {f"{node.max_pdu} bytes" if node.max_pdu else "no limit"}. At most
             {node.max_associations} associations are accepted at a time; one is opened to each destination at a time.
             No asynchronous operations window, no user identity, no extended negotiation; SCP/SCU role selection for
-            Storage Commitment alone."""
+            Storage Commitment, and for CT in C-GET, alone."""
         ),
         *table(("Result", "Source", "Reason", "we reject when"), [(*reason, when) for reason, when in REJECTIONS]),
         *text(
@@ -257,7 +262,7 @@ def _accepted_contexts(takes: Sequence[Accepted]) -> list[str]:
     )
 
 
-def _proposed_contexts(sends: Sends) -> list[str]:
+def _proposed_contexts(sends: Sends, config: Config) -> list[str]:
     echo = verification()
     lines = [
         "### 7.4 Presentation contexts that are proposed",
@@ -270,11 +275,15 @@ def _proposed_contexts(sends: Sends) -> list[str]:
         ),
     ]
     for name, contexts in sends.items():
-        rows = [
+        rows: list[tuple[object, ...]] = [
             (name_of(one.sop_class_uid), ", ".join(one.objects) or "proof of delivery", named(one.transfer_syntaxes))
             for one in contexts
         ]
         lines += [f"Destination {name}:", "", *table(("SOP class", "for", "transfer syntaxes"), rows)]
+    for peer in config.peers:
+        rows = [(name_of(one.sop_class_uid), one.role, named(one.transfer_syntaxes)) for one in asked(peer)]
+        if rows:
+            lines += [f"Peer {peer.name}:", "", *table(("SOP class", "our role", "transfer syntaxes"), rows)]
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydicom._uid_dict import UID_dictionary
@@ -12,8 +12,9 @@ from pynetdicom import build_context
 from pynetdicom._globals import ALL_TRANSFER_SYNTAXES
 from pynetdicom.presentation import PresentationContext
 
-from dicom_node.config import Config, DestinationConfig
+from dicom_node.config import Config, DestinationConfig, PeerConfig
 from dicom_node.net.commitment import commitment_context
+from dicom_node.net.move import get_contexts, move_context
 from dicom_node.net.part10 import Part10
 from dicom_node.net.query import find_context
 from dicom_node.net.scp import STORAGE_COMMITMENT, VERIFICATION, contexts_for, is_storage_class
@@ -44,6 +45,7 @@ class Proposed:
     sop_class_uid: str
     transfer_syntaxes: tuple[str, ...]
     objects: tuple[str, ...] = ()  # "pet-sc": kinds of object that go out under it
+    role: str = "SCU"  # ours
 
 
 def known_sop_classes() -> tuple[str, ...]:
@@ -54,23 +56,39 @@ def known_sop_classes() -> tuple[str, ...]:
 def accepted(config: Config) -> tuple[Accepted, ...]:
     """What a peer that may do everything is granted when it proposes everything there is."""
     asked = [build_context(uid, list(ALL_TRANSFER_SYNTAXES)) for uid in known_sop_classes()]
-    granted = contexts_for(asked, may_store=True, may_echo=True, may_report=config.asks_commitment)
+    granted = contexts_for(
+        asked, may_store=True, may_echo=True, may_report=config.asks_commitment, may_commit=config.gives_commitment
+    )
     kept = kept_classes(config)
-    return tuple(_accepted(context, kept) for context in granted)
+    return tuple(_accepted(context, kept, config) for context in granted)
 
 
-def _accepted(context: PresentationContext, kept: frozenset[UID]) -> Accepted:
+def _accepted(context: PresentationContext, kept: frozenset[UID], config: Config) -> Accepted:
     sop_class_uid = str(context.abstract_syntax)
     is_storage = is_storage_class(sop_class_uid)
+    if sop_class_uid == STORAGE_COMMITMENT:
+        return _commitment(context, config)
     return Accepted(
         sop_class_uid=sop_class_uid,
-        role="SCU" if sop_class_uid == STORAGE_COMMITMENT else "SCP",
+        role="SCP",
         transfer_syntaxes=tuple(str(uid) for uid in context.transfer_syntax),
         use=(STORED if sop_class_uid in kept else DROPPED) if is_storage else _USES[sop_class_uid],
     )
 
 
-_USES = {str(VERIFICATION): "C-ECHO is answered", str(STORAGE_COMMITMENT): "N-EVENT-REPORT is taken"}
+_USES = {str(VERIFICATION): "C-ECHO is answered"}
+
+
+def _commitment(context: PresentationContext, config: Config) -> Accepted:
+    """Either role, or both: what the acceptor grants follows from who reports to us and who may ask us."""
+    roles = {"SCU": config.asks_commitment, "SCP": config.gives_commitment}
+    uses = {"N-EVENT-REPORT is taken": config.asks_commitment, "N-ACTION is taken": config.gives_commitment}
+    return Accepted(
+        sop_class_uid=str(context.abstract_syntax),
+        role=" and ".join(role for role, has in roles.items() if has),
+        transfer_syntaxes=tuple(str(uid) for uid in context.transfer_syntax),
+        use=", ".join(use for use, has in uses.items() if has),
+    )
 
 
 def proposed(series: Sequence[EncodedSeries], options: OutputOptions, destination: DestinationConfig) -> list[Proposed]:
@@ -98,6 +116,24 @@ def proposed(series: Sequence[EncodedSeries], options: OutputOptions, destinatio
 def verification() -> Proposed:
     """What `dicom-node check` proposes to every peer."""
     return _service(echo_context())
+
+
+def asked(peer: PeerConfig) -> list[Proposed]:
+    """What is proposed to a peer that we may ask for studies, or that asks us for commitment."""
+    contexts = {"find": [find_context()], "move": [move_context()], "get": get_contexts()}
+    found: dict[str, list[str]] = {}
+    for context in (context for what in peer.we_may for context in contexts[what]):
+        found.setdefault(str(context.abstract_syntax), []).extend(str(uid) for uid in context.transfer_syntax)
+    services = [
+        Proposed(
+            sop_class_uid=sop_class_uid,
+            transfer_syntaxes=tuple(dict.fromkeys(syntaxes)),
+            role="SCP" if is_storage_class(sop_class_uid) else "SCU",
+        )
+        for sop_class_uid, syntaxes in found.items()
+    ]
+    reports = [replace(_service(commitment_context()), role="SCP")] if "commit" in peer.may else []
+    return [*services, *reports]
 
 
 def _services(destination: DestinationConfig) -> Iterator[Proposed]:

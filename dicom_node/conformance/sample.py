@@ -176,8 +176,9 @@ def _source(number: int) -> SourceSeries:
         instances=tuple(
             SourceInstance(
                 sop_class_uid=header.SOPClassUID,
-                sop_instance_uid=f"2.25.{1000 + 100 * number + index}",
+                sop_instance_uid=f"2.25.{1000 + 100 * number + (0 if number == _OTHER else index)}",
                 position_mm=(0.0, 0.0, z_mm + 2.0 * index),
+                frame_number=index + 1 if number == _OTHER else 0,
             )
             for index in range(10)
         ),

@@ -25,9 +25,11 @@ from dicom_node.config import Config, PeerConfig, load_config
 from dicom_node.conformance.annexes import OBJECTS
 from dicom_node.conformance.attributes import attributes_of
 from dicom_node.conformance.document import REJECTIONS, statement
-from dicom_node.conformance.negotiation import DROPPED, accepted, known_sop_classes, proposed, verification
+from dicom_node.conformance.negotiation import DROPPED, accepted, asked, known_sop_classes, proposed, verification
 from dicom_node.conformance.sample import Samples, make_samples
-from dicom_node.net.query import count_series_instances
+from dicom_node.net.commitment_scp import Verdict, send_report
+from dicom_node.net.move import Retrieval
+from dicom_node.net.query import Finder, count_series_instances
 from dicom_node.net.scp import IMPLEMENTATION_CLASS_UID, STORAGE_COMMITMENT
 from dicom_node.net.scu import Timeouts, echo, send_series
 from dicom_node.node import Node
@@ -131,16 +133,21 @@ def granted_one_by_one(port: int, sop_classes: Sequence[str]) -> set[tuple[str, 
     return set().union(*(granted(port, some) for some in in_requests(every)))
 
 
-@pytest.mark.parametrize("asks", [False, True])
-def test_a_running_node_accepts_what_the_statement_says_and_nothing_else(tmp_path: Path, asks: bool) -> None:
+@pytest.mark.parametrize(("asks", "gives", "role"), [(False, False, ""), (True, True, "SCU and SCP")])
+def test_a_running_node_accepts_what_the_statement_says_and_nothing_else(
+    tmp_path: Path, asks: bool, gives: bool, role: str
+) -> None:
+    may = ["store", "echo", *(["commit"] if gives else [])]
     config = config_of(
         tmp_path,
+        peers=[{"name": "pacs", "ae_title": "PACS", "may": may}],
         pipeline={"districts": ["dicom_seg", "builtin"] if asks else ["builtin"]},
         destinations=[{"name": "pacs", "peer": "pacs", "commitment": asks}],
     )
     said = {one.sop_class_uid: one for one in accepted(config)}
     kept = [uid for uid, one in said.items() if one.use != DROPPED]
-    assert (SegmentationStorage in kept, STORAGE_COMMITMENT in kept) == (asks, asks)
+    assert (SegmentationStorage in kept, STORAGE_COMMITMENT in kept) == (asks, asks or gives)
+    assert [one.role for one in said.values() if one.sop_class_uid == STORAGE_COMMITMENT] == ([role] if role else [])
     with running_node(config) as port:
         all_at_once = set().union(
             *(
@@ -201,6 +208,9 @@ class Witness:
             (evt.EVT_C_STORE, lambda _event: 0x0000),
             (evt.EVT_C_ECHO, lambda _event: 0x0000),
             (evt.EVT_C_FIND, lambda _event: iter(())),
+            (evt.EVT_C_MOVE, lambda _event: iter([(None, None)])),
+            (evt.EVT_C_GET, lambda _event: iter([0])),
+            (evt.EVT_N_EVENT_REPORT, lambda _event: (0x0000, None)),
         ]
         self._server = self._ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
         return self
@@ -246,6 +256,33 @@ def test_a_peer_is_asked_for_what_the_statement_says(samples: Samples, tmp_path:
         check = verification()
         assert witness.asked == {check.sop_class_uid: list(check.transfer_syntaxes)}
     assert witness.identities == {IMPLEMENTATION_CLASS_UID}
+
+
+def test_a_peer_that_is_asked_for_studies_is_asked_for_what_the_statement_says() -> None:
+    with Witness() as witness:
+        peer = witness.peer().model_copy(update={"we_may": ("find", "move", "get"), "may": ("commit",)})
+        told = {one.sop_class_uid: sorted(one.transfer_syntaxes) for one in asked(peer)}
+        Finder(peer, calling_ae="SYNPET", timeouts=QUICK).study("1.2")
+        retrieval = Retrieval(peer=peer, calling_ae="SYNPET", timeouts=QUICK)
+        retrieval.move("1.2", "1.3")
+        retrieval.get("1.2", "1.3", None, "")  # type: ignore[arg-type] # nothing is sent
+        send_report(Verdict(transaction_uid="1.2"), peer, calling_ae="SYNPET", timeouts=QUICK, max_pdu=16382)
+        assert {uid: sorted(syntaxes) for uid, syntaxes in witness.asked.items()} == told
+    assert {one.role for one in asked(peer) if one.sop_class_uid in (CTImageStorage, STORAGE_COMMITMENT)} == {"SCP"}
+
+
+def test_the_statement_names_who_may_ask_and_whom_we_ask(tmp_path: Path) -> None:
+    peers = [
+        {"name": "modality", "ae_title": "CT1", "may": ["store", "commit"]},
+        {"name": "pacs", "ae_title": "PACS", "we_may": ["find", "move"]},
+    ]
+    text = statement(config_of(tmp_path, peers=peers, pulls=[{"name": "missed", "peer": "pacs", "days_back": 2}]))
+    assert "(`may` has `commit`): modality." in text
+    assert "| Storage Commitment Push Model SOP Class | `1.2.840.10008.1.20.1` | no | yes |" in text
+    assert "| pacs | C-FIND, C-MOVE |" in text
+    assert "| missed | pacs | 03:00 | 2 | C-MOVE |" in text
+    assert "| Study Root Query/Retrieve Information Model - MOVE | `1.2.840.10008.5.1.4.1.2.2.2` | yes | no |" in text
+    assert "- GET |" not in text
 
 
 def _objects(said: Sequence[Any]) -> set[str]:
