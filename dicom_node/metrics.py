@@ -22,7 +22,8 @@ from prometheus_client.registry import Collector
 from dicom_node import __version__
 from dicom_node.config import Config
 from dicom_node.net.associations import AssociationRegistry, Totals
-from pipeline.errors import PipelineError
+from pipeline.bundle_paths import bundle_path, name_and_version
+from pipeline.errors import BundleError
 from storage.errors import StorageError
 from storage.figures import Figures
 from storage.ledger import Ledger, utc_now
@@ -216,12 +217,9 @@ def _counter(name: str, text: str, values: Labelled, labels: Iterable[str] = ())
 
 def _build_labels(config: Config) -> dict[str, str]:
     """Our version, and the bundle's name and version as its manifest has them."""
-    from pipeline.bundle import MANIFEST, Manifest, bundle_path  # with it come the networks' libraries
-
     labels = {"version": __version__, "bundle": "(unreadable)", "bundle_version": ""}
     try:
-        folder = bundle_path(config.pipeline.bundle, config.pipeline.bundles)
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except (PipelineError, OSError, ValueError):  # `check` and the first job say what is wrong with it
+        name, version = name_and_version(bundle_path(config.pipeline.bundle, config.pipeline.bundles))
+    except BundleError:  # `check` and the first job say what is wrong with it
         return labels
-    return labels | {"bundle": manifest.name, "bundle_version": manifest.version}
+    return labels | {"bundle": name, "bundle_version": version}

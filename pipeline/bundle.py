@@ -25,13 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import nn
 
+from pipeline.bundle_paths import MANIFEST as MANIFEST
+from pipeline.bundle_paths import bundle_path as bundle_path
+from pipeline.bundle_paths import bundles_in as bundles_in
+from pipeline.bundle_paths import shipped_bundles as shipped_bundles
 from pipeline.errors import BundleError, listed
 from pipeline.networks import NetworkSpec, build_network
 from pipeline.types import WHOLE_BODY, District
 
-MANIFEST = "manifest.json"
 CARD = "MODEL_CARD.md"
-SHIPPED = Path(__file__).parent / "bundles"
 NETWORK_KEYS = (*(d.key for d in District), WHOLE_BODY)
 
 # What a network sees of the scaled CT (see `Manifest.input_mask`), and in how many channels.
@@ -252,37 +254,3 @@ def load_bundle(folder: Path) -> ModelBundle:
     for name, digest in manifest.files.items():
         _check_file(folder, name, digest)
     return ModelBundle(folder=folder, manifest=manifest, manifest_sha256=hashlib.sha256(raw).hexdigest())
-
-
-def bundles_in(folder: Path) -> list[Path]:
-    """The folders with a manifest in `folder`, by name; none where the folder does not exist."""
-    return sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST}"))
-
-
-def shipped_bundles() -> list[Path]:
-    """The folders of the bundles that come with the product, by name."""
-    return bundles_in(SHIPPED)
-
-
-def bundle_path(name_or_folder: str, *folders: Path) -> Path:
-    """The folder of an installed or shipped bundle's name ("phantom"), else the folder itself.
-
-    Args:
-        name_or_folder: what a person wrote.
-        folders: where bundles are installed. An installed bundle comes before a shipped one of the same name.
-
-    Raises:
-        BundleError: neither a name nor a folder with a manifest.
-    """
-    known: dict[str, Path] = {}
-    for place in (*folders, SHIPPED):
-        for path in bundles_in(place):
-            known.setdefault(path.name, path)
-    if name_or_folder in known:
-        return known[name_or_folder]
-    folder = Path(name_or_folder).expanduser()
-    if name_or_folder and (folder / MANIFEST).is_file():
-        return folder
-    names = ", ".join(sorted(known)) or "none"
-    text = f"model bundle {name_or_folder!r} is neither a known one ({names}) nor a folder with {MANIFEST}"
-    raise BundleError("bundle_missing", text)

@@ -7,15 +7,17 @@ axis-aligned in LPS, which is SimpleITK's own frame too.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813 - the name its own manual uses
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.types import GeometryError, Grid
+
+if TYPE_CHECKING:  # torch takes seconds and 250 MB: who only reads and writes objects does without
+    import torch
+    from torch import Tensor
 
 # A field of 400.0000001 mm at 4 mm is 100 voxels, not 101: less than a thousandth of a voxel is rounding.
 _ROUNDING_VOXELS = 1e-3
@@ -123,6 +125,8 @@ def resample_on(
     """
     if grid.frame_of_reference_uid != target.frame_of_reference_uid or volume.shape != grid.shape:
         return resample(volume, grid, target, fill=fill)  # which says what does not fit
+    import torch
+
     sampled = torch.from_numpy(np.ascontiguousarray(volume)).to(device)
     inside = torch.ones((1, 1, 1), dtype=torch.bool, device=device)
     for axis in range(3):
@@ -137,6 +141,8 @@ def resample_on(
 
 def _linear_taps(grid: Grid, target: Grid, axis: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per target voxel along an axis: the indices below and above, the share of the one above, and if it is seen."""
+    import torch
+
     n, first = grid.shape[axis], target.origin_mm[2 - axis] - grid.origin_mm[2 - axis]
     steps = torch.arange(target.shape[axis], dtype=torch.float64, device=device)
     place = (first + steps * target.spacing_mm[axis]) / grid.spacing_mm[axis]
