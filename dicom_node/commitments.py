@@ -42,11 +42,18 @@ class CommitmentReporter:
         self._config, self._asked, self._spool, self._notes, self._clock = config, asked, spool, notes, clock
         self._kept = kept_classes(config)
         self._send = send or self._over_the_network
+        self._stopping = False
+
+    def stop(self) -> None:
+        """A tick that runs ends after the report that it is sending."""
+        self._stopping = True
 
     def tick(self) -> int:
         """Report what is due; how many reports were taken. A peer that cannot be reached is tried once a tick."""
         taken, unreachable = 0, set()
         for request in self._asked.waiting():
+            if self._stopping:
+                break
             if request.peer in unreachable or not self._is_due(request):
                 continue
             outcome = self._report(request)

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import datetime, timedelta
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -27,7 +26,7 @@ from dicom_node import __version__
 from dicom_node.assembler import Assembler
 from dicom_node.backup import Backups
 from dicom_node.commitments import CommitmentReporter
-from dicom_node.config import Config, StorageConfig
+from dicom_node.config import Config
 from dicom_node.delivery import Deliveries
 from dicom_node.engine import Engine, EngineError
 from dicom_node.engine.local import LocalEngine
@@ -41,15 +40,14 @@ from dicom_node.net.security import SecurityError, server_context, warn_of_ends
 from dicom_node.notify import Notifier
 from dicom_node.proof import Prover
 from dicom_node.recover import adopt_unknown
-from dicom_node.rejections import keep_references, reject_superseded
+from dicom_node.rejections import reject_superseded
 from dicom_node.schedule import Schedule
 from dicom_node.scheduled_pulls import ScheduledPulls
+from dicom_node.upkeep import Upkeep
 from dicom_node.worker import Worker, pipeline_options
 from storage.asked import AskedCommitments
 from storage.backup import check_file, ledger_file
-from storage.errors import NotFound
 from storage.ledger import Ledger, open_ledger, utc_now
-from storage.records import FINAL_JOB_STATES
 from storage.spool import Spool
 
 log = structlog.get_logger()
@@ -175,9 +173,10 @@ class Node:
             on_stage=self.metrics.observe_stage,
         )
         adopt_unknown(self.ledger, self.spool)
+        upkeep = Upkeep(config, self.ledger, self.spool)
         worker.reclaim()
         deliveries.reclaim()
-        self._sweep()
+        upkeep.start()
         self._warm_up(engine)
 
         worker.start()
@@ -189,7 +188,7 @@ class Node:
         ticker.start()
         parts.callback(ticker.stop)
         self._alive = [lambda: worker.alive, lambda: deliveries.alive, lambda: ticker.alive]
-        schedule = self._schedule()
+        schedule = self._schedule(upkeep)
         schedule.start()
         parts.callback(schedule.stop)
         parts.callback(self._stopping_pulls.set)  # before the clockwork is waited for
@@ -204,6 +203,7 @@ class Node:
         ticker = Ticker("commitment-reporter", reporter.tick, REPORT_EVERY_S)
         ticker.start()
         self._parts.callback(ticker.stop)
+        self._parts.callback(reporter.stop)
         self._alive.append(lambda: ticker.alive)
 
     def _check_ledger(self) -> None:
@@ -282,10 +282,10 @@ class Node:
         except EngineError as error:  # receiving goes on; each job will try again and say so
             log.error("engine.not_ready", code=error.code, reason=error.text)
 
-    def _schedule(self) -> Schedule:
+    def _schedule(self, upkeep: Upkeep) -> Schedule:
         schedule = Schedule()
-        schedule.every(SWEEP_EVERY_S, "sweep", self._sweep)
-        schedule.every(RETENTION_EVERY_S, "retention", self._retention)
+        schedule.every(SWEEP_EVERY_S, "sweep", upkeep.sweep)
+        schedule.every(RETENTION_EVERY_S, "retention", upkeep.retention)
         schedule.every(BACKUP_EVERY_S, "backup", Backups(self.config, self.ledger).tick)
         schedule.every(REJECT_EVERY_S, "rejections", self._reject_superseded)
         schedule.every(CERTIFICATES_EVERY_S, "certificates", self._warn_of_certificates)
@@ -297,43 +297,8 @@ class Node:
             schedule.every(self._notifier.watchdog_s / 2, "watchdog", self._sign_of_life)
         return schedule
 
-    def _sweep(self) -> None:
-        engine = self.config.engine
-        swept = self.ledger.sweep(max_attempts=engine.max_attempts, retry_s=engine.retry_s)
-        if swept:
-            log.warning("node.swept", jobs=swept)
-
     def _reject_superseded(self) -> None:
         reject_superseded(self.config, self.ledger, self.spool)
-
-    def _retention(self) -> None:
-        keep, now = self.config.storage, utc_now()
-        gone: list[str] = []
-        try:
-            gone = self._remove_old(keep, now)
-        finally:  # also when the disk fails: the ledger must not grow for that
-            events = self.ledger.forget_before(now - timedelta(days=keep.keep_events_days))
-            if gone or events:
-                log.info("node.retention", removed=len(gone), events=events)
-
-    def _remove_old(self, keep: StorageConfig, now: datetime) -> list[str]:
-        return self.spool.apply_retention(
-            timedelta(days=keep.keep_inputs_days),
-            timedelta(days=keep.keep_results_days),
-            now,
-            is_final=self._is_final,
-            is_over=lambda study_uid: all(
-                job.state in FINAL_JOB_STATES for job in self.ledger.jobs_of_study(study_uid)
-            ),
-            before_result=lambda job_id: keep_references(self.spool, job_id),
-            keep_references=timedelta(days=keep.keep_events_days),
-        )
-
-    def _is_final(self, job_id: str) -> bool:
-        try:
-            return self.ledger.get(job_id).state in FINAL_JOB_STATES
-        except NotFound:
-            return True  # of a ledger that was replaced: nobody will ask for it
 
     def _sign_of_life(self) -> None:
         if self.healthy:

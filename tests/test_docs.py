@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel
 
 from dicom_node.cli import app
-from dicom_node.config import Config, RuleConfig, load_config
+from dicom_node.config import Config, RuleConfig, ScheduledPull, load_config
 from storage.records import DeliveryState, JobState
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +73,13 @@ def test_config_toml_shows_the_defaults() -> None:
     assert raw["storage"] == {
         key: str(value) if key == "root" else value for key, value in default.storage.model_dump().items()
     }
+
+
+def test_the_commented_pull_is_a_pull_with_the_defaults() -> None:
+    lines = CONFIG_TEXT[CONFIG_TEXT.index("# [[pulls]]") :].split("\n\n")[0].splitlines()
+    [pull] = tomllib.loads("\n".join(line.removeprefix("# ") for line in lines))["pulls"]
+    assert ScheduledPull.model_validate(pull) == ScheduledPull(name="missed", peer="pacs")
+    assert pull.keys() == ScheduledPull.model_fields.keys()
 
 
 def test_the_commented_rule_is_a_rule() -> None:

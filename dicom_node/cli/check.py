@@ -16,6 +16,7 @@ from dicom_node.cli.common import DEFAULT_CONFIG, AsJson, ConfigPath, console, o
 from dicom_node.config import Config, ConfigError, DestinationConfig, PeerConfig, load_config
 from pipeline.errors import BundleError
 from storage.errors import StorageError
+from storage.ledger import utc_now
 
 RESERVE_WARNING = 2.0  # warn when less than this many times the watermark is free
 
@@ -77,6 +78,8 @@ def on_this_machine(config: Config) -> Iterator[Finding]:
     """What needs no network."""
     for one in CHECKS:
         yield one(config)
+    yield check_callers(config)
+    yield from check_certificates(config)
     if config.pipeline.shadow:
         yield check_shadow(config)
 
@@ -85,6 +88,7 @@ def elsewhere(config: Config) -> Iterator[Finding]:
     """Every peer and every destination."""
     for peer in config.peers:
         yield check_peer(config, peer)
+    yield from (check_retrieve(config, peer) for peer in config.peers if peer.we_may)
     for destination in config.destinations:
         if destination.url:
             yield check_web(destination)
@@ -103,7 +107,7 @@ def check_disk(config: Config) -> Finding:
     """The spool's folder can be written, and there is room above the watermark."""
     root = config.storage.root
     try:
-        root.mkdir(exist_ok=True)
+        root.mkdir(mode=0o700, exist_ok=True)
         probe = root / f".check-{os.getpid()}"
         probe.write_bytes(b"x")
         probe.unlink()
@@ -114,6 +118,9 @@ def check_disk(config: Config) -> Finding:
     text = f"{root}: {free / 1e9:.1f} GB free; C-STORE is refused (A700) below {reserve / 1e9:.1f} GB"
     if free < reserve:
         return Finding(check="disk", verdict=Verdict.FAIL, text=text)
+    if mode := root.stat().st_mode & 0o077:
+        text += f"; its mode lets others in (0{mode:03o}): a start of the node closes it, or: chmod 700 {root}"
+        return Finding(check="disk", verdict=Verdict.WARN, text=text)
     return Finding(check="disk", verdict=Verdict.WARN if free < RESERVE_WARNING * reserve else Verdict.OK, text=text)
 
 
@@ -181,6 +188,39 @@ def check_port(config: Config) -> Finding:
     return Finding(check="port", verdict=Verdict.OK, text=f"{config.node.host}:{config.node.port} is free")
 
 
+def check_callers(config: Config) -> Finding:
+    """Who may send: nobody whom no table names, unless an administrator said so."""
+    if config.node.unknown_peers == "accept":
+        text = '[node].unknown_peers = "accept": whoever reaches the port may send'
+        return Finding(check="callers", verdict=Verdict.WARN, text=text)
+    anywhere = [peer.name for peer in config.peers if not peer.allowed_addresses]
+    text = "only [[peers]] may call"
+    if anywhere:
+        text += f"; from any address: {', '.join(anywhere)} (allowed_addresses narrows it)"
+    return Finding(check="callers", verdict=Verdict.OK, text=text)
+
+
+def check_certificates(config: Config) -> Iterator[Finding]:
+    """The certificates of DICOM TLS can be used, and do not end soon."""
+    from dicom_node.net.security import SecurityError, certificates, client_context, server_context
+
+    try:
+        if config.tls.cert_file is not None:
+            server_context(config.tls)
+        for peer in config.peers:
+            if peer.tls:
+                client_context(peer)
+    except SecurityError as error:
+        yield Finding(check="tls", verdict=Verdict.FAIL, text=str(error))
+        return
+    now = utc_now()
+    for one in certificates(config):
+        fault = one.fault(now, config.tls.warn_days)
+        ended = one.ends is None or one.ends <= now
+        verdict = Verdict.OK if not fault else Verdict.FAIL if ended else Verdict.WARN
+        yield Finding(check="tls", verdict=verdict, text=fault or f"{one.key} is good until {one.ends:%Y-%m-%d}")
+
+
 def check_answering(config: Config) -> Finding:
     """The running node answers; that it refuses our own AE title is an answer too."""
     from dicom_node.net.scu import echo
@@ -230,6 +270,28 @@ def check_proof(config: Config, destination: DestinationConfig) -> Finding:
     text = f"offers {' and '.join(wanted.values())}"
     if destination.commitment:
         text += f"; its reports must reach {config.node.ae_title} on port {config.node.port}"
+    return Finding(check=name, verdict=Verdict.OK, text=text)
+
+
+def check_retrieve(config: Config, peer: PeerConfig) -> Finding:
+    """The archive offers us what `we_may` says; that it knows where to send for C-MOVE, only a pull can prove."""
+    from dicom_node.net.link import Trouble, offered
+    from dicom_node.net.move import STUDY_ROOT_GET, STUDY_ROOT_MOVE
+    from dicom_node.net.query import STUDY_ROOT_FIND
+
+    services = {"find": STUDY_ROOT_FIND, "move": STUDY_ROOT_MOVE, "get": STUDY_ROOT_GET}
+    answer = offered(peer, [services[what] for what in peer.we_may], calling_ae=config.node.ae_title)
+    name = f"pull from {peer.name}"
+    if isinstance(answer, Trouble):
+        return Finding(check=name, verdict=Verdict.WARN, text=answer.text)
+    missing = " and ".join(f"C-{what.upper()}" for what in peer.we_may if services[what] not in answer)
+    if missing:
+        return Finding(check=name, verdict=Verdict.WARN, text=f"offers no {missing}")
+    text = f"offers {' and '.join(f'C-{what.upper()}' for what in peer.we_may)}"
+    if "move" in peer.we_may:
+        text += f"; it must know {config.node.ae_title} on port {config.node.port} to send to us"
+        if "store" not in peer.may:
+            return Finding(check=name, verdict=Verdict.WARN, text=f'{text}, and its may lacks "store" here')
     return Finding(check=name, verdict=Verdict.OK, text=text)
 
 

@@ -17,6 +17,7 @@ from datetime import datetime, timedelta
 from enum import IntEnum
 from queue import SimpleQueue
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import structlog
 from pydicom import Dataset
@@ -172,7 +173,7 @@ class CommitmentScp:
         self._config, self._spool, self._notes, self._clock = config, spool, notes, clock
         self._kept = kept_classes(config)
         self._asked = AskedCommitments(spool.root)
-        self._answered: dict[Association, Asked] = {}  # the answer is on its way; touched by its own thread alone
+        self._answered = WeakKeyDictionary[Association, Asked]()  # the answer is on its way
         self._due: SimpleQueue[tuple[Association, Asked, float] | None] = SimpleQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="commitment-reports", daemon=True)
@@ -219,6 +220,8 @@ class CommitmentScp:
         if peer is None:
             raise RequestRefused(Status.NOT_AUTHORIZED, "its peer may not ask for commitment")
         transaction_uid, references = read_request(event)
+        if not self._spool.room_for(0):
+            raise NoSpace("the disk has less than [intake].min_free_bytes free")
         now = self._clock()
         request = Asked(
             transaction_uid=transaction_uid,

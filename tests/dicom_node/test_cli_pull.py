@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from ct_factory import write_ct
 from fake_pacs import free_port
-from fake_retrieve import FakeRetrieve, Script
+from fake_retrieve import FIND, MOVE, FakeRetrieve, Script
 from intake_tools import Intake, config, running_intake
 from orthanc import running_orthanc
 from pydicom.uid import generate_uid
 from typer.testing import CliRunner, Result
 
 from dicom_node.cli import app
+from dicom_node.cli.check import Verdict, check_retrieve
 from dicom_node.cli.common import warnings_on_stderr
 from dicom_node.cli.pull import ListError, read_list
 from dicom_node.net.associations import AssociationRegistry
@@ -174,6 +175,24 @@ def test_a_list_that_cannot_be_used_names_the_line(tmp_path: Path, text: str, sa
     path.write_text(text)
     with pytest.raises(ListError, match=said):
         read_list(path)
+
+
+def test_check_says_what_the_archive_lacks_for_a_pull(archive: FakeRetrieve) -> None:
+    with FakeRetrieve([], classes=[FIND, MOVE]) as partly:
+        found = [
+            check_retrieve(config(), one)
+            for one in (
+                archive.peer(),
+                archive.peer(may=("echo",)),
+                partly.peer(),
+                archive.peer(port=free_port()),
+            )
+        ]
+    assert [finding.verdict for finding in found] == [Verdict.OK, Verdict.WARN, Verdict.WARN, Verdict.WARN]
+    assert "must know SYNPET on port 11112" in found[0].text
+    assert 'lacks "store"' in found[1].text
+    assert "offers no C-GET" in found[2].text
+    assert "cannot be reached" in found[3].text
 
 
 @pytest.mark.orthanc

@@ -25,6 +25,7 @@ from dicom_node.net import commitment_scp
 from dicom_node.net.commitment_scp import FailureReason, Verdict, judge, parse_request
 from dicom_node.net.link import RequestOutcome
 from dicom_node.net.part10 import read_part10
+from dicom_node.net.receive import Receiver
 from dicom_node.net.status import Status
 from dicom_node.net.store import kept_classes
 from storage import asked as asked_module
@@ -219,6 +220,27 @@ def test_what_is_no_request_of_one_who_may_ask_is_refused(desk: Desk, changes: A
     assert desk.asked.waiting() == []
 
 
+def test_an_archive_that_only_reports_to_us_may_not_ask(desk: Desk) -> None:
+    receiver = Receiver(
+        desk.intake.config,
+        desk.intake.spool,
+        desk.intake.ledger,
+        desk.intake.registry,
+        take_report=lambda _: Status.SUCCESS,
+    )
+    port = receiver.start(port=0)
+    try:  # the class is accepted, for its reports
+        assert desk.modality.ask(port, desk.references, calling_ae="PACS") == Status.NOT_AUTHORIZED
+    finally:
+        receiver.stop()
+
+
+def test_a_full_disk_takes_no_request(desk: Desk) -> None:
+    desk.intake.receiver._commitments._spool.min_free_bytes = 1 << 60  # type: ignore[union-attr]
+    assert desk.modality.ask(desk.intake.port, desk.references) == Status.RESOURCE_LIMITATION
+    assert desk.asked.waiting() == []
+
+
 # ---- what is held
 
 
@@ -342,6 +364,19 @@ def test_a_peer_that_does_not_answer_is_tried_once_a_tick(desk: Desk) -> None:
     outbox = Outbox(("connection_failed", False))
     desk.reporter(send=outbox, clock=lambda: NOW).tick()
     assert len(outbox.verdicts) == 1
+
+
+def test_a_stop_leaves_the_rest_for_the_next_life(desk: Desk) -> None:
+    for number in range(3):
+        desk.asked.add(request_for(desk.references, transaction_uid=f"1.{number}"))
+    reporter = desk.reporter(send=lambda _verdict, _peer: stopped(), clock=lambda: NOW)
+
+    def stopped() -> RequestOutcome:
+        reporter.stop()
+        return RequestOutcome()
+
+    assert reporter.tick() == 1
+    assert len(desk.asked.waiting()) == 2
 
 
 def test_a_clock_that_was_set_back_a_year_delays_no_report(desk: Desk) -> None:
