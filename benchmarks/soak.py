@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ SLICES = 40
 QUIET_S = 60.0  # how long what ends by itself may take to end
 VERIFICATION = "1.2.840.10008.1.1"
 CONTEXTS = (str(CTImageStorage), VERIFICATION)
-RULE = '\n[[rules]]\nname = "soak"\naction = "ignore"\n'  # no job: it is the intake that is looked at
+RULE = '\n[log]\nlevel = "warning"\n\n[[rules]]\nname = "soak"\naction = "ignore"\n'  # no job: it is the intake that is looked at
 SETTINGS = "\nmax_associations = 64\n"
 
 
@@ -46,6 +47,7 @@ class Held:
     """What the processes of a node hold together."""
 
     processes: int
+    each_mb: dict[int, float]
     resident_mb: float
     threads: int
     handles: int
@@ -54,6 +56,7 @@ class Held:
     def by(cls, pids: list[int]) -> Held:
         return cls(
             processes=len(pids),
+            each_mb={pid: round(_field(pid, "VmRSS") / 1024, 1) for pid in pids},
             resident_mb=round(sum(_field(pid, "VmRSS") for pid in pids) / 1024, 1),
             threads=int(sum(_field(pid, "Threads") for pid in pids)),
             handles=sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids),
@@ -171,7 +174,7 @@ def faults(before: Held, after: Held, spool: Path, sent: int) -> list[str]:
     """What must not be, in sentences."""
     grown = after.resident_mb - before.resident_mb
     halves = [path for path in spool.rglob("*.tmp") if path.is_file()]
-    kept = sum(1 for _ in (spool / "inbox").rglob("*.dcm"))
+    kept = sum(1 for _ in spool.rglob("*.dcm"))
     empty = [path for path in (spool / "inbox" / "incoming").iterdir() if not any(path.iterdir())]
     checks: list[tuple[bool, Callable[[], str]]] = [
         (grown < MAX_GROWTH_MB, lambda: f"resident memory grew by {grown:.1f} MB"),
@@ -180,16 +183,17 @@ def faults(before: Held, after: Held, spool: Path, sent: int) -> list[str]:
         (after.handles <= before.handles, lambda: f"{after.handles} file handles, not {before.handles}"),
         (not halves, lambda: f"{len(halves)} half files in the spool"),
         (not empty, lambda: f"{len(empty)} empty folders of associations in the inbox"),
-        (kept == sent, lambda: f"{kept} instances in the inbox, and {sent} were acknowledged"),
+        (kept == sent, lambda: f"{kept} instances in the spool, and {sent} were acknowledged"),
     ]
     return [text() for holds, text in checks if not holds]
 
 
 def family(pid: int) -> list[int]:
     """A process and everything below it."""
-    children = [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
+    children = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends meanwhile
+            children += [int(child) for child in (task / "children").read_text().split()]
     return [pid, *(one for child in children for one in family(child))]
 
 

@@ -64,12 +64,14 @@ class IncomingFile:
         raise AssertionError("places are endless")
 
     def discard(self) -> None:
-        """Remove what was written, if it was not committed; fine when gone."""
+        """Remove what was written, if it was not committed, and a folder that is empty then; fine when gone."""
         self._close()
         if self._is_there:
             self._is_there = False
             with suppress(FileNotFoundError):
                 self._temp.unlink()
+            with suppress(OSError):  # not empty, or gone
+                self._temp.parent.rmdir()
 
     def _close(self) -> None:
         if self._handle >= 0:

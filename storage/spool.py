@@ -130,6 +130,8 @@ class Spool:
         for path in folder.glob("*") if folder.is_dir() else ():
             if is_temp(path):
                 path.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty, or never made
+            folder.rmdir()
 
     def incoming(self) -> list[Path]:
         """The whole files that wait for the assembler, oldest first; one that is adopted meanwhile is left out."""
