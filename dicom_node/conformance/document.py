@@ -7,6 +7,7 @@ from itertools import chain
 
 from dicom_node import __version__
 from dicom_node.config import Config, DestinationConfig
+from dicom_node.conformance.acceptor import ct_images, negotiation
 from dicom_node.conformance.annexes import annexes
 from dicom_node.conformance.markdown import name_of, named, table, text, yes
 from dicom_node.conformance.negotiation import DROPPED, Accepted, Proposed, accepted, asked, proposed, verification
@@ -143,6 +144,7 @@ def _services(takes: Sequence[Accepted], config: Config) -> list[str]:
             f"""Instances of any other Storage class are {DROPPED}, so that auto-routing does not stall; the ledger
             counts them. A data set is kept as it came, byte for byte: nothing is coerced."""
         ),
+        *ct_images(),
         "### 5.2 Statuses that we answer with",
         "",
         *table(("status", "when"), [(f"{status:04X}", when) for status, when in ANSWERS.items()]),
@@ -236,9 +238,10 @@ def _associations(config: Config) -> list[str]:
         *text(
             f"""Maximum PDU received: {f"{node.max_pdu} bytes" if node.max_pdu else "no limit"}. At most
             {node.max_associations} associations are accepted at a time; one is opened to each destination at a time.
-            No asynchronous operations window, no user identity, no extended negotiation; SCP/SCU role selection for
-            Storage Commitment, and for CT in C-GET, alone."""
+            As requestor: no asynchronous operations window, no user identity, no extended negotiation; SCP/SCU role
+            selection for Storage Commitment, and for CT in C-GET, alone."""
         ),
+        *negotiation(),
         *table(("Result", "Source", "Reason", "we reject when"), [(*reason, when) for reason, when in REJECTIONS]),
         *text(
             """An association is aborted when it is silent for `network_timeout_s`. A rejection that we get is tried
