@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pydicom.uid import (
 )
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import Verification
+from tls_tools import Authority
 from typer.testing import CliRunner
 
 from dicom_node.cli import app
@@ -49,7 +51,7 @@ def test_a_sound_set_up_passes(tmp_path: Path) -> None:
     code, found = findings(write_config(tmp_path))
     assert code == 0
     assert {name: verdict for name, (verdict, _) in found.items()} == dict.fromkeys(
-        ("config", "disk", "ledger", "bundle", "device", "port"), "ok"
+        ("config", "disk", "ledger", "bundle", "device", "callers", "port"), "ok"
     )
     assert "phantom" in found["bundle"][1]
 
@@ -58,6 +60,33 @@ def test_the_table_is_for_people(tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["check", "--config", str(write_config(tmp_path))], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     assert "GB free" in result.output
+
+
+def test_an_open_door_and_an_open_spool_are_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir(mode=0o755)
+    path = write_config(tmp_path)
+    path.write_text(path.read_text().replace("[node]\n", '[node]\nunknown_peers = "accept"\n'), encoding="utf-8")
+    code, found = findings(path)
+    assert code == 0
+    assert found["callers"][0] == found["disk"][0] == "warn"
+    assert "chmod 700" in found["disk"][1]
+
+
+@pytest.mark.parametrize(
+    ("days", "verdict", "text"), [(400, "ok", "is good until"), (5, "warn", "in 4 days"), (-2, "FAIL", "ended on")]
+)
+def test_the_end_of_a_certificate_is_told_before_it_comes(tmp_path: Path, days: int, verdict: str, text: str) -> None:
+    made = Authority(tmp_path / "ca").certificate("node", ends=datetime.now(UTC) + timedelta(days=days))
+    tls = f'[tls]\ncert_file = "{made}"\nclient_certificates = "none"\n'
+    code, found = findings(write_config(tmp_path, tls))
+    assert (code, found["tls"][0]) == (verdict == "FAIL", verdict)
+    assert text in found["tls"][1]
+
+
+def test_a_certificate_that_cannot_be_used_fails(tmp_path: Path) -> None:
+    code, found = findings(write_config(tmp_path, '[tls]\ncert_file = "no.pem"\nclient_certificates = "none"\n'))
+    assert (code, found["tls"][0]) == (1, "FAIL")
+    assert "[tls].cert_file" in found["tls"][1]
 
 
 def test_a_full_disk_fails(tmp_path: Path) -> None:
