@@ -38,8 +38,10 @@ viewer-pictures: readers
 	$(BIN)/python -m pytest tests/readers/test_reader_ohif.py --basetemp=runs/viewers
 	cp $(VIEWER_PICTURES:%=runs/viewers/ohif0/%.png) docs/images/viewers/
 
+# Two workers, a file each at a time; conftest.py has the slow files come first. One test alone: python -m pytest tests/...
+WORKERS ?= 2
 test: lint readers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=5
 
 serve: setup
 	$(BIN)/dicom-node serve --config config.toml

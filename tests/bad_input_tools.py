@@ -139,9 +139,7 @@ class Ward:
 
     def store(self, assoc: Association, path: Path) -> int:
         """The file's bytes as they are, and the status."""
-        # pynetdicom's requestor may take the answer of a quick node for a request of its peer, when its loop has not
-        # come to rest since the last one (its `_is_paused` is stale then): leave it the time
-        time.sleep(0.002)
+        _rest(assoc)
         status = int(assoc.send_c_store(path).Status)
         if status == 0:
             self.acknowledged.add(sop_instance_uid_of(path))
@@ -187,6 +185,17 @@ class Ward:
         """The SOP Instance UIDs that were answered with Success and are nowhere in the spool."""
         kept = {path.stem.partition("~")[0] for path in self.root.rglob("*.dcm")}
         return self.acknowledged - kept
+
+
+def _rest(assoc: Association) -> None:
+    """Wait until the requestor's loop rests, as pynetdicom believes that it does when it sends.
+
+    Its `_is_paused` may be stale from the last request; then the loop takes a quick node's answer for a request.
+    """
+    checkpoint: Any = assoc._reactor_checkpoint
+    checkpoint.clear()
+    while not checkpoint._cond._waiters and assoc.is_alive():
+        time.sleep(0.0002)
 
 
 def _send_at_once(event: evt.Event) -> None:
@@ -272,8 +281,7 @@ def store_raw(assoc: Association, *, sop_instance_uid: str, data: bytes) -> int:
     message.command_set.add_new(0x00001000, "UT", sop_instance_uid)
     del message.command_set[0x0000, 0x0000]
     message.command_set.CommandGroupLength = len(encode(message.command_set, True, True) or b"")
-    assoc._reactor_checkpoint.clear()
-    until(lambda: bool(assoc._is_paused))
+    _rest(assoc)
     context_id = int(assoc.accepted_contexts[0].context_id or 1)
     for pdata in message.encode_msg(context_id, 16382):
         assoc.dul.send_pdu(pdata)

@@ -375,7 +375,8 @@ def test_no_run_at_all_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_the_bundle_and_says_where_its_card_is(shop: Workshop) -> None:
-    done = CliRunner().invoke(app, ["train", "export", str(shop.runs), "--out", str(shop.root / "out"), "--name", "x"])
+    words = ["train", "export", str(shop.runs), "--out", str(shop.root / "out"), "--name", "x"]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "250"})
     assert done.exit_code == 0, done.output
     assert load_bundle(shop.root / "out").manifest.name == "x"
     assert "MODEL_CARD.md" in done.output
