@@ -16,6 +16,7 @@ from sqlalchemy import Select, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from storage.base import clean, utc_now
+from storage.clock import ClockLedger
 from storage.database import open_engine, plain
 from storage.errors import IllegalMove, StaleState
 from storage.figures import FigureLedger
@@ -37,7 +38,7 @@ def open_ledger(url: str, *, clock: Callable[[], datetime] = utc_now) -> Ledger:
     return Ledger(open_engine(url), clock)
 
 
-class Ledger(ProofLedger, RejectionLedger, FigureLedger):
+class Ledger(ProofLedger, RejectionLedger, FigureLedger, ClockLedger):
     """Jobs and events; deliveries are in `storage.deliveries`, their proof in `proofs`, notes in `rejections`,
     counts in `figures`.
     """

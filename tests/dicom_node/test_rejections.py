@@ -23,6 +23,7 @@ from dicom_node.node import Node
 from dicom_node.proof import asked_of, goal_of
 from dicom_node.recall import recall, results_of
 from dicom_node.rejections import keep_references, reject, reject_superseded
+from dicom_node.upkeep import Upkeep
 from pipeline.outputs.rejection_note import KIND, RejectionReason
 from pipeline.types import EncodedSeries
 from storage.errors import NoSpace, OtherSeries
@@ -232,7 +233,7 @@ def test_the_nodes_retention_keeps_what_names_a_result(bench: Bench) -> None:
     storage = bench.config.storage.model_copy(update={"keep_results_days": 0.0})
     node = Node(bench.config.model_copy(update={"storage": storage}))
     node.ledger, node.spool = bench.ledger, bench.spool
-    node._retention()
+    Upkeep(node.config, node.ledger, node.spool).retention()
     assert not bench.spool.has_result(old.id)
     assert set(bench.spool.references(old.id)) == {"pet-sc", "pet-pet", "mip-sc"}
 
@@ -460,11 +461,11 @@ def test_a_full_disk_keeps_the_result_it_cannot_name_and_the_history_is_still_sh
 
     with monkeypatch.context() as broken:
         broken.setattr(bench.spool, "keep_references", full)
-        node._retention()
+        Upkeep(node.config, node.ledger, node.spool).retention()
     assert bench.spool.has_result(first.id)
     assert not bench.spool.has_result(second.id)
     assert bench.ledger.events(first.id) == []  # the bench's clock is long ago
-    node._retention()
+    Upkeep(node.config, node.ledger, node.spool).retention()
     assert not bench.spool.has_result(first.id)
     assert set(bench.spool.references(first.id)) == {"pet-sc", "pet-pet", "mip-sc"}
 
@@ -483,7 +484,7 @@ def test_a_result_whose_file_cannot_be_read_now_stays_and_a_failing_retention_st
     node.ledger, node.spool = bench.ledger, bench.spool
     monkeypatch.setattr(bench.spool, "apply_retention", out_of_files_in)
     with pytest.raises(OSError, match="Too many open files"):
-        node._retention()
+        Upkeep(node.config, node.ledger, node.spool).retention()
     assert not bench.ledger.search_events(since=bench.now - timedelta(days=1))
 
 

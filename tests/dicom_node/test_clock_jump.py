@@ -1,0 +1,217 @@
+"""The machine's clock jumps, forward and back: nothing waits for hours, is run twice, removed early or told twice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ct_factory import write_ct
+from pydicom import dcmread
+from small_node import FolderPacs, SmallNode
+
+from dicom_node.upkeep import STEADY_S, ClockWatch, Upkeep
+from storage.records import JobState
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+DAY, HOUR = timedelta(days=1), timedelta(hours=1)
+SLOW = {"destinations": [{"name": "pacs", "peer": "pacs", "verify": False}]}
+
+
+@dataclass
+class Machine:
+    """A wall clock that can be set, and a steady one that cannot."""
+
+    wall: datetime = NOON
+    steady: float = 0.0
+
+    def __call__(self) -> datetime:
+        return self.wall
+
+    def pass_time(self, seconds: float) -> None:
+        self.wall += timedelta(seconds=seconds)
+        self.steady += seconds
+
+
+class Lab:
+    """A small node on such a machine, with its upkeep."""
+
+    def __init__(self, folder: Path) -> None:
+        self.machine = Machine()
+        self.pacs = FolderPacs(folder / "pacs")
+        self.pacs.folder.mkdir()
+        self.root = folder / "spool"
+        files = write_ct(folder / "ct", np.zeros((4, 8, 8), dtype=np.int16), spacing_mm=(2.0, 2.0, 2.0))
+        self.files = [path.rename(path.with_name(f"{dcmread(path).SOPInstanceUID}.dcm")) for path in files]
+        self.start()
+
+    def start(self) -> None:
+        self.node = SmallNode(self.root, self.pacs, clock=self.machine, **SLOW)
+        self.upkeep = Upkeep(
+            self.node.config, self.node.ledger, self.node.spool, clock=self.machine, steady=lambda: self.machine.steady
+        )
+        self.upkeep.start()
+
+    def codes(self) -> list[str]:
+        return [event.code for event in self.node.ledger.search_events()]
+
+    def close(self) -> None:
+        self.node.close()
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    made = Lab(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_jump_is_told_apart_from_time_that_passes() -> None:
+    machine = Machine()
+    watch = ClockWatch(machine, lambda: machine.steady)
+    machine.pass_time(7200)
+    assert watch.look() == 0
+    machine.wall += DAY
+    machine.pass_time(60)
+    assert watch.look() == pytest.approx(86400)
+    assert watch.look() == 0
+    machine.wall -= HOUR
+    assert watch.look() == pytest.approx(-3600)
+
+
+@pytest.mark.parametrize("jump", [DAY, -HOUR])
+def test_a_job_that_runs_goes_on_and_is_not_run_by_a_second_one(lab: Lab, jump: timedelta) -> None:
+    lab.node.receive(lab.files)
+    lab.node.step_to_queued()
+    job = lab.node.ledger.claim("somebody", lease_s=120)
+    assert job is not None
+    lab.machine.pass_time(60)
+    lab.machine.wall += jump
+    lab.upkeep.sweep()
+    assert lab.node.ledger.get(job.id).state is JobState.RUNNING
+    assert lab.node.ledger.renew(job.id, "somebody", lease_s=120)
+    lab.machine.pass_time(60)
+    lab.upkeep.sweep()
+    assert lab.node.ledger.get(job.id).state is JobState.RUNNING
+    assert lab.codes().count("clock_jumped") == 1
+
+
+def test_a_worker_that_died_before_the_clock_was_set_back_is_found_after_its_lease(lab: Lab) -> None:
+    lab.node.receive(lab.files)
+    lab.node.step_to_queued()
+    job = lab.node.ledger.claim("somebody", lease_s=120)
+    assert job is not None
+    lab.machine.wall -= DAY
+    lab.upkeep.sweep()
+    lab.machine.pass_time(121)
+    lab.upkeep.sweep()
+    assert lab.node.ledger.get(job.id).state is JobState.QUEUED
+
+
+def test_what_a_clock_that_ran_ahead_put_off_is_tried_when_it_is_right_again(lab: Lab) -> None:
+    lab.pacs.up = False
+    lab.machine.wall += 300 * DAY
+    lab.node.receive(lab.files)
+    lab.node.step()
+    [job] = lab.node.jobs()
+    lab.pacs.up = True
+    lab.machine.wall -= 300 * DAY
+    lab.node.step()
+    assert not lab.pacs.contents()
+    lab.upkeep.sweep()
+    lab.node.step()
+    assert lab.node.ledger.get(job.id).state is JobState.DONE
+
+
+def test_a_job_whose_retry_lies_years_ahead_is_tried(lab: Lab) -> None:
+    lab.node.receive(lab.files)
+    lab.node.step_to_queued()
+    job = lab.node.ledger.claim("somebody", lease_s=120)
+    assert job is not None
+    lab.machine.wall += 300 * DAY
+    again = lab.machine.wall + timedelta(seconds=30)
+    lab.node.ledger.fail_run(
+        job.id, "somebody", code="engine_crashed", text="", permanent=False, retry_at=again, max_attempts=3
+    )
+    lab.machine.wall -= 300 * DAY
+    lab.upkeep.sweep()
+    lab.node.step()
+    assert lab.node.ledger.get(job.id).state is JobState.DONE
+
+
+def test_a_wait_that_is_meant_is_left_as_it_is(lab: Lab) -> None:
+    lab.pacs.up = False
+    lab.node.receive(lab.files)
+    lab.node.step()
+    [job] = lab.node.jobs()
+    due = lab.node.ledger.deliveries(job.id)[0].next_attempt
+    assert due is not None
+    lab.upkeep.sweep()
+    assert lab.node.ledger.deliveries(job.id)[0].next_attempt == due
+
+
+def test_nothing_is_removed_for_its_age_until_a_clock_that_jumped_has_been_steady_for_a_day(lab: Lab) -> None:
+    lab.node.receive(lab.files)
+    lab.node.run_to_end()
+    [job] = lab.node.jobs()
+    for path in (*lab.root.rglob("*"),):
+        os.utime(path, (lab.machine.wall.timestamp(),) * 2)
+    lab.machine.wall += 3650 * DAY
+    lab.upkeep.sweep()
+    lab.upkeep.retention()
+    assert lab.node.spool.ct_files(job.id)
+    assert lab.node.spool.has_result(job.id)
+    assert lab.node.ledger.events(job.id)
+    lab.machine.wall -= 3650 * DAY  # NTP has come
+    lab.upkeep.sweep()
+    lab.machine.pass_time(STEADY_S + 1)
+    lab.upkeep.retention()
+    assert lab.node.spool.ct_files(job.id)
+    lab.machine.pass_time(8 * 86400)
+    lab.upkeep.retention()
+    assert not lab.node.spool.ct_files(job.id)
+    assert lab.node.spool.has_result(job.id)
+
+
+def test_a_node_that_starts_with_a_wrong_clock_removes_nothing_on_its_first_day(lab: Lab) -> None:
+    lab.node.receive(lab.files)
+    lab.node.run_to_end()
+    [job] = lab.node.jobs()
+    lab.close()
+    lab.machine.wall += 3650 * DAY
+    lab.start()
+    lab.upkeep.retention()
+    assert lab.node.spool.has_result(job.id)
+
+
+def test_a_result_is_sent_again_as_the_same_bytes_after_the_clock_was_set_back(lab: Lab) -> None:
+    lab.node.receive(lab.files)
+    lab.node.step_to_queued()
+    lab.node.worker.work_one()
+    [job] = lab.node.jobs()
+    lab.node.deliver()
+    lab.node.ledger.redeliver(job.id)
+    lab.node.spool.discard_result(job.id)  # as a disk would: it is computed again
+    lab.node.ledger.cancel(job.id)
+    lab.node.ledger.retry(job.id, rerun=True)
+    lab.close()
+    lab.machine.wall -= HOUR
+    lab.start()
+    lab.node.run_to_end()
+    assert set(lab.pacs.contents().values()) == {1}
+    assert len(lab.pacs.contents()) == 3
+
+
+def test_a_series_is_quiet_by_the_steady_clock(lab: Lab) -> None:
+    lab.node.receive(lab.files)
+    lab.node.assembler.tick()
+    lab.machine.wall += DAY
+    lab.node.assembler.tick()
+    assert [job.state for job in lab.node.jobs()] == [JobState.RECEIVING]
+    lab.machine.wall -= 2 * DAY
+    lab.node.step_to_queued()
+    assert [job.state for job in lab.node.jobs()] == [JobState.QUEUED]
