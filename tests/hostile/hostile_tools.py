@@ -153,6 +153,13 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def assert_one_line_each(logged: str) -> None:
+    """Every line of a log in console format begins with its time: nobody else began one."""
+    lines = logged.splitlines()
+    assert lines
+    assert [line for line in lines if not re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", line)] == []
+
+
 @st.composite
 def mutated(draw: st.DrawFn, valid: bytes, most: int = 6) -> bytes:
     """`valid` with some bytes changed, doubled, dropped, or lengths made huge; or cut short."""
