@@ -38,7 +38,8 @@ SLICES = 40
 QUIET_S = 60.0  # how long what ends by itself may take to end
 VERIFICATION = "1.2.840.10008.1.1"
 CONTEXTS = (str(CTImageStorage), VERIFICATION)
-RULE = '\n[log]\nlevel = "warning"\n\n[[rules]]\nname = "soak"\naction = "ignore"\n'  # no job: it is the intake that is looked at
+# no job: it is the intake that is looked at
+RULE = '\n[log]\nlevel = "warning"\n\n[[rules]]\nname = "soak"\naction = "ignore"\n'
 SETTINGS = "\nmax_associations = 64\n"
 
 

@@ -44,6 +44,7 @@ from dicom_node.net.store import (
 log = structlog.get_logger(__name__)
 
 _ESTABLISHED, _CLOSING = "Sta6", "Sta13"  # PS3.8 table 9-6: data transfer; waiting for the peer to close
+_AWAIT_REQUEST = ("Sta1", "Sta2")  # connected
 _CLOSED, _INVALID = "Evt17", "Evt19"  # PS3.8 table 9-10: connection closed; unrecognized or invalid PDU
 _ABORT = b"\x07\x00\x00\x00\x00\x04\x00\x00\x02\x00"  # A-ABORT, source: service provider, reason not specified
 
@@ -136,12 +137,14 @@ class PduReader:
 
     def read(self) -> None:
         """Read what is there: C-STORE requests to their end, anything else as one PDU for pynetdicom."""
+        awaits_request = self._dul.state_machine.current_state in _AWAIT_REQUEST
         try:
             if self._dul.state_machine.current_state == _CLOSING:
                 self._drain()
                 return
             while self._read_one() and self._more_comes():
                 pass
+            awaits_request = False
         except _Closed:
             self._dul.event_queue.put(_CLOSED)
         except _EndedHere:
@@ -162,6 +165,8 @@ class PduReader:
         finally:
             self._ahead = b""
             self._assoc._reactor_checkpoint.set()
+            if awaits_request:  # and none comes: pynetdicom's other thread would wait as long as the ACSE time-out
+                self._dul.to_user_queue.put(None)
 
     # ---- PDUs
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import ssl
 import struct
 from collections.abc import Callable, Iterator
@@ -324,6 +326,16 @@ def test_the_plain_reader_collects_no_endless_data_set(plain: Wire) -> None:
     assert any("a data set of more" in event.text for event in plain.intake.ledger.search_events(code="malformed_pdu"))
 
 
+@pytest.mark.parametrize("words", [b"", b"GET / HTTP/1.1\r\n\r\n", associate_request(CONTEXTS)[:50]])
+def test_who_connects_and_leaves_without_a_request_holds_no_thread(tmp_path: Path, words: bytes) -> None:
+    with wire(tmp_path, "stream", node={"acse_timeout_s": 600, "network_timeout_s": 600}) as running:
+        for _ in range(5):  # as the health check of a load balancer
+            with socket.create_connection(("127.0.0.1", running.intake.port), timeout=20) as caller:
+                caller.sendall(words)
+        (server,) = running.intake.receiver._servers
+        running.intake.wait(lambda: server._polls > 2 and not server.active_associations)
+
+
 # -- slow, silent, fast
 
 
@@ -375,8 +387,6 @@ def test_a_long_instance_outlives_the_time_out_as_long_as_it_comes(impatient: Wi
 
 @pytest.mark.parametrize("words", [b"", associate_request(CONTEXTS)[:50]], ids=["nothing", "half a request"])
 def test_who_connects_and_says_no_more_is_hung_up_on(impatient: Wire, words: bytes) -> None:
-    import socket
-
     with socket.create_connection(("127.0.0.1", impatient.intake.port), timeout=20) as silent:
         silent.sendall(words)
         with contextlib.suppress(ConnectionError):
@@ -493,8 +503,6 @@ def test_the_bytes_and_the_name_are_synced_before_success_is_said(
 
 def _trace(monkeypatch: pytest.MonkeyPatch, calls: list[str], port: int) -> None:
     """Note the calls that matter, in their order, as they return."""
-    import os
-    import socket
 
     def kind(descriptor: int) -> str:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
