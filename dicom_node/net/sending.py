@@ -67,11 +67,59 @@ class Sender(Protocol):
 @contextmanager
 def opened(way: Way, assoc: Association, answer_s: float) -> Iterator[Sender]:
     """The sender for an established association; `answer_s` seconds are waited for a response, or a stalled socket."""
-    if way == "plain":
-        yield PlainSender(assoc)
-    else:
-        with StreamSender(assoc, answer_s) as sender:
+    sender: PlainSender | StreamSender
+    with reactor_held(assoc):
+        if way == "plain":
+            sender = PlainSender(assoc)
             yield sender
+        else:
+            with StreamSender(assoc, answer_s) as sender:
+                yield sender
+    if sender.is_over:
+        _settle(assoc)
+
+
+@contextmanager
+def reactor_held(assoc: Any) -> Iterator[None]:
+    """Keep pynetdicom's association thread at its checkpoint for as long as instances are sent.
+
+    `send_c_store` itself holds it for one instance, and takes it for held when it was only let go of a moment ago:
+    on a busy machine that thread then takes the response away, and the sender waits for it until the time-out.
+    """
+    checkpoint, stop = assoc._reactor_checkpoint, _Checkpoint()
+    assoc._reactor_checkpoint = stop
+    while not stop.reached.wait(_HELD_S) and assoc.is_alive():
+        pass
+    try:
+        yield
+    finally:
+        assoc._reactor_checkpoint = checkpoint
+        checkpoint.set()
+        stop.go_on.set()
+
+
+def _settle(assoc: Association) -> None:
+    """Wait until pynetdicom knows that the association is over, so that nobody releases it any more."""
+    until = time.monotonic() + _SETTLE_S
+    while assoc.is_established and time.monotonic() < until:
+        time.sleep(0.001)
+
+
+class _Checkpoint:
+    """Stands in for the event that pynetdicom's association thread passes in each of its rounds."""
+
+    def __init__(self) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.reached.set()
+        self.go_on.wait()
+
+    def set(self) -> None:
+        """What `send_c_store` does after each instance: of no effect."""
+
+    def clear(self) -> None:
+        """And before it."""
 
 
 class PlainSender:
@@ -79,30 +127,36 @@ class PlainSender:
 
     def __init__(self, assoc: Association) -> None:
         self._assoc = assoc
+        self.is_over = False
 
     @property
     def is_open(self) -> bool:
-        return self._assoc.is_established
+        return self._assoc.is_established and not self.is_over
 
     def store(self, part: Part10, message_id: int, *, convert: bool) -> int | None:
+        data_set = dcmread(part.path) if convert else part.path
         try:
-            return dimse_status(
-                self._assoc.send_c_store(dcmread(part.path) if convert else part.path, msg_id=message_id)
-            )
+            status = dimse_status(self._assoc.send_c_store(data_set, msg_id=message_id))
         except (ValueError, RuntimeError):  # no convertible context; the association ended between check and send
             if self._assoc.is_established:
                 raise
-            return None
+            status = None
+        self.is_over = status is None
+        return status
 
 
 class StreamSender:
-    """Holds the association's socket as a context manager; gives it back at the end, or when the association ends."""
+    """Holds the association's socket as a context manager; gives it back at the end, or when the association ends.
+
+    The association's own thread is held already (`reactor_held`).
+    """
 
     def __init__(self, assoc: Association, answer_s: float) -> None:
         self._assoc: Any = assoc
         self._dul: Any = assoc.dul
         self._called = str(assoc.acceptor.ae_title)
         self._answer_s = answer_s
+        self.is_over = False
         self._socket: socket.socket
         self._held = threading.Event()  # pynetdicom's socket thread waits
         self._go_on = threading.Event()
@@ -118,10 +172,6 @@ class StreamSender:
 
     def __enter__(self) -> Self:
         """Take the socket: nothing of pynetdicom reads or writes from here on."""
-        assoc = self._assoc
-        assoc._reactor_checkpoint.clear()
-        while not assoc._is_paused and assoc.is_alive():
-            time.sleep(0.0001)
         self._dul._is_transport_event = self._hold  # its thread calls this where it would look at the socket
         while not self._held.wait(_HELD_S) and self._dul.is_alive():
             pass
@@ -130,6 +180,7 @@ class StreamSender:
             self._socket = connection.socket
             self._socket.settimeout(self._answer_s)
         else:
+            self.is_over = True
             self._give_back()
         return self
 
@@ -138,7 +189,7 @@ class StreamSender:
 
     @property
     def is_open(self) -> bool:
-        return self._held.is_set() and not self._go_on.is_set() and bool(self._assoc.is_established)
+        return self._held.is_set() and not self.is_over and bool(self._assoc.is_established)
 
     def store(self, part: Part10, message_id: int, *, convert: bool) -> int | None:
         context = self._context(part, convert=convert)
@@ -148,7 +199,8 @@ class StreamSender:
         file, at = _data_set(part, str(context.transfer_syntax[0]))
         try:
             self._send(context.context_id or 0, request, file, at)
-            return self._status(message_id)
+            if (status := self._status(message_id)) is not None:
+                return status
         except cmd.Malformed as error:
             self._abort(str(error))
         except _Silent:
@@ -157,6 +209,7 @@ class StreamSender:
             self._lost(error.strerror or type(error).__name__)
         finally:
             os.close(file)
+        self.is_over = True
         return None
 
     # ---- pynetdicom's threads
@@ -172,13 +225,6 @@ class StreamSender:
             self._dul.__dict__.pop("_is_transport_event", None)
             self._dul._idle_timer.restart()  # we were not idle
             self._go_on.set()
-            self._assoc._reactor_checkpoint.set()
-
-    def _settle(self) -> None:
-        """Wait until pynetdicom knows that the association is over, so that nobody sends or releases any more."""
-        until = time.monotonic() + _SETTLE_S
-        while self._assoc.is_established and time.monotonic() < until:
-            time.sleep(0.001)
 
     def _abort(self, reason: str) -> None:
         log.warning("association.aborted", called_ae=self._called, reason=reason)
@@ -189,7 +235,6 @@ class StreamSender:
         log.info("association.connection_lost", called_ae=self._called, reason=reason)
         self._dul.socket.close()  # tells pynetdicom, too
         self._give_back()
-        self._settle()
 
     def _pass_on(self, pdu: bytes) -> None:
         """A PDU that is no part of a response: for pynetdicom, as if it had read it."""
@@ -200,7 +245,6 @@ class StreamSender:
         self._dul.event_queue.put(event)
         self._dul._recv_pdu.put(decoded)
         self._give_back()
-        self._settle()
 
     # ---- requests
 

@@ -25,6 +25,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     RLELossless,
 )
+from pynetdicom.dimse import DIMSEServiceProvider
 from raw_scp import ABORT, RELEASE_RQ, RawPeer, RawScp, pdu, response
 from result_factory import sop_uids, write_instances
 
@@ -124,6 +125,30 @@ def test_the_association_is_released_and_no_thread_stays(files: list[Path]) -> N
         assert {t for t in threading.enumerate() if t.name != "raw-scp"} <= before
     assert scp.seen.saw_release
     assert not scp.seen.saw_abort
+
+
+@pytest.mark.parametrize("sender", ["stream", "plain"])
+def test_no_other_thread_looks_for_the_responses(
+    files: list[Path], sender: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    real = DIMSEServiceProvider.get_msg
+
+    def get_msg(self: DIMSEServiceProvider, block: bool = False) -> Any:
+        if not block:  # pynetdicom's association thread, in each of its rounds
+            looked.append(len(sent))
+        return real(self, block)
+
+    def on_sent(count: int) -> None:
+        sent.append(count)
+        time.sleep(0.02)  # some rounds
+
+    sent: list[int] = []
+    monkeypatch.setattr(DIMSEServiceProvider, "get_msg", get_msg)
+    with RawScp() as scp:
+        outcome = send_series(files, scp.peer(), calling_ae="SYNPET", timeouts=QUICK, on_sent=on_sent, sender=sender)
+    assert outcome.ok
+    assert not {1, 2} & set(looked)
 
 
 def in_pieces(peer: RawPeer) -> None:
