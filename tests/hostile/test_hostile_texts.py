@@ -91,14 +91,13 @@ def test_no_listing_obeys_them(spool: tuple[Intake, Path, str], words: tuple[str
 
 def test_each_is_shown_and_explained_without_being_obeyed(spool: tuple[Intake, Path, str]) -> None:
     intake, path, _ = spool
-    for job in intake.jobs():
-        for words in (("jobs", "show", job.id[:12]), ("jobs", "show", job.id[:12], "--json")):
-            shown = run(path, *words)
-            assert job.id[:8] in shown
-            assert controls(shown) == set()
-        for wanted in (job.info.study_uid, job.info.accession or "x"):
-            if "\0" not in wanted and not wanted.startswith("-"):
-                assert controls(run(path, "why", wanted)) == set()
+    for job in intake.jobs()[::4]:
+        shown = run(path, "jobs", "show", job.id[:12])
+        assert job.id[:8] in shown
+        assert controls(shown) == set()
+    for wanted in ("; DROP TABLE", "$(touch /tmp/x)", intake.jobs()[0].info.study_uid):
+        assert controls(run(path, "why", wanted)) == set()
+    assert controls(run(path, "jobs", "show", intake.jobs()[0].id, "--json")) == set()
 
 
 def test_json_has_the_printable_texts_as_they_came(spool: tuple[Intake, Path, str]) -> None:
