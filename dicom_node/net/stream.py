@@ -111,6 +111,7 @@ class PduReader:
         self._ahead = b""  # inside a data set: the next headers, which came with the fragment before
         self._drained = 0
         self._stopped = False
+        self._holds_reactor = False
         self.heard_at = 0.0  # when the last message began, in monotonic seconds
         self.released = False  # the peer asked for release between two messages: it sent all that it wanted to send
 
@@ -164,7 +165,9 @@ class PduReader:
             self._dul.event_queue.put(_CLOSED)
         finally:
             self._ahead = b""
-            self._assoc._reactor_checkpoint.set()
+            if self._holds_reactor:  # else another thread may: it waits for an answer to a report of ours
+                self._holds_reactor = False
+                self._assoc._reactor_checkpoint.set()
             if awaits_request:  # and none comes: pynetdicom's other thread would wait as long as the ACSE time-out
                 self._dul.to_user_queue.put(None)
 
@@ -283,6 +286,7 @@ class PduReader:
         if not len(self._buffer):
             self._buffer = memoryview(bytearray(_BUFFER + _AHEAD))
         assoc = self._assoc
+        self._holds_reactor = True
         assoc._reactor_checkpoint.clear()  # pynetdicom's other thread looks around every millisecond: not while we read
         arrival = self._store.arrival(self._token_of(assoc), str(assoc.requestor.ae_title), announced)
         try:
