@@ -18,6 +18,8 @@ from pydicom import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import CTImageStorage, MRImageStorage, generate_uid
 from pynetdicom import AE, build_context, build_role, evt
+from pynetdicom.dimse_messages import N_EVENT_REPORT_RSP
+from pynetdicom.pdu import P_DATA_TF
 
 from dicom_node.commitments import CommitmentReporter
 from dicom_node.config import Config
@@ -50,6 +52,8 @@ class Modality:
         self._ae.add_supported_context(COMMITMENT, scu_role=False, scp_role=True)
         self._came = threading.Condition()
         self._server: Any = None
+        self._answering = False
+        self._answered = threading.Event()  # on the association of the request
 
     def listen(self) -> Modality:
         handlers = [(evt.EVT_N_EVENT_REPORT, self._on_report)]
@@ -66,6 +70,13 @@ class Modality:
             self.ways.append("same" if event.assoc.is_requestor else "own")
             self._came.notify_all()
         return self.answer, None
+
+    def _on_message(self, event: evt.Event) -> None:
+        self._answering = self._answering or isinstance(event.message, N_EVENT_REPORT_RSP)
+
+    def _on_pdu(self, event: evt.Event) -> None:
+        if self._answering and isinstance(event.pdu, P_DATA_TF):
+            self._answered.set()
 
     def wait(self, count: int = 1) -> Dataset:
         with self._came:
@@ -96,7 +107,11 @@ class Modality:
             contexts=[build_context(COMMITMENT), build_context("1.2.840.10008.1.1")],
             ae_title="SYNPET",
             ext_neg=[*roles],
-            evt_handlers=[(evt.EVT_N_EVENT_REPORT, self._on_report)],
+            evt_handlers=[
+                (evt.EVT_N_EVENT_REPORT, self._on_report),
+                (evt.EVT_DIMSE_SENT, self._on_message),
+                (evt.EVT_PDU_SENT, self._on_pdu),
+            ],
         )
         assert assoc.is_established
         try:
@@ -105,6 +120,7 @@ class Modality:
             answer, _ = assoc.send_n_action(ds, action, COMMITMENT, instance)
             if wait:
                 self.wait()
+                assert self._answered.wait(WAIT_S), "our answer to the report was not sent"
             return int(answer.Status)
         finally:
             assoc.release()
@@ -221,13 +237,9 @@ def test_what_is_no_request_of_one_who_may_ask_is_refused(desk: Desk, changes: A
 
 
 def test_an_archive_that_only_reports_to_us_may_not_ask(desk: Desk) -> None:
-    receiver = Receiver(
-        desk.intake.config,
-        desk.intake.spool,
-        desk.intake.ledger,
-        desk.intake.registry,
-        take_report=lambda _: Status.SUCCESS,
-    )
+    intake = desk.intake
+    parts = (intake.config, intake.spool, intake.ledger, intake.registry)
+    receiver = Receiver(*parts, take_report=lambda _: Status.SUCCESS)
     port = receiver.start(port=0)
     try:  # the class is accepted, for its reports
         assert desk.modality.ask(port, desk.references, calling_ae="PACS") == Status.NOT_AUTHORIZED
