@@ -55,16 +55,17 @@ class FunctionalGroups:
 def missing_parts(parts: Iterable[Concatenation]) -> tuple[int, int]:
     """How many parts of concatenations are not there, and how many there should be.
 
-    Total Number is optional (Type 3): without it only the parts below the highest are known to be missing.
+    Total Number is optional (Type 3): without it only the parts below the highest are known to be missing. Of parts
+    without a number nothing is known.
     """
     found: dict[str, set[int]] = defaultdict(set)
     whole: dict[str, int] = defaultdict(int)
     for part in parts:
-        found[part.uid].add(part.number)
-        whole[part.uid] = max(whole[part.uid], part.number, part.total)
+        if part.number > 0:
+            found[part.uid].add(part.number)
+            whole[part.uid] = max(whole[part.uid], part.number, part.total)
     wanted = sum(whole.values())
-    there = sum(len({number for number in numbers if number > 0}) for numbers in found.values())
-    return max(0, wanted - there), wanted
+    return wanted - sum(map(len, found.values())), wanted
 
 
 def values_of(ds: Dataset, keyword: str) -> list[Any]:

@@ -270,6 +270,8 @@ def _frame_count(ds: Dataset, sop_class: str, name: str, max_frames: int) -> int
     count = _integer(ds, "NumberOfFrames", name, default=1)
     if sop_class in CLASSIC and count != 1:
         raise UnsupportedSeries("unsupported_pixel_format", f"{name} is a CT Image of {count} frames, 1 is expected")
+    if count < 1:
+        raise UnsupportedSeries("missing_attribute", f"{name} has a NumberOfFrames of {count}, at least 1 is expected")
     if count > max_frames:
         raise UnsupportedSeries("too_large", f"{name} has {count} frames, at most {max_frames} are accepted")
     if sop_class in ENHANCED and len(values_of(ds, "PerFrameFunctionalGroupsSequence")) != count:

@@ -137,7 +137,7 @@ def test_parts_below_the_highest_are_missed_without_a_total() -> None:
     parts = [Concatenation(uid="1.2", number=number, total=0) for number in (1, 4)]
     assert missing_parts(parts) == (2, 4)
     assert missing_parts([*parts, Concatenation(uid="1.3", number=1, total=2)]) == (3, 6)
-    assert missing_parts([]) == (0, 0)
+    assert missing_parts([Concatenation(uid="1.2", number=0, total=2)]) == missing_parts([]) == (0, 0)
 
 
 def test_localizers_among_the_frames_are_dropped_with_a_note_wherever_they_lie(tmp_path: Path) -> None:
@@ -245,6 +245,8 @@ def shared_group(sequence: str, keyword: str, value: object) -> Callable[[Datase
 
 ENHANCED_FAULTS: dict[str, tuple[Callable[[Dataset], Any], str]] = {
     "a frame without groups": (lambda ds: ds.PerFrameFunctionalGroupsSequence.pop(), "missing_attribute"),
+    "no frames": (lambda ds: setattr(ds, "NumberOfFrames", 0), "missing_attribute"),
+    "fewer frames than none": (lambda ds: setattr(ds, "NumberOfFrames", -1), "missing_attribute"),
     "a frame without a position": (
         lambda ds: ds.PerFrameFunctionalGroupsSequence[3].__delattr__("PlanePositionSequence"),
         "missing_attribute",
