@@ -94,8 +94,12 @@ class Modality:
         action: int = 1,
         instance: str = INSTANCE,
         both_roles: bool = False,
+        store: Sequence[Path] = (),
     ) -> int | None:
-        """The status of the N-ACTION; None when the context was not accepted. `wait` stays until a report came."""
+        """The status of the N-ACTION; None when the context was not accepted.
+
+        `store` is stored before it, on the same association; `wait` stays until a report came.
+        """
         ds = Dataset()
         ds.TransactionUID = transaction_uid
         ds.ReferencedSOPSequence = DicomSequence([reference(*one) for one in references])
@@ -104,7 +108,7 @@ class Modality:
         assoc = ae.associate(
             "127.0.0.1",
             port,
-            contexts=[build_context(COMMITMENT), build_context("1.2.840.10008.1.1")],
+            contexts=[build_context(one) for one in (COMMITMENT, "1.2.840.10008.1.1", CTImageStorage)],
             ae_title="SYNPET",
             ext_neg=[*roles],
             evt_handlers=[
@@ -117,6 +121,8 @@ class Modality:
         try:
             if COMMITMENT not in {context.abstract_syntax for context in assoc.accepted_contexts}:
                 return None
+            for path in store:
+                assert assoc.send_c_store(path).Status == 0x0000
             answer, _ = assoc.send_n_action(ds, action, COMMITMENT, instance)
             if wait:
                 self.wait()
@@ -188,6 +194,12 @@ def test_a_requestor_that_stays_is_told_on_the_same_association(desk: Desk) -> N
     assert committed(report) == {uid for _, uid in desk.references}
     desk.intake.wait(lambda: not desk.asked.waiting())
     assert "commitment_reported" in desk.intake.event_codes()
+
+
+def test_what_was_stored_a_moment_ago_on_the_same_association_is_held(desk: Desk) -> None:
+    assert desk.modality.ask(desk.intake.port, desk.references, wait=True, store=desk.paths) == 0x0000
+    assert committed(desk.modality.reports[0]) == {uid for _, uid in desk.references}
+    assert desk.modality.ways == ["same"]
 
 
 def test_a_requestor_that_goes_is_told_on_an_association_of_ours(desk: Desk) -> None:
@@ -285,6 +297,13 @@ def test_an_instance_is_held_wherever_its_file_goes_until_it_is_removed(desk: De
     assert reasons(desk, desk.references) == [FailureReason.NO_SUCH_INSTANCE]
     desk.intake.spool.discard_work(job.id)
     assert reasons(desk, desk.references) == [FailureReason.NO_SUCH_INSTANCE] * 4
+
+
+def test_what_is_being_removed_is_not_held(desk: Desk) -> None:
+    trash = desk.intake.spool.root / "work" / ".half.tmp" / "ct"
+    trash.mkdir(parents=True)
+    (trash / f"{desk.references[0][1]}.dcm").write_bytes(desk.paths[0].read_bytes())
+    assert reasons(desk, desk.references[:1]) == [FailureReason.NO_SUCH_INSTANCE]
 
 
 def test_an_instance_of_another_class_is_a_conflict_and_a_broken_file_a_failure(desk: Desk) -> None:
