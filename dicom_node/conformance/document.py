@@ -298,13 +298,24 @@ def _security(config: Config) -> list[str]:
         "## 8 Security",
         "",
         *text(
-            f"""DIMSE is not encrypted: keep it on a network that you trust, or in a tunnel. The called AE title must
-            be ours: {yes(node.require_called_ae)}. The calling AE title must be a peer's:
-            {yes(node.unknown_peers == "reject")}; from its addresses, where it has any. Logs name no patient. Nothing is
-            de-identified: results carry the patient's name and ID as the CT does."""
+            f"""DICOM TLS, by the BCP 195 RFC 8996, 9325 profile (PS3.15 annex B.12; TLS 1.2 and 1.3, client
+            certificates none, optional or required): {_tls(config)}. The called AE title must be ours:
+            {yes(node.require_called_ae)}. The calling AE title must be a peer's: {yes(node.unknown_peers == "reject")};
+            from its addresses, where it has any. Logs name no patient. Nothing is de-identified: results carry the
+            patient's name and ID as the CT does."""
         ),
         *(table(("DICOMweb destination", "encryption", "login"), rows) if rows else []),
     ]
+
+
+def _tls(config: Config) -> str:
+    """Where DIMSE is encrypted in this configuration."""
+    listener = "no port listens for it"
+    if config.tls.cert_file is not None:
+        beside = "and nothing else" if config.tls_alone else f"beside {config.node.port} without it"
+        listener = f"on port {config.tls.port}, {beside}, client certificates {config.tls.client_certificates}"
+    towards = ", ".join(peer.name for peer in config.peers if peer.tls)
+    return f"{listener}; towards {towards or 'no peer'}"
 
 
 def _login(one: DestinationConfig) -> str:
