@@ -169,6 +169,8 @@ class SmallNode:
 
     def deliver(self) -> None:
         """What is due now, in this thread."""
+        if not self.config.destinations:
+            return
         lane = self.deliveries._lanes["pacs"]
         for _ in range(9):  # a PACS that is down is never done
             if not self.deliveries._claim_one():
