@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-FOLDERS = ("inbox", "work", "outbox", "references", "quarantine")
+FOLDERS = ("inbox", "work", "outbox", "references", "jobs", "commitments", "quarantine", "backups")
 
 
 def bytes_by_folder(root: Path) -> dict[str, int]:

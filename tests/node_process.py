@@ -32,6 +32,7 @@ host = "127.0.0.1"
 port = {port}
 acse_timeout_s = 5.0
 dimse_timeout_s = 10.0
+receiver_processes = 1
 
 [[peers]]
 name = "pacs"

@@ -233,7 +233,7 @@ def test_an_instance_uid_that_is_none_is_refused_and_why_says_so(ward: Ward, nam
 def test_no_path_of_a_peer_left_the_spool(ward: Ward) -> None:
     assert not (ward.root.parent / "tmp").exists()  # where PATH_UID leads from inbox/series
     folders = {path.name for path in ward.root.iterdir() if path.is_dir()}
-    assert folders == {"inbox", "work", "outbox", "references", "quarantine"}
+    assert folders == {"inbox", "work", "outbox", "references", "jobs", "commitments", "quarantine"}
 
 
 # -- pixels and places

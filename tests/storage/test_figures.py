@@ -11,7 +11,7 @@ import pytest
 from storage.figures import Figures
 from storage.ledger import Ledger, open_ledger
 from storage.records import DeliveryState, JobState, NewDelivery, SeriesInfo
-from storage.usage import bytes_by_folder
+from storage.usage import FOLDERS, bytes_by_folder
 
 START = datetime(2026, 11, 22, 8, 0, tzinfo=UTC)
 PET = NewDelivery(destination="pacs", kind="pet", encoding="sc", series_uid="1.9", instances=3)
@@ -89,4 +89,4 @@ def test_a_file_with_two_names_counts_once(tmp_path: Path) -> None:
     (tmp_path / "outbox").mkdir()
     (tmp_path / "outbox" / "2.dcm").write_bytes(b"x" * 7)
     found = bytes_by_folder(tmp_path)
-    assert found == {"inbox": 0, "work": 1000, "outbox": 7, "references": 0, "quarantine": 0}
+    assert found == {**dict.fromkeys(FOLDERS, 0), "work": 1000, "outbox": 7}
