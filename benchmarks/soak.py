@@ -35,7 +35,7 @@ from tiny_bundle import write_tiny_bundle  # noqa: E402
 
 MAX_GROWTH_MB = 20.0
 SLICES = 40
-QUIET_S = 60.0  # how long what ends by itself may take to end
+QUIET_S = 75.0  # the slowest clock of a node strikes every 60 s, and its time-outs are shorter
 VERIFICATION = "1.2.840.10008.1.1"
 CONTEXTS = (str(CTImageStorage), VERIFICATION)
 # no job: it is the intake that is looked at
@@ -48,20 +48,18 @@ class Held:
     """What the processes of a node hold together."""
 
     processes: int
-    each_mb: dict[int, float]
+    each: dict[int, tuple[float, int, int]]  # process: MB, threads, file handles
     resident_mb: float
     threads: int
     handles: int
 
     @classmethod
     def by(cls, pids: list[int]) -> Held:
-        return cls(
-            processes=len(pids),
-            each_mb={pid: round(_field(pid, "VmRSS") / 1024, 1) for pid in pids},
-            resident_mb=round(sum(_field(pid, "VmRSS") for pid in pids) / 1024, 1),
-            threads=int(sum(_field(pid, "Threads") for pid in pids)),
-            handles=sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids),
-        )
+        each = {
+            pid: (round(_field(pid, "VmRSS") / 1024, 1), int(_field(pid, "Threads")), _handles(pid)) for pid in pids
+        }
+        resident, threads, handles = (sum(one) for one in zip(*each.values(), strict=True))
+        return cls(processes=len(pids), each=each, resident_mb=round(resident, 1), threads=threads, handles=handles)
 
 
 @dataclass(frozen=True)
@@ -155,27 +153,21 @@ def slice_of(number: int, dice: random.Random) -> Message:
 
 
 def settled(node: NodeProcess, as_few_as: Held | None = None) -> Held:
-    """What the node holds when it does no more than wait; with `as_few_as`, not later than it holds no more."""
+    """What the node holds after every clock of it has struck; with `as_few_as`, as soon as it holds no more."""
     end = time.monotonic() + QUIET_S
-    held = Held.by(family(node.pid))
     while time.monotonic() < end:
-        time.sleep(5.0 if as_few_as is None else 1.0)
+        time.sleep(1.0)
         now = Held.by(family(node.pid))
-        if (now.threads, now.handles) == (held.threads, held.handles) and _no_more(now, as_few_as):
+        if as_few_as and now.threads <= as_few_as.threads and now.handles <= as_few_as.handles:
             return now
-        held = now
-    return held
-
-
-def _no_more(now: Held, than: Held | None) -> bool:
-    return than is None or (now.threads <= than.threads and now.handles <= than.handles)
+    return Held.by(family(node.pid))
 
 
 def faults(before: Held, after: Held, spool: Path, sent: int) -> list[str]:
     """What must not be, in sentences."""
     grown = after.resident_mb - before.resident_mb
     halves = [path for path in spool.rglob("*.tmp") if path.is_file()]
-    kept = sum(1 for _ in spool.rglob("*.dcm"))
+    kept = len({path.name for path in spool.rglob("*.dcm")})  # a job has links to what one before it has
     empty = [path for path in (spool / "inbox" / "incoming").iterdir() if not any(path.iterdir())]
     checks: list[tuple[bool, Callable[[], str]]] = [
         (grown < MAX_GROWTH_MB, lambda: f"resident memory grew by {grown:.1f} MB"),
@@ -196,6 +188,10 @@ def family(pid: int) -> list[int]:
         with suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends meanwhile
             children += [int(child) for child in (task / "children").read_text().split()]
     return [pid, *(one for child in children for one in family(child))]
+
+
+def _handles(pid: int) -> int:
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def _field(pid: int, name: str) -> float:

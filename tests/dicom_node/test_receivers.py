@@ -138,6 +138,7 @@ def test_a_receiver_that_is_killed_is_replaced_and_the_other_goes_on(running: Ru
     until(lambda: len(running.halves()) == 1)
     deaths = running.pool.deaths
     os.kill(killed, signal.SIGKILL)
+    until(lambda: not running.pool.alive)  # the node is not healthy until it is replaced
     assert of_killed.pdu() == b""
     until(lambda: len(running.registry.open_tokens()) == 1)
     assert send(of_other, "1.2.4") == 0
@@ -223,7 +224,9 @@ if __name__ == "__main__":  # the receivers import this file, too
 """
 
 
-def test_a_node_that_is_killed_leaves_no_receiver_and_a_free_port(tmp_path: Path) -> None:
+def test_a_node_that_stands_still_holds_up_no_instance_and_killed_leaves_no_receiver_and_a_free_port(
+    tmp_path: Path,
+) -> None:
     here = Path(__file__).resolve()
     script = tmp_path / "node.py"
     script.write_text(NODE.format(tests=str(here.parent), root=str(tmp_path / "spool")))
@@ -238,6 +241,8 @@ def test_a_node_that_is_killed_leaves_no_receiver_and_a_free_port(tmp_path: Path
         node.wait()
         raise
     sender = RawSender(port, CONTEXTS)
+    node.send_signal(signal.SIGSTOP)  # it does nothing more at all
+    assert [send(sender, f"1.2.4.{number}") for number in range(10)] == [0] * 10
     sender.write(store_message(CT, 1, CTImageStorage, "1.2.3", DATA).in_pdus()[:-4])
     node.kill()
     node.wait()
@@ -301,7 +306,7 @@ def test_a_place_that_is_given_too_late_is_given_back(pipe: Pipe, monkeypatch: p
 
 def test_a_report_that_the_node_could_not_take_is_an_error_here(pipe: Pipe) -> None:
     failures: list[BaseException] = []
-    report = CommitmentReport(transaction_uid="1.2", committed={}, failed={})
+    report = CommitmentReport(transaction_uid="1.2")
 
     def take() -> None:
         try:
@@ -318,7 +323,7 @@ def test_a_report_that_the_node_could_not_take_is_an_error_here(pipe: Pipe) -> N
 
 
 def test_a_report_goes_to_the_node_and_its_status_comes_back(tmp_path: Path, pipe: Pipe) -> None:
-    report = CommitmentReport(transaction_uid="1.2", committed={}, failed={})
+    report = CommitmentReport(transaction_uid="1.2")
     taken: list[CommitmentReport] = []
     statuses: list[Status] = []
 
