@@ -36,7 +36,7 @@ log = structlog.get_logger()
 UNKNOWN_PEER = "(unknown)"  # no peer can have that name: a caller who is none of [[peers]], or `check` and `doctor`
 STAGE_BUCKETS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 SPOOL_EVERY_S = 60.0  # a walk over 100,000 files takes a second
-Labelled = Mapping[tuple[str, ...], float]
+Labelled = dict[tuple[str, ...], float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +143,7 @@ class NodeCollector(Collector):
         yield _gauge("dicom_node_free_bytes", "What the spool's disk has left", {(): sources.spool.free_bytes()})
         reserve = sources.config.intake.min_free_bytes
         yield _gauge("dicom_node_reserved_bytes", "Below it C-STORE is refused (A700)", {(): reserve})
-        held = {(name,): float(size) for name, size in self._spool_usage().items()}
+        held: Labelled = {(name,): float(size) for name, size in self._spool_usage().items()}
         yield _gauge("dicom_node_spool_bytes", "Bytes of the spool's files, by folder", held, ["folder"])
 
     def _spool_usage(self) -> dict[str, int]:
@@ -157,14 +157,14 @@ class NodeCollector(Collector):
 def association_metrics(totals: Totals, opened_now: int, peers: list[str]) -> Iterator[Metric]:
     """What the book of associations says; a peer that never called counts 0, so that a first call is seen."""
     known = [*peers, ""]
-    ended = {(_peer(p), how): counts[p] for p in known for how, counts in _ends(totals).items()}
-    instances = {(_peer(p), "stored", "0x0000"): totals.stored[p] for p in known}
+    ended: Labelled = {(_peer(p), how): counts[p] for p in known for how, counts in _ends(totals).items()}
+    instances: Labelled = {(_peer(p), "stored", "0x0000"): totals.stored[p] for p in known}
     instances |= {(_peer(p), "dropped", "0x0000"): totals.dropped[p] for p in known}
     instances |= {(_peer(p), "refused", f"0x{status:04X}"): n for (p, status), n in totals.refused.items()}
     yield _gauge("dicom_node_associations_open", "Associations that are open", {(): opened_now})
     yield _counter("dicom_node_associations_opened", "Associations let in", _by_peer(totals.opened, known), ["peer"])
     yield _counter("dicom_node_associations_closed", "Associations that ended", ended, ["peer", "how"])
-    rejected = {(reason,): n for reason, n in totals.rejected.items()}
+    rejected: Labelled = {(reason,): n for reason, n in totals.rejected.items()}
     yield _counter("dicom_node_associations_rejected", "Association requests refused", rejected, ["reason"])
     yield _counter("dicom_node_instances", "Instances answered", instances, ["peer", "outcome", "status"])
     stored = _by_peer(totals.stored_bytes, known)
@@ -173,14 +173,14 @@ def association_metrics(totals: Totals, opened_now: int, peers: list[str]) -> It
 
 def ledger_metrics(figures: Figures, now: datetime, destinations: list[str]) -> Iterator[Metric]:
     """What the ledger says; every state of every configured destination is there, with 0 where nothing is."""
-    jobs = {(state.value,): figures.jobs.get(state, 0) for state in JobState}
+    jobs: Labelled = {(state.value,): figures.jobs.get(state, 0) for state in JobState}
     yield _gauge("dicom_node_jobs", "Jobs in the ledger", jobs, ["state"])
     for name, text, counts in (
         ("dicom_node_deliveries", "Result series in the ledger, by where they go", figures.deliveries),
         ("dicom_node_rejection_notes", "Rejection notes in the ledger, by where they go", figures.notes),
     ):
-        none = {(place, state.value): 0 for place in destinations for state in DeliveryState}
-        there = {(place, state.value): count for (place, state), count in counts.items()}
+        none: Labelled = {(place, state.value): 0 for place in destinations for state in DeliveryState}
+        there: Labelled = {(place, state.value): count for (place, state), count in counts.items()}
         yield _gauge(name, text, none | there, ["destination", "state"])
     for name, text, since in (
         ("dicom_node_oldest_queued_seconds", "Since when the oldest queued job waits", figures.queued_since),
@@ -193,7 +193,7 @@ def _ends(totals: Totals) -> Mapping[str, Mapping[str, int]]:
     return {"released": totals.released, "aborted": totals.aborted}
 
 
-def _by_peer(counts: Mapping[str, int], known: list[str]) -> dict[tuple[str, ...], float]:
+def _by_peer(counts: Mapping[str, int], known: list[str]) -> Labelled:
     return {(_peer(name),): float(counts[name]) for name in known}
 
 
