@@ -618,7 +618,8 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
             "totalsegmentator_weights": folder(config.pipeline.totalsegmentator_weights),
         }
     )
-    found = {"storage": storage, "pipeline": pipeline, "tls": _with_absolute_files(config.tls, _TLS_FILES, base)}
+    found: dict[str, Any] = {"storage": storage, "pipeline": pipeline}
+    found["tls"] = _with_absolute_files(config.tls, _TLS_FILES, base)
     found["destinations"] = tuple(_with_absolute_files(one, _WEB_FILES, base) for one in config.destinations)
     found["peers"] = tuple(_with_absolute_files(peer, _PEER_FILES, base) for peer in config.peers)
     return config.model_copy(update=found)
