@@ -141,6 +141,7 @@ class Node:
     def _start(self, port: int | None) -> int:
         config, parts = self.config, self._parts
         root = config.storage.root
+        self._check_security()
         try:
             # not its parents: a disk that is not mounted must not be papered over
             root.mkdir(mode=0o700, exist_ok=True)
@@ -215,7 +216,6 @@ class Node:
 
     def _listen(self, port: int | None, prover: Prover) -> int:
         take_report = prover.take if self.config.asks_commitment else None
-        self._check_security()
         receiver: Receiver | ReceiverPool
         if self.config.node.receiver_processes:
             receiver = ReceiverPool(
