@@ -9,6 +9,8 @@ of them, all at once. Ours runs as in the node: receiver processes, durable befo
 sends them to one `storescp +B`; its start-up, measured with one slice, is taken off. Busy: receiving with and without
 a process beside it that computes without a pause at the priority of the engine.
 
+"The disk alone" writes the same files as durably, without a network: no durable receiver can be faster.
+
 Rounds are interleaved, so that a busy machine disturbs all alike: read the ratios. TCP_NODELAY is set everywhere.
 Memory is what the receiver's processes have resident at most, sampled; pages that two share count twice. It takes
 `dcmsend`, `storescu`, `storescp` (Debian: dcmtk) and Orthanc; what is not installed is left out.
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -46,6 +49,7 @@ from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receivers import ReceiverPool
 from dicom_node.net.scu import send_series
 from dicom_node.net.sending import Way
+from storage.incoming_file import IncomingFile
 from storage.ledger import open_ledger
 
 DCMTK_PATH = "/usr/local/bin:/usr/bin:/bin"  # not a virtual environment's: pynetdicom installs a storescp, too
@@ -157,10 +161,12 @@ def compare_receivers(
         for count in senders:
             shares = shared_out(folder / f"shares-{count}", files, count)
             figures = {r.name: Figures() for r in receivers if r.most_senders >= count and suits(r, count)}
+            figures["the disk alone"] = Figures()
             for _ in range(rounds):
                 for receiver in receivers:
                     if receiver.name in figures:
                         receive(receiver, shares, len(files), figures[receiver.name])
+                write_alone(folder / "alone", files, count, figures["the disk alone"])
             beside = "storescp" if count == 1 else "storescp --fork"
             show(f"{len(files)} slices from {count} sender(s), median of {rounds} rounds", figures, beside)
 
@@ -203,6 +209,24 @@ def receive(receiver: Receiver, shares: Sequence[Path], count: int, figures: Fig
     figures.resident_mb.append(max(resident, resident_mb(receiver.pids())))
     receiver.empty()
     os.sync()  # what one left in the cache is not written in the next one's time
+
+
+def write_alone(folder: Path, files: Sequence[Path], threads: int, figures: Figures) -> None:
+    """What the disk gives without a network: the same files, written and made durable as our node does."""
+    folder.mkdir()
+
+    def write(path: Path) -> None:
+        file = IncomingFile(folder / path.name)
+        file.write(path.read_bytes())
+        file.commit()
+
+    cpu_before, began = own_cpu_seconds(), time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(write, files))
+    figures.per_second.append(len(files) / (time.perf_counter() - began))
+    figures.cpu_ms.append((own_cpu_seconds() - cpu_before) / len(files) * 1000)
+    shutil.rmtree(folder)
+    os.sync()
 
 
 @contextmanager
