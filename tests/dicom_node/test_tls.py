@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -17,10 +18,13 @@ import structlog
 from fake_pacs import FakePacs
 from intake_tools import Intake, config, running_intake, small_ct
 from pydicom import dcmread
+from raw_sender import RawSender, associate_request
 from tls_tools import LONG_AGO, Authority
 
 from dicom_node.config import ConfigError, PeerConfig, TlsConfig, load_config
+from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.link import RequestOutcome
+from dicom_node.net.receivers import ReceiverPool
 from dicom_node.net.scu import echo, send_series
 from dicom_node.net.security import (
     SecurityError,
@@ -30,6 +34,7 @@ from dicom_node.net.security import (
     server_context,
     warn_of_ends,
 )
+from storage.ledger import open_ledger
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +101,12 @@ def test_both_versions_of_tls_are_spoken(tmp_path: Path, ca: Authority, version:
     with node(tmp_path, ca, asks="none") as intake:
         context = ssl.create_default_context(cafile=str(ca.file))
         context.minimum_version = context.maximum_version = version
-        with socket.create_connection(("127.0.0.1", intake.receiver.ports[1])) as raw:
-            with context.wrap_socket(raw, server_hostname="127.0.0.1") as spoken:
-                name, _, _ = spoken.cipher() or ("", "", 0)
+        address = ("127.0.0.1", intake.receiver.ports[1])
+        with (
+            socket.create_connection(address) as raw,
+            context.wrap_socket(raw, server_hostname="127.0.0.1") as spoken,
+        ):
+            name, _, _ = spoken.cipher() or ("", "", 0)
         assert "GCM" in name or "CHACHA" in name
 
 
@@ -256,6 +264,29 @@ def test_dcmtk_receives_from_us_over_tls_and_refuses_us_without_a_certificate(tm
             assert not echo(PeerConfig.model_validate(keys), calling_ae="SYNPET").ok
         finally:
             scp.terminate()
+
+
+def test_receiver_processes_speak_tls_too_and_count_together(tmp_path: Path, ca: Authority) -> None:
+    table = {"cert_file": str(ca.certificate("node")), "client_certificates": "none"}
+    peers = [{"name": "pacs", "ae_title": "PACS", "max_associations": 1}]
+    cfg = config(tls=table, node={"receiver_processes": 2}, peers=peers, storage={"root": str(tmp_path / "spool")})
+    ledger = open_ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
+    registry = AssociationRegistry(limit=32, clock=time.monotonic)
+    pool = ReceiverPool(cfg, ledger, registry)
+    pool.start(port=0)
+    try:
+        plain, secured = pool.ports
+        context = ssl.create_default_context(cafile=str(ca.file))
+        verification = ["1.2.840.10008.1.1"]
+        with RawSender(secured, verification, tls=context):
+            for _ in range(4):  # whichever process accepts
+                with socket.create_connection(("127.0.0.1", plain), timeout=20) as second:
+                    second.sendall(associate_request(verification))
+                    assert second.recv(10)[:1] == b"\x03"  # A-ASSOCIATE-RJ
+        assert registry.counts()["rejected_association_limit"] == 4
+    finally:
+        pool.stop()
+        ledger.close()
 
 
 # -- the files
