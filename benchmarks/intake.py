@@ -13,7 +13,7 @@ a process beside it that computes without a pause at the priority of the engine.
 
 Rounds are interleaved, so that a busy machine disturbs all alike: read the ratios. TCP_NODELAY is set everywhere.
 Memory is what the receiver's processes have resident at most, sampled; pages that two share count twice. It takes
-`dcmsend`, `storescu`, `storescp` (Debian: dcmtk) and Orthanc; what is not installed is left out.
+`dcmsend`, `storescu` and `storescp` (Debian: dcmtk); Orthanc is left out where it is not installed.
 """
 
 from __future__ import annotations
