@@ -81,7 +81,7 @@ class Receiver:
         """Listen; returns the bound port. `port` overrides the configuration (0: any free one).
 
         With `listening`, sockets that listen already, connections are accepted from those.
-        Raises OSError when an address is taken, `SecurityError` when a certificate cannot be used.
+        Raises OSError when an address is taken. A certificate that cannot be used fails each handshake, with a reason.
         """
         node = self._config.node
         tls = ServerContext(self._config.tls) if self._config.tls.cert_file else None
