@@ -1,4 +1,7 @@
-"""`dicom-node demo` goes the whole way, here with a small phantom."""
+"""`dicom-node demo` goes the whole way, here with a small phantom and a small bundle.
+
+The shipped bundle goes the same way in test_orthanc_round_trip.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_bundle import write_tiny_bundle
 
 NODE = Path(sys.executable).parent / "dicom-node"
 
@@ -16,6 +20,7 @@ NODE = Path(sys.executable).parent / "dicom-node"
 def test_the_demo_brings_a_pet_series_back_from_the_pacs_and_draws_it(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     small = ["--matrix", "128", "--slice-mm", "6", "--coverage", "thigh", "--pose", "raised"]
+    small += ["--bundle", str(write_tiny_bundle(tmp_path / "bundle"))]
     done = subprocess.run(
         [NODE, "demo", "--out", str(out), *small], capture_output=True, text=True, check=False, timeout=560
     )
