@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ from dicom_node.net.security import SecurityError, client_context, tell_failure,
 TRANSIENT_REJECTION = 2  # PS3.8 table 9-21, field Result
 PRESENTATION_SERVICE = 3  # the same table, field Source: congestion or a limit of associations, whatever the Result
 UNCOMPRESSED = (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
+_WATCH_S = 0.2
 _JOIN_S = 10.0  # for pynetdicom's threads to see that their socket is closed
 REJECTIONS = {  # PS3.8 table 9-21: (Source, Reason)
     (1, 1): "no reason given",
@@ -194,6 +197,27 @@ def _rejection(at: str, result: int | None, source: int | None, reason: int | No
     said = REJECTIONS.get((source or 0, reason or 0), f"source {source}, reason {reason}")
     permanent = result != TRANSIENT_REJECTION and source != PRESENTATION_SERVICE
     return Trouble("association_rejected", f"{at} rejected the association: {said}", permanent)
+
+
+@contextmanager
+def aborted_when(link: Link, should_stop: Callable[[], bool]) -> Iterator[None]:
+    """While we wait for a peer's answer: abort the association as soon as `should_stop`, however silent the peer."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_WATCH_S):
+            if should_stop():
+                # what pynetdicom puts there when the connection breaks: whoever waits for an answer aborts
+                link.assoc.dimse.msg_queue.put((None, None))
+                return
+
+    watcher = threading.Thread(target=watch, name="link-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 def where(peer: PeerConfig) -> str:

@@ -17,7 +17,7 @@ from pynetdicom import build_context, build_role, evt
 from pynetdicom.presentation import PresentationContext
 
 from dicom_node.config import PeerConfig
-from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, dimse_status, where
+from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, aborted_when, dimse_status, where
 from dicom_node.net.scp import CT_CLASSES, ct_transfer_syntaxes
 from dicom_node.net.status import Status, status_text
 from dicom_node.net.store import Announced, Store, fault_of
@@ -92,9 +92,12 @@ class Retrieval:
             return _outcome(Trouble("not_offered", f"{where(self.peer)} offers no {what}", True), monotonic() - began)
         counted = _Counts()
         try:
-            trouble = self._follow(link, answers(), counted, began + self.most_s, model)
+            with aborted_when(link, self.should_stop):
+                trouble = self._follow(link, answers(), counted, began + self.most_s, model)
         except (ValueError, RuntimeError):  # the association ended in between
             trouble = Trouble("no_response", f"{where(self.peer)} ended the association meanwhile", False)
+        if trouble is not None and trouble.code == "no_response" and self.should_stop():
+            trouble = _INTERRUPTED
         return _outcome(trouble, monotonic() - began, counted)
 
     def _follow(
@@ -125,7 +128,7 @@ class Retrieval:
 
     def _enough(self, number: int, until: float) -> Trouble | None:
         if self.should_stop():
-            return Trouble("interrupted", "stopped while fetching", False)
+            return _INTERRUPTED
         if monotonic() > until:
             return Trouble("too_long", f"{where(self.peer)} was not done after {self.most_s:g} s", False)
         if number > MOST_PENDING:
@@ -134,6 +137,7 @@ class Retrieval:
 
 
 _MESSAGE_ID = 1
+_INTERRUPTED = Trouble("interrupted", "stopped while fetching", False)
 
 
 class _Counts:

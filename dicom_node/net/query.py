@@ -17,7 +17,7 @@ from pynetdicom import build_context
 from pynetdicom.presentation import PresentationContext
 
 from dicom_node.config import PeerConfig
-from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, dimse_status, where
+from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, aborted_when, dimse_status, where
 from dicom_node.net.status import Outcome, classify, status_text
 from storage.errors import BadUid
 from storage.spool import check_uid
@@ -182,7 +182,10 @@ class Finder:
         with Link(self._peer, [find_context()], self._calling_ae, self._timeouts, self._max_pdu) as link:
             trouble = link.trouble
             if trouble is None:
-                answers, trouble = _find(link, query, self._peer, self._should_stop)
+                with aborted_when(link, self._should_stop):
+                    answers, trouble = _find(link, query, self._peer, self._should_stop)
+                if trouble is not None and trouble.code == "no_response" and self._should_stop():
+                    trouble = Trouble("interrupted", "stopped while asking", False)
         seconds = monotonic() - began
         if trouble is None:
             return answers, FindOutcome(seconds=seconds)

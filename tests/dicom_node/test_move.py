@@ -129,6 +129,15 @@ def test_a_stop_ends_a_retrieval(paths: list[Path], intake: Intake) -> None:
     assert outcome.code == "interrupted"
 
 
+@BOTH
+def test_a_stop_does_not_wait_for_a_silent_archive(paths: list[Path], intake: Intake, method: str) -> None:
+    with FakeRetrieve(paths, node_port=intake.port, script=Script.SILENT) as archive:
+        patient = Timeouts(acse_s=5.0, dimse_s=600.0, network_s=600.0)
+        outcome = fetch(archive, intake, method, timeouts=patient, should_stop=lambda: bool(archive.moves))
+        assert not archive.stopped.is_set()
+    assert outcome.code == "interrupted"
+
+
 def test_a_service_that_is_not_offered_is_named(paths: list[Path], intake: Intake) -> None:
     with FakeRetrieve(paths, node_port=intake.port, classes=[FIND]) as archive:
         assert fetch(archive, intake, "move").code == "not_offered"
