@@ -41,8 +41,8 @@ def ledger_file(url: str) -> Path:
 def check_file(file: Path, *, full: bool = False) -> None:
     """Raise `LedgerDamaged`, naming what SQLite found, unless the file is whole and a ledger.
 
-    Quick: every page is read and in its place (0.3 s of CPU for 130 MB, and the reading). `full`: also each index against its table, and
-    that no row points to one which is not there, and that it is a ledger at all.
+    Quick: every page is read and in its place (0.3 s of CPU for 130 MB, and the reading). `full`: also each index
+    against its table, that no row points to one which is not there, and that it is a ledger at all.
     """
     pragmas = ("integrity_check", "foreign_key_check") if full else ("quick_check",)
     with _opened(file, "ro") as connection:
