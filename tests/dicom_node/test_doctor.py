@@ -13,10 +13,12 @@ import pytest
 from bad_input_tools import log_file
 from fake_archive import FakeArchive
 from fake_pacs import RESULT_CLASSES, free_port
+from intake_tools import config, running_intake
 from pydicom import dcmread
 from pydicom.uid import KeyObjectSelectionDocumentStorage, generate_uid
 from tiny_bundle import write_tiny_bundle
 from tiny_study import write_tiny_study
+from tls_tools import Authority
 from typer.testing import CliRunner
 
 from dicom_node.cli import app
@@ -24,7 +26,7 @@ from dicom_node.cli.check import ourselves
 from dicom_node.cli.doctor import make_test_study
 from dicom_node.config import Config, DestinationConfig, load_config
 from dicom_node.doctor import node_runs_on
-from dicom_node.net.scu import send_series
+from dicom_node.net.scu import echo, send_series
 from dicom_node.node import Node
 from dicom_node.trial import Trial, announce, only_for, trial_of
 from storage.ledger import Ledger, open_ledger
@@ -189,6 +191,15 @@ def test_a_destination_that_is_none_is_a_mistake_of_the_caller(tmp_path: Path) -
 def test_a_running_node_is_seen_by_its_lock(house: House, tmp_path: Path) -> None:
     assert node_runs_on(house.config.storage.root)
     assert not node_runs_on(tmp_path)
+
+
+def test_a_node_that_speaks_nothing_but_tls_is_asked_over_tls(tmp_path: Path) -> None:
+    ca = Authority(tmp_path / "ca")
+    tls = {"cert_file": str(ca.certificate("node")), "ca_file": str(ca.file), "port": 11112}
+    with running_intake(tmp_path, config(tls=tls)) as intake:
+        us = ourselves(intake.config).model_copy(update={"port": intake.port})
+        assert us.tls
+        assert echo(us, calling_ae="SYNPET").ok
 
 
 def test_two_test_studies_share_no_uid(tmp_path: Path) -> None:
