@@ -40,7 +40,7 @@ VERIFICATION = "1.2.840.10008.1.1"
 CONTEXTS = (str(CTImageStorage), VERIFICATION)
 # no job: it is the intake that is looked at
 RULE = '\n[log]\nlevel = "warning"\n\n[[rules]]\nname = "soak"\naction = "ignore"\n'
-SETTINGS = "\nmax_associations = 64\n"
+SETTINGS = "\nmax_associations = 64\nreceiver_processes = 2\n"
 
 
 @dataclass(frozen=True)
