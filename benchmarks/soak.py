@@ -40,7 +40,7 @@ VERIFICATION = "1.2.840.10008.1.1"
 CONTEXTS = (str(CTImageStorage), VERIFICATION)
 # no job: it is the intake that is looked at
 RULE = '\n[log]\nlevel = "warning"\n\n[[rules]]\nname = "soak"\naction = "ignore"\n'
-SETTINGS = "\nmax_associations = 64\nreceiver_processes = 2\n"
+SETTINGS = {"receiver_processes = 1": "receiver_processes = 2", "[node]": "[node]\nmax_associations = 64"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,10 @@ def soak(folder: Path, traffic: Traffic, dice: random.Random) -> list[str]:
     """Run it all; what is wrong at the end, in sentences."""
     bundle = write_tiny_bundle(folder / "bundle")
     with FakePacs() as pacs, NodeProcess(folder, pacs, bundle) as node:
-        text = node.config.read_text().replace("acse_timeout_s = 5.0", f"acse_timeout_s = 5.0{SETTINGS}")
+        text = node.config.read_text()
+        for known, wanted in SETTINGS.items():
+            assert known in text
+            text = text.replace(known, wanted)
         node.config.write_text(text + RULE)
         node.start()
         sent = send(node.peer.port, traffic.tenth(), dice)
