@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import node_process  # noqa: E402
 from fake_pacs import FakePacs  # noqa: E402
 from node_process import NodeProcess, write_ct  # noqa: E402
 from tiny_bundle import write_tiny_bundle  # noqa: E402
@@ -55,6 +56,7 @@ def main() -> None:
 def kill_at_random(folder: Path, rounds: int, dice: random.Random) -> dict[str, object]:
     """Kill the node once in each round; what is wrong at the end."""
     bundle = write_tiny_bundle(folder / "bundle")
+    node_process.UNTIL_S = END_S  # a busy machine starts a node in minutes
     senders, series = [], []
     struck: Counter[str] = Counter()
     with FakePacs(delay_s=0.02, max_associations=20) as pacs, NodeProcess(folder, pacs, bundle) as node:
