@@ -85,8 +85,8 @@ class LocalEngine:
             return self._follow(request, process, connection, on_progress, should_stop)
         except (BrokenPipeError, ConnectionResetError, EOFError) as error:
             raise self._crash(process) from error
-        except (PipelineError, _Broken):
-            raise  # the child is well
+        except PipelineError:
+            raise  # the child is well; after an error that nobody expected (no memory left) it may not be
         except BaseException:
             self._kill()  # whatever it is doing, nobody waits for it any more
             raise
@@ -176,7 +176,7 @@ class LocalEngine:
 
 
 class _Broken(EngineCrash):
-    """The job met an error nobody expected, but the child lives."""
+    """The job met an error nobody expected: the next one gets a child of its own."""
 
 
 def exit_text(process: SpawnProcess) -> str:
