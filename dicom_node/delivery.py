@@ -25,7 +25,7 @@ from dicom_node.net.query import CountOutcome
 from dicom_node.net.scu import SendOutcome, send_series
 from dicom_node.net.stow import send_series_web
 from dicom_node.proof import SAME_ASSOCIATION_S, Count, Prover, Step, asked_of, count_instances, goal_of, judge_count
-from dicom_node.retry import OUTAGE_CODES, seconds_since
+from dicom_node.retry import UNREACHABLE_CODES, seconds_since
 from dicom_node.settle import LOUD_AFTER_S, Verdict, missing, settle, stored_before
 from storage.errors import StaleState
 from storage.ledger import Ledger, utc_now
@@ -82,6 +82,7 @@ class Deliveries:
         self._lanes: dict[str, SimpleQueue[_Claimed | None]] = {name: SimpleQueue() for name in self._destinations}
         self._lock = threading.Lock()
         self._in_hand: dict[int, _Claimed] = {}
+        self._arrived: dict[str, datetime] = {}  # when something last came to a destination
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -254,7 +255,10 @@ class Deliveries:
 
     def _verdict(self, delivery: Delivery, outcome: SendOutcome, stored: int) -> Verdict:
         failing_s = 0.0 if stored > delivery.sent else seconds_since(delivery.failing_since, self._clock())
-        return settle(delivery, outcome, stored, self._destinations[delivery.destination], failing_s=failing_s)
+        destination = self._destinations[delivery.destination]
+        arrived, began = self._arrived.get(destination.name), delivery.failing_since
+        others_arrive = arrived is not None and began is not None and arrived > began
+        return settle(delivery, outcome, stored, destination, failing_s=failing_s, others_arrive=others_arrive)
 
     def _send_missing(
         self, claimed: _Claimed, files: Sequence[Path], destination: DestinationConfig
@@ -315,7 +319,7 @@ class Deliveries:
                 text=verdict.text,
                 next_attempt=again,
                 counted=verdict.code != "interrupted",
-                outage=verdict.code in OUTAGE_CODES,
+                outage=verdict.outage,
                 goal=self._goal(delivery) if verdict.state is _SENT else _SENT,
             )
         except StaleState:
@@ -325,14 +329,16 @@ class Deliveries:
         if verdict.state is DeliveryState.SENT:
             bound.info(event)
             self._is_back(delivery.destination)
-        elif verdict.code in OUTAGE_CODES and seconds_since(delivery.failing_since, self._clock()) >= LOUD_AFTER_S:
+        elif verdict.outage and seconds_since(delivery.failing_since, self._clock()) >= LOUD_AFTER_S:
             bound.error("destination.down", code=verdict.code, reason=verdict.text, retry_in_s=verdict.retry_in_s)
         else:
             bound.warning(event, code=verdict.code, reason=verdict.text, retry_in_s=verdict.retry_in_s)
 
     def _is_back(self, destination: str) -> None:
         """What waits out the pauses of an outage is due now: a night's results need not wait another hour."""
-        if due := self._ledger.end_outage(destination, OUTAGE_CODES):
+        self._arrived[destination] = self._clock()
+        # not what was left unanswered: it may be what the destination stumbles over, each time anew
+        if due := self._ledger.end_outage(destination, UNREACHABLE_CODES):
             log.info("destination.back", destination=destination, due=due)
             self.wake()
 

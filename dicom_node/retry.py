@@ -19,6 +19,11 @@ OUTAGE_CODES = frozenset(
 )
 
 
+# of these: what may as well be the fault of the one result that is being sent
+UNANSWERED_CODES = frozenset({"association_aborted", "no_response", "instances_deferred"})
+UNREACHABLE_CODES = OUTAGE_CODES - UNANSWERED_CODES
+
+
 def retry_delay_s(attempts: int, *, first_s: float, longest_s: float) -> float:
     """Seconds to wait after the `attempts`-th failed attempt (1, 2, ...): `first_s`, doubling, at most `longest_s`.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dicom_node.config import DestinationConfig
 from dicom_node.net.scu import SendOutcome, is_stored
-from dicom_node.retry import OUTAGE_CODES, outage_delay_s, retry_delay_s
+from dicom_node.retry import OUTAGE_CODES, UNANSWERED_CODES, outage_delay_s, retry_delay_s
 from storage.records import Delivery, DeliveryState
 
 # A destination that refuses these for good does not fail the job
@@ -24,17 +24,25 @@ class Verdict:
     code: str = ""
     text: str = ""
     retry_in_s: float | None = None
+    outage: bool = False  # the destination was down: the attempt does not count
 
 
 def settle(
-    delivery: Delivery, outcome: SendOutcome, stored: int, destination: DestinationConfig, *, failing_s: float = 0.0
+    delivery: Delivery,
+    outcome: SendOutcome,
+    stored: int,
+    destination: DestinationConfig,
+    *,
+    failing_s: float = 0.0,
+    others_arrive: bool = False,
 ) -> Verdict:
     """SENT when every instance is with the peer; else PENDING again, FAILED, or CANCELLED for an optional object.
 
     `stored` counts over all attempts. Rules, in this order: whole; refused for good; told to stop (does not count
     as an attempt that failed); attempts used up, or days of an outage; again after a growing pause. `failing_s` says
     for how many seconds nothing more has arrived. An attempt that finds the destination down is none of its
-    `max_attempts`: a PACS that is gone for a night must not cost every result of that night.
+    `max_attempts`: a PACS that is gone for a night must not cost every result of that night. Where `others_arrive`
+    meanwhile, a destination that leaves this one unanswered is not down: its attempts count.
     """
     if outcome.ok and stored == delivery.instances:
         told = f"{stored} of {delivery.instances} instances accepted by {destination.name}; {outcome.note}"
@@ -50,7 +58,8 @@ def settle(
     if outcome.code == "interrupted":
         return Verdict(state=DeliveryState.PENDING, code=outcome.code, text=outcome.text, retry_in_s=0.0)
     pauses = {"first_s": destination.first_retry_s, "longest_s": destination.max_retry_s}
-    if outcome.code in OUTAGE_CODES:
+    outage = outcome.code in OUTAGE_CODES and not (others_arrive and outcome.code in UNANSWERED_CODES)
+    if outage:
         if gave_up := over(failing_s, destination):
             return Verdict(state=DeliveryState.FAILED, code=outcome.code, text=f"{outcome.text}; {gave_up}")
         pause = outage_delay_s(failing_s, **pauses)
@@ -63,7 +72,7 @@ def settle(
         pause, text = retry_delay_s(max(tries, 1), **pauses), outcome.text
     if outcome.retry_after_s is not None:
         pause = max(pause, min(outcome.retry_after_s, destination.max_retry_s))
-    return Verdict(state=DeliveryState.PENDING, code=outcome.code, text=text, retry_in_s=pause)
+    return Verdict(state=DeliveryState.PENDING, code=outcome.code, text=text, retry_in_s=pause, outage=outage)
 
 
 def over(failing_s: float, destination: DestinationConfig) -> str:

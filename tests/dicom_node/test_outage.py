@@ -143,6 +143,26 @@ def test_attempts_in_an_outage_leave_the_others_their_number(night: Night) -> No
     assert tries == DEFAULTS.max_attempts
 
 
+def test_a_result_that_is_left_unanswered_while_others_arrive_uses_up_its_attempts(night: Night) -> None:
+    night.outcome = SendOutcome(code="no_response", text="PACS gave no answer within 60 s")
+    (bad,) = night.begin()
+    night.until(lambda: night.delivery().next_attempt is not None)
+    night.clock.now += timedelta(seconds=1)
+    night.up = True
+    night.finish_job(night.config)
+    assert night._running is not None
+    night._running.wake()
+    night.until(lambda: night.state is JobState.DONE)
+    night.up, night.job_id = False, bad
+    assert night.delivery().next_attempt > night.clock.now  # what arrived does not make it due
+    tries = 0
+    while night.state is JobState.DELIVERING:
+        night.attempt()
+        tries += 1
+    assert tries == DEFAULTS.max_attempts
+    assert night.clock.now - NIGHT < timedelta(days=1)
+
+
 def test_a_refusal_for_good_fails_at_once_also_in_an_outage(night: Night) -> None:
     night.begin()
     night.attempt()
