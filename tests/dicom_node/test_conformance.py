@@ -83,6 +83,11 @@ def test_the_statement_follows_the_configuration(tmp_path: Path) -> None:
         node={"ae_title": "ELSEWHERE", "max_pdu": 65536, "max_associations": 7},
         output={"seg": True, "sr": True, "series_number": 4711},
         pipeline={"districts": ["dicom_seg", "builtin"]},
+        peers=[
+            {"name": "modality", "ae_title": "CT1", "may": ["store", "commit"]},
+            {"name": "pacs", "ae_title": "PACS", "we_may": ["find", "move"]},
+        ],
+        pulls=[{"name": "missed", "peer": "pacs", "days_back": 2}],
         destinations=[
             {"name": "a", "peer": "pacs", "encoding": "pet", "transfer_syntax": "jpeg-ls", "commitment": True},
             {"name": "w", "url": "https://pacs.example/dicom-web", "token_file": "/run/secrets/token"},
@@ -94,7 +99,12 @@ def test_the_statement_follows_the_configuration(tmp_path: Path) -> None:
     assert "| SeriesNumber | ALWAYS | CONFIG | 4711 |" in text
     assert "| Segmentation Storage | `1.2.840.10008.5.1.4.1.1.66.4` | yes | yes |" in text
     assert "| Comprehensive 3D SR Storage | `1.2.840.10008.5.1.4.1.1.88.34` | yes | no |" in text
-    assert "| Storage Commitment Push Model SOP Class | `1.2.840.10008.1.20.1` | yes | no |" in text
+    assert "| Storage Commitment Push Model SOP Class | `1.2.840.10008.1.20.1` | yes | yes |" in text
+    assert "(`may` has `commit`): modality." in text
+    assert "| pacs | C-FIND, C-MOVE |" in text
+    assert "| missed | pacs | 03:00 | 2 | C-MOVE |" in text
+    assert "| Study Root Query/Retrieve Information Model - MOVE | `1.2.840.10008.5.1.4.1.2.2.2` | yes | no |" in text
+    assert "- GET |" not in text
     assert "JPEG-LS Lossless Image Compression, Explicit VR Little Endian" in text
     assert "| w | TLS | bearer token |" in text
     assert "/run/secrets" not in text
@@ -269,20 +279,6 @@ def test_a_peer_that_is_asked_for_studies_is_asked_for_what_the_statement_says()
         send_report(Verdict(transaction_uid="1.2"), peer, calling_ae="SYNPET", timeouts=QUICK, max_pdu=16382)
         assert {uid: sorted(syntaxes) for uid, syntaxes in witness.asked.items()} == told
     assert {one.role for one in asked(peer) if one.sop_class_uid in (CTImageStorage, STORAGE_COMMITMENT)} == {"SCP"}
-
-
-def test_the_statement_names_who_may_ask_and_whom_we_ask(tmp_path: Path) -> None:
-    peers = [
-        {"name": "modality", "ae_title": "CT1", "may": ["store", "commit"]},
-        {"name": "pacs", "ae_title": "PACS", "we_may": ["find", "move"]},
-    ]
-    text = statement(config_of(tmp_path, peers=peers, pulls=[{"name": "missed", "peer": "pacs", "days_back": 2}]))
-    assert "(`may` has `commit`): modality." in text
-    assert "| Storage Commitment Push Model SOP Class | `1.2.840.10008.1.20.1` | no | yes |" in text
-    assert "| pacs | C-FIND, C-MOVE |" in text
-    assert "| missed | pacs | 03:00 | 2 | C-MOVE |" in text
-    assert "| Study Root Query/Retrieve Information Model - MOVE | `1.2.840.10008.5.1.4.1.2.2.2` | yes | no |" in text
-    assert "- GET |" not in text
 
 
 def _objects(said: Sequence[Any]) -> set[str]:
