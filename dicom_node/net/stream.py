@@ -16,6 +16,7 @@ import socket
 import ssl
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,6 +58,9 @@ _AHEAD = cmd.PDU_HEADER.size + cmd.PDV_HEADER.size  # what follows a fragment th
 _CHUNK = 64 * 1024  # what is read at once of anything else
 _TICK_S = 0.5  # how soon a blocked read sees that the association was ended from our side
 _LINGER_S = 0.02  # how long we wait here for the next request before pynetdicom's loop polls again
+
+
+_FREE: deque[memoryview] = deque()  # buffers of instances that are done: pynetdicom's objects are long in going
 
 
 class _Closed(Exception):
@@ -106,7 +110,6 @@ class PduReader:
         self._pace = Pace(silence_s=node.network_timeout_s, min_bytes_per_s=intake.min_bytes_per_s)
         self._max_bytes_per_s = intake.max_bytes_per_s
         self._socket: socket.socket
-        self._buffer = memoryview(bytearray(0))  # made for the first instance
         self._left = 0  # bytes of the PDU that are not read yet
         self._ahead = b""  # inside a data set: the next headers, which came with the fragment before
         self._drained = 0
@@ -283,20 +286,20 @@ class PduReader:
             transfer_syntax=request.transfer_syntax,
             fault=request.fault,
         )
-        if not len(self._buffer):
-            self._buffer = memoryview(bytearray(_BUFFER + _AHEAD))
         assoc = self._assoc
         self._holds_reactor = True
         assoc._reactor_checkpoint.clear()  # pynetdicom's other thread looks around every millisecond: not while we read
         arrival = self._store.arrival(self._token_of(assoc), str(assoc.requestor.ae_title), announced)
+        buffer = _take_buffer()
         try:
-            self._data_set(request.context_id, arrival)
+            self._data_set(request.context_id, arrival, buffer)
             answer = arrival.end()
         finally:
             arrival.abandon()
+            _FREE.append(buffer)
         self._socket.sendall(store_response(request, answer))
 
-    def _data_set(self, context_id: int, arrival: Arrival) -> None:
+    def _data_set(self, context_id: int, arrival: Arrival, buffer: memoryview) -> None:
         """The fragments of a data set, to the last."""
         control = 0
         while not control & cmd.LAST:
@@ -304,10 +307,10 @@ class PduReader:
             self._left -= length
             ahead = 0 if self._left or control & cmd.LAST else _AHEAD  # one read for the fragment and what follows it
             while length:
-                count = self._into(self._buffer[: length + ahead])
-                self._ahead = bytes(self._buffer[length:count])
+                count = self._into(buffer[: length + ahead])
+                self._ahead = bytes(buffer[length:count])
                 count = min(count, length)
-                arrival.write(self._buffer[:count])
+                arrival.write(buffer[:count])
                 length -= count
 
     def _next_data(self, context_id: int) -> tuple[int, int]:
@@ -440,6 +443,14 @@ def store_response(request: Request, answer: Answer) -> bytes:
         elements.append(cmd.element(cmd.ERROR_COMMENT, cmd.padded(answer.comment, b" ")))
     elements.append(cmd.element(cmd.AFFECTED_INSTANCE, cmd.padded(request.sop_instance_uid, b"\0")))
     return cmd.pdu_of(request.context_id, cmd.COMMAND | cmd.LAST, cmd.command_set(elements))
+
+
+def _take_buffer() -> memoryview:
+    """One that nobody uses; its user gives it back to `_FREE`."""
+    try:
+        return _FREE.pop()
+    except IndexError:
+        return memoryview(bytearray(_BUFFER + _AHEAD))
 
 
 def _timeval(seconds: float) -> bytes:
