@@ -1,7 +1,7 @@
 """The spool: folders with whole files only. The files are the record of the instances; the ledger has no row for them.
 
     inbox/incoming/<association>/<sop_instance_uid>.dcm     acknowledged to the sender, not looked at yet
-    inbox/series/<series_uid>/<sop_instance_uid>.dcm        sorted by the assembler
+    inbox/series/<series_uid>/<sop_instance_uid>.dcm        sorted by the assembler; `sender.json`: who sent it
     inbox/segmentations/<study_uid>/<sop_instance_uid>.dcm  SEG objects, for every job of their study
     work/<job_id>/ct/<sop_instance_uid>.dcm                 the input of a job
     outbox/<job_id>/...                                     the result of a job, complete or absent
@@ -16,7 +16,6 @@ hexadecimal. All folders must lie on one file system: a file moves by rename.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import threading
@@ -41,6 +40,7 @@ from storage.errors import BadUid, NoSpace, NotFound, StorageError
 from storage.incoming_file import IncomingFile, places
 
 A_DAY = timedelta(days=1)
+SENDER_FILE = "sender.json"  # beside the instances of a series, from the inbox into a job's input
 RESULT_FILE = "result.json"  # written with the result folder, which is renamed into place when it is whole
 _UID = re.compile(r"[0-9]+(?:\.[0-9]+)*")  # PS3.5 section 9.1; a leading zero in a component is common and harmless
 _UID_LENGTH = 64
@@ -156,6 +156,19 @@ class Spool:
         with self._adopting:  # `take_series` renames the folder: not between these lines
             return self._taken(path, target, (self._ct(job_id) / target.name for job_id in known))
 
+    def keep_sender(self, series_uid: str, calling_ae: str, address: str) -> None:
+        """Keep who sent a series beside its files, with which it moves: a ledger may not know its job any more."""
+        text = json.dumps({"calling_ae": calling_ae, "address": address})
+        write_file(self._series / check_uid(series_uid) / SENDER_FILE, (text.encode(),))
+
+    def sender_of_series(self, series_uid: str) -> tuple[str, str]:
+        """(calling AE title, address) as `keep_sender` kept them; empty texts where there is nothing."""
+        return _sender(self._series / check_uid(series_uid))
+
+    def sender_of_job(self, job_id: str) -> tuple[str, str]:
+        """The same for the series that became this job's input."""
+        return _sender(self._ct(job_id))
+
     def keep_segmentation(self, path: Path, study_uid: str) -> Adopted:
         """Move an incoming SEG to its study, where it waits for the study's jobs; otherwise as `adopt`."""
         return self._taken(path, self._segmentations / check_uid(study_uid) / _sorted_name(path))
@@ -192,10 +205,10 @@ class Spool:
                 if is_temp(folder) or is_temp(folder.parent):  # on its way out
                     continue
                 with suppress(FileNotFoundError):
-                    for name in os.listdir(folder):
-                        uid = name.removesuffix(".dcm").partition("~")[0]
-                        if uid in wanted and name.endswith(".dcm"):
-                            found[uid] = folder / name
+                    for path in folder.iterdir():
+                        uid = path.name.removesuffix(".dcm").partition("~")[0]
+                        if uid in wanted and path.suffix == ".dcm":
+                            found[uid] = path
         return found
 
     def quarantine(self, path: Path, reason_code: str) -> Path:
@@ -431,7 +444,16 @@ def _hex(token: str) -> str:
 
 def _whole(folder: Path) -> Iterator[Path]:
     if folder.is_dir():
-        yield from (path for path in folder.iterdir() if not is_temp(path) and path.is_file())
+        names = (path for path in folder.iterdir() if not is_temp(path) and path.name != SENDER_FILE)
+        yield from (path for path in names if path.is_file())
+
+
+def _sender(folder: Path) -> tuple[str, str]:
+    try:
+        kept = json.loads((folder / SENDER_FILE).read_bytes())
+        return str(kept["calling_ae"]), str(kept["address"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return "", ""
 
 
 def _walk(folder: Path) -> Iterator[Path]:
