@@ -113,6 +113,7 @@ class PeerConfig(_Table):
     we_may: tuple[Literal["find", "move", "get"], ...] = ()
     allowed_addresses: tuple[str, ...] = Field(default=(), description="IP addresses or CIDR; empty: any")
     max_associations: int = Field(default=0, ge=0, le=1000, description="0: only the node's limit")
+    must_call_by_tls: bool = False
     tls: bool = False
     ca_file: Path | None = None
     client_cert_file: Path | None = None
@@ -529,6 +530,9 @@ class Config(_Table):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 raise ValueError(f"{what}: the name {twice[0]!r} is used twice")
+        for peer in self.peers:
+            if peer.must_call_by_tls and self.tls.cert_file is None:
+                raise ValueError(f"peers.{peer.name}.must_call_by_tls: without [tls].cert_file nobody can")
         known = {p.name for p in self.peers}
         for destination in self.destinations:
             if destination.peer and destination.peer not in known:
@@ -593,6 +597,7 @@ def load_config(path: Path) -> Config:
 
 def _with_absolute_paths(config: Config, base: Path) -> Config:
     """Take every relative path from `base`: a bundle only where such a folder is, else it is a name."""
+
     def folder(path: str) -> str:
         return str((base / path).resolve()) if path else ""
 

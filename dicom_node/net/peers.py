@@ -97,7 +97,13 @@ def lines_to_admit(calling_ae: str, address: str, names: Collection[str]) -> tup
 
 
 def admit(
-    node: NodeConfig, peers: Sequence[PeerConfig], *, calling_ae: str, called_ae: str, address: str
+    node: NodeConfig,
+    peers: Sequence[PeerConfig],
+    *,
+    calling_ae: str,
+    called_ae: str,
+    address: str,
+    by_tls: bool = False,
 ) -> Admission | Rejection:
     """Decide on an association request; AE titles are compared without outer spaces (PS3.5 table 6.2-1).
 
@@ -113,13 +119,20 @@ def admit(
     if calling == node.ae_title and is_own(node, address):  # `dicom-node check` and `doctor`, whose studies are tests
         return Admission(peer="", may_store=True, may_echo=True)
     titled = [peer for peer in peers if peer.ae_title == calling]
-    matching = [peer for peer in titled if address_allowed(peer, address)]
+    placed = [peer for peer in titled if address_allowed(peer, address)]
+    matching = [peer for peer in placed if by_tls or not peer.must_call_by_tls]
     if matching:
         return Admission(
             peer=matching[0].name,
             may_store=any("store" in peer.may for peer in matching),
             may_echo=any("echo" in peer.may for peer in matching),
             max_associations=matching[0].max_associations,
+        )
+    if placed:
+        return rejection(
+            "tls_required",
+            CALLING_AE_NOT_RECOGNIZED,
+            f"{shown(calling)} at {shown(address)} called without TLS: must_call_by_tls",
         )
     if titled:  # a known title from a foreign address is refused even where strangers are welcome
         return rejection(

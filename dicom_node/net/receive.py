@@ -6,6 +6,7 @@ UIDs) is checked before it is used and quoted before it is logged.
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -209,7 +210,12 @@ class Receiver:
         calling_ae, called_ae = str(request.calling_ae_title), str(request.called_ae_title)
         address = plain_address(assoc.requestor.address)
         decision = admit(
-            self._config.node, self._config.peers, calling_ae=calling_ae, called_ae=called_ae, address=address
+            self._config.node,
+            self._config.peers,
+            calling_ae=calling_ae,
+            called_ae=called_ae,
+            address=address,
+            by_tls=isinstance(assoc.dul.socket.socket, ssl.SSLSocket),  # type: ignore[union-attr]
         )
         if isinstance(decision, Rejection):
             return decision

@@ -23,6 +23,20 @@ def ask(calling: str, address: str = "10.1.2.3", called: str = "SYNPET", **node:
     return admit(NodeConfig.model_validate(node), PEERS, calling_ae=calling, called_ae=called, address=address)
 
 
+def test_a_peer_that_must_use_tls_is_refused_in_the_clear() -> None:
+    peers = (PeerConfig(name="pacs", ae_title="PACS", must_call_by_tls=True),)
+    asked = {"calling_ae": "PACS", "called_ae": "SYNPET", "address": "10.1.2.3"}
+    refused = admit(NodeConfig(), peers, **asked)
+    assert isinstance(refused, Rejection)
+    assert refused.code == "tls_required"
+    assert isinstance(admit(NodeConfig(), peers, **asked, by_tls=True), Admission)
+
+
+def test_nobody_can_be_asked_for_tls_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match="must_call_by_tls"):
+        Config.model_validate({"peers": [{"name": "pacs", "ae_title": "PACS", "must_call_by_tls": True}]})
+
+
 @pytest.mark.parametrize(
     ("calling", "address", "called", "code", "diagnostic"),
     [

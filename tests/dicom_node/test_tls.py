@@ -87,6 +87,16 @@ def test_a_series_comes_in_over_tls_byte_for_byte(tmp_path: Path, ca: Authority)
         assert echo(PeerConfig(name="node", ae_title="SYNPET", port=intake.port), calling_ae="PACS").ok
 
 
+def test_a_peer_that_must_call_by_tls_is_rejected_on_the_plain_port(tmp_path: Path, ca: Authority) -> None:
+    table = {"cert_file": str(ca.certificate("node")), "ca_file": str(ca.file)}
+    peers = [{"name": "pacs", "ae_title": "PACS", "must_call_by_tls": True}]
+    with running_intake(tmp_path, config(tls=table, peers=peers)) as intake:
+        assert ask(intake, ca, ca.certificate("pacs")).ok
+        refused = echo(PeerConfig(name="node", ae_title="SYNPET", port=intake.port), calling_ae="PACS")
+        assert refused.code == "association_rejected"
+        intake.wait(lambda: intake.registry.counts().get("rejected_tls_required") == 1)
+
+
 def test_one_port_for_both_has_no_plain_dicom(tmp_path: Path, ca: Authority) -> None:
     with node(tmp_path, ca, port=11112) as intake:
         assert len(intake.receiver.ports) == 1
