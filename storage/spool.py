@@ -16,15 +16,20 @@ hexadecimal. All folders must lie on one file system: a file moves by rename.
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from storage.durable import (
     fsync_folder,
@@ -39,7 +44,11 @@ from storage.durable import (
 from storage.errors import BadUid, NoSpace, NotFound, StorageError
 from storage.incoming_file import IncomingFile, places
 
+log = structlog.get_logger(__name__)
+
 A_DAY = timedelta(days=1)
+_TELL_EVERY_S = 60.0  # of a folder that is closed to us
+_FEW = 64  # names: these are asked for one by one, more are looked for in a folder's list
 SENDER_FILE = "sender.json"  # beside the instances of a series, from the inbox into a job's input
 RESULT_FILE = "result.json"  # written with the result folder, which is renamed into place when it is whole
 _UID = re.compile(r"[0-9]+(?:\.[0-9]+)*")  # PS3.5 section 9.1; a leading zero in a component is common and harmless
@@ -75,6 +84,7 @@ class Spool:
         self.min_free_bytes = min_free_bytes
         self._sync = sync
         self._adopting = threading.Lock()
+        self._told: dict[Path, float] = {}  # folders that are closed to us, and when that was said last
         try:
             self._incoming = make_folder(root / "inbox" / "incoming")
             self._series = make_folder(root / "inbox" / "series")
@@ -134,12 +144,16 @@ class Spool:
             folder.rmdir()
 
     def incoming(self) -> list[Path]:
-        """The whole files that wait for the assembler, oldest first; one that is adopted meanwhile is left out."""
+        """The whole files that wait for the assembler, oldest first; one that is adopted meanwhile is left out.
+
+        So is a folder that another user made and closed to this one: the others go on, and the log says so.
+        """
         aged = []
         for folder in self._incoming.iterdir():
-            for path in _whole(folder) if folder.is_dir() else ():
-                with suppress(FileNotFoundError):
-                    aged.append((path.stat().st_mtime_ns, path.name, path))
+            with self._fenced(folder):
+                for path in _whole(folder):
+                    with suppress(FileNotFoundError):
+                        aged.append((path.stat().st_mtime_ns, path.name, path))
         return [path for _, _, path in sorted(aged)]
 
     def association_of(self, path: Path) -> str:
@@ -192,23 +206,31 @@ class Spool:
     def find_instances(self, sop_instance_uids: Iterable[str]) -> dict[str, Path]:
         """Where instances lie that were received and can be used, by UID; the rest is not here.
 
-        The folders are looked through in the order in which a file moves: one that moves meanwhile is found.
+        The folders are looked through in the order in which a file moves: one that moves meanwhile is found. The newest
+        jobs come first, and the search ends when all is found: it is mostly for what came a moment ago.
         """
+        wanted = {check_uid(uid) for uid in sop_instance_uids}
+        found = self.find_incoming(wanted)
+        missing = {f"{uid}.dcm" for uid in wanted - found.keys()}
+        for top, inner in ((self._series, "."), (self._segmentations, "."), (self._work, "ct")):
+            for folder in _newest_first(top) if missing else ():
+                if not missing:
+                    break
+                with self._fenced(folder):
+                    here = _names_in(folder / inner, missing)
+                    found |= {name.removesuffix(".dcm"): folder / inner / name for name in here}
+                    missing -= here
+        return found
+
+    def find_incoming(self, sop_instance_uids: Collection[str]) -> dict[str, Path]:
+        """Which of these instances the assembler has not looked at yet, and where they lie, by UID."""
         wanted, found = set(sop_instance_uids), {}
-        for folders in (
-            self._incoming.glob("*/"),
-            self._series.glob("*/"),
-            self._segmentations.glob("*/"),
-            self._work.glob("*/ct/"),
-        ):
-            for folder in folders:
-                if is_temp(folder) or is_temp(folder.parent):  # on its way out
-                    continue
-                with suppress(FileNotFoundError):
-                    for path in folder.iterdir():
-                        uid = path.name.removesuffix(".dcm").partition("~")[0]
-                        if uid in wanted and path.suffix == ".dcm":
-                            found[uid] = path
+        for folder in self._incoming.iterdir():
+            with self._fenced(folder), suppress(FileNotFoundError, NotADirectoryError):
+                for path in folder.iterdir():
+                    uid = path.name.removesuffix(".dcm").partition("~")[0]
+                    if uid in wanted and path.suffix == ".dcm":
+                        found[uid] = path
         return found
 
     def quarantine(self, path: Path, reason_code: str) -> Path:
@@ -329,12 +351,13 @@ class Spool:
             self._references,
             self._jobs,
         ):
-            for path in [p for p in _walk(top) if is_temp(p)]:
+            for path in [p for p in self._walk(top) if is_temp(p)]:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
                 removed += 1
         for folder in (*self._incoming.iterdir(), *self._series.iterdir(), *self._segmentations.iterdir()):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+            with self._fenced(folder):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
         return removed
 
     def apply_retention(
@@ -411,6 +434,26 @@ class Spool:
                     found.append(path)
         return found
 
+    def _walk(self, folder: Path) -> Iterator[Path]:
+        """Everything below; what is temporary is not entered."""
+        with self._fenced(folder):
+            for path in folder.iterdir():
+                yield path
+                if path.is_dir() and not path.is_symlink() and not is_temp(path):
+                    yield from self._walk(path)
+
+    @contextmanager
+    def _fenced(self, folder: Path) -> Iterator[None]:
+        """One folder that another user made and closed to this one stops nothing else; it is told once a minute."""
+        try:
+            yield
+        except PermissionError:
+            now = time.monotonic()
+            if now - self._told.get(folder, -math.inf) >= _TELL_EVERY_S:
+                self._told[folder] = now
+                do = "give it to the node's user (chown -R); it is taken up then"
+                log.error("spool.folder_closed", folder=str(folder.relative_to(self.root)), reason=do)
+
     def _reference(self, job_id: str) -> Path:
         return self._references / f"{_hex(job_id)}.json"
 
@@ -456,12 +499,23 @@ def _sender(folder: Path) -> tuple[str, str]:
         return "", ""
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Everything below; what is temporary is not entered."""
-    for path in folder.iterdir():
-        yield path
-        if path.is_dir() and not path.is_symlink() and not is_temp(path):
-            yield from _walk(path)
+def _newest_first(top: Path) -> list[Path]:
+    """The folders in `top` that are not on their way out."""
+    aged = []
+    for folder in top.iterdir():
+        with suppress(FileNotFoundError):
+            if not is_temp(folder) and folder.is_dir():
+                aged.append((folder.stat().st_mtime_ns, folder))
+    return [folder for _, folder in sorted(aged, reverse=True)]
+
+
+def _names_in(folder: Path, wanted: Collection[str]) -> set[str]:
+    """Which of these files a folder has. Raises `PermissionError` for a folder that is closed to us."""
+    if len(wanted) > _FEW:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.name in wanted}
+        return set()
+    return {name for name in wanted if (folder / name).exists()}
 
 
 def _sorted_name(path: Path) -> str:

@@ -469,3 +469,52 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     durable.write_file(target, [b"two"])
     assert target.read_bytes() == b"two"
     assert tree(tmp_path) == ["a"]
+
+
+CLOSED_FOLDER = """
+import sys
+from pathlib import Path
+from structlog.testing import capture_logs
+from storage.spool import Spool
+with capture_logs() as logs:
+    spool = Spool(Path(sys.argv[1]), min_free_bytes=0)
+    spool.clean_temp()
+    for _ in range(2):
+        names = [path.name for path in spool.incoming()]
+    found = sorted(spool.find_instances(["1.1", "1.2", "1.3"]))
+print(names, found, [(line["event"], line["folder"]) for line in logs])
+"""
+
+
+def test_a_folder_that_another_user_closed_stops_no_other_and_is_told_once_a_minute(spool: Spool) -> None:
+    closed = spool.store_incoming("c0", "1.1", [b"of root"]).parent
+    spool.store_incoming("a0", "1.2", [b"CT"])
+    adopted(spool, "1.3")
+    command = [sys.executable, "-c", CLOSED_FOLDER, str(spool.root)]
+    if os.geteuid() == 0:  # root keeps to permissions, too, without these
+        rights = "-dac_override,-dac_read_search"
+        command = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}", *command]
+    closed.chmod(0)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    finally:
+        closed.chmod(0o755)
+    told = [("spool.folder_closed", "inbox/incoming/c0")]
+    assert done.stdout.strip() == f"{['1.2.dcm']} {['1.2', '1.3']} {told}", done.stderr
+
+
+@pytest.mark.parametrize("count", [3, 200])
+def test_instances_are_found_wherever_they_lie(spool: Spool, count: int) -> None:
+    uids = [f"1.9.{number}" for number in range(count)]
+    for uid in uids:
+        adopted(spool, uid)
+    spool.take_series(JOB, SERIES)
+    waiting = spool.store_incoming(ASSOC, "1.8", [b"CT"])
+    adopted(spool, "1.7")
+    found = spool.find_instances([*uids, "1.7", "1.8", "1.6"])
+    assert {path.parent.parent.name for uid, path in found.items() if uid in uids} == {JOB}
+    assert found["1.8"] == waiting
+    assert found["1.7"] == spool.root / "inbox" / "series" / SERIES / "1.7.dcm"
+    assert len(found) == count + 2
+    assert all(path.is_file() for path in found.values())
+    assert spool.find_incoming([*uids, "1.8"]) == {"1.8": waiting}
