@@ -89,15 +89,15 @@ def pdu_header(context_id: int, control: int, length: int) -> bytes:
     return PDU_HEADER.pack(P_DATA, length + PDV_OVERHEAD) + PDV_HEADER.pack(length + 2, context_id, control)
 
 
-def fragments_of(pdu: bytes) -> Iterator[tuple[int, bytes]]:
-    """(message control header, fragment) of each PDV in a P-DATA-TF PDU. Raises `Malformed`."""
+def fragments_of(pdu: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """(context ID, message control header, fragment) of each PDV in a P-DATA-TF PDU. Raises `Malformed`."""
     at = PDU_HEADER.size
     while at < len(pdu):
         if at + PDV_HEADER.size > len(pdu):
             raise Malformed("a PDV without its header")
-        length, _, control = PDV_HEADER.unpack_from(pdu, at)
+        length, context_id, control = PDV_HEADER.unpack_from(pdu, at)
         end = at + 4 + length
         if length < 2 or end > len(pdu):
             raise Malformed(f"a PDV of {length} bytes in a PDU of {len(pdu)}")
-        yield control, pdu[at + PDV_HEADER.size : end]
+        yield context_id, control, pdu[at + PDV_HEADER.size : end]
         at = end

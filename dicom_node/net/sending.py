@@ -314,7 +314,7 @@ class StreamSender:
             if pdu[0] != cmd.P_DATA:
                 self._pass_on(pdu)
                 return None
-            for control, fragment in cmd.fragments_of(pdu):
+            for _, control, fragment in cmd.fragments_of(pdu):
                 command += fragment
                 if not control & cmd.COMMAND or len(command) > _MAX_COMMAND:
                     raise cmd.Malformed("something else than the response to a C-STORE")

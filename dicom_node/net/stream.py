@@ -30,8 +30,9 @@ from dicom_node.net import command as cmd
 from dicom_node.net.command import Malformed
 from dicom_node.net.negotiation import ASSOCIATE_RQ, readable_request
 from dicom_node.net.pace import Pace, TooSlow, sleep_unless
-from dicom_node.net.passing import Passing, checked, grown, has_data_set, text_of
+from dicom_node.net.passing import Passing, checked, few, grown, has_data_set, packed, text_of
 from dicom_node.net.peers import shown
+from dicom_node.net.scp import is_storage_class
 from dicom_node.net.store import (
     PLACEHOLDER_UID,
     Announced,
@@ -105,12 +106,13 @@ class PduReader:
         self._token_of = token_of
         self._streams = intake.reader == "stream"
         self._max_pdu = (node.max_pdu or intake.max_instance_bytes) + _SLACK
-        self._passing = Passing(intake.max_instance_bytes + _SLACK)
+        self._passing = Passing(intake.max_instance_bytes + _SLACK, self._context_for)
         self._send_s = node.network_timeout_s
         self._pace = Pace(silence_s=node.network_timeout_s, min_bytes_per_s=intake.min_bytes_per_s)
         self._max_bytes_per_s = intake.max_bytes_per_s
         self._socket: socket.socket
         self._left = 0  # bytes of the PDU that are not read yet
+        self._empty = 0  # fragments of this message that had no byte
         self._ahead = b""  # inside a data set: the next headers, which came with the fragment before
         self._drained = 0
         self._stopped = False
@@ -187,7 +189,7 @@ class PduReader:
                 pdu = header + self._exactly(length)
                 self.released = kind == cmd.RELEASE and not self._passing.inside
                 if kind == cmd.P_DATA:
-                    self._passing.look(pdu)
+                    pdu = self._passing.look(pdu)
                 self._pass_on(pdu)
                 return False
             self._left = length
@@ -225,42 +227,42 @@ class PduReader:
 
     def _message(self) -> bool:
         """A message begins in the PDU whose header is read."""
-        command, pdvs, control = bytearray(), bytearray(), 0
-        first = 0
+        command, control = bytearray(), 0
+        first = self._empty = 0
         while not control & cmd.LAST:
             context_id, control, length = self._next_pdv()
             first = first or context_id
             if not control & cmd.COMMAND or context_id != first:
                 raise Malformed("a fragment of a data set, or of another context, inside a command set")
             grown(command, length)
-            fragment = self._exactly(length)
+            command += self._exactly(length)
             self._left -= length
-            command += fragment
-            pdvs += cmd.PDV_HEADER.pack(length + 2, context_id, control) + fragment
         elements = checked(bytes(command))
         request = self._store_request(first, elements)
         if request is not None:
             self._receive(request)
             return True
+        # one PDU, a fragment for each set, nothing of the next message: pynetdicom makes objects of each fragment
+        parts = [(first, cmd.COMMAND | cmd.LAST, bytes(command))]
         if has_data_set(elements):
-            self._collect(first, pdvs)
-        self._pass_on(cmd.PDU_HEADER.pack(cmd.P_DATA, len(pdvs)) + pdvs)
+            parts.append((first, cmd.LAST, self._collected(first)))
+        self._pass_on(packed(parts))
         return False
 
-    def _collect(self, context_id: int, pdvs: bytearray) -> None:
-        """The data set of a message that is not ours: pynetdicom gets it in one PDU, and nothing of the next one."""
-        control = 0
+    def _collected(self, context_id: int) -> bytes:
+        """The data set of a message that is not ours."""
+        data, control = bytearray(), 0
         while not control & cmd.LAST:
             control, length = self._next_data(context_id)
-            if len(pdvs) + length > _MAX_PASSED:
+            if len(data) + length > _MAX_PASSED:
                 raise Malformed(f"a message of more than {_MAX_PASSED} bytes that is no C-STORE")
-            fragment = self._exactly(length)
+            data += self._exactly(length)
             self._left -= length
-            pdvs += cmd.PDV_HEADER.pack(length + 2, context_id, control) + fragment
+        return bytes(data)
 
     def _store_request(self, context_id: int, elements: Mapping[int, bytes]) -> Request | None:
         """The request, if it is a C-STORE that we can read to its end; None leaves it to pynetdicom."""
-        context = next((c for c in self._assoc.accepted_contexts if c.context_id == context_id), None)
+        context = self._context_for(context_id, elements)
         message_id = cmd.number_of(elements, cmd.MESSAGE_ID)
         is_store = cmd.number_of(elements, cmd.COMMAND_FIELD) == cmd.C_STORE_RQ
         if context is None or not is_store or message_id is None or not has_data_set(elements):
@@ -277,6 +279,14 @@ class PduReader:
             transfer_syntax=str(context.transfer_syntax[0]),
             fault=fault,
         )
+
+    def _context_for(self, context_id: int, elements: Mapping[int, bytes]) -> Any:
+        """The accepted context of a message; None where there is none. Leave to echo is no leave to store."""
+        context = next((c for c in self._assoc.accepted_contexts if c.context_id == context_id), None)
+        is_store = cmd.number_of(elements, cmd.COMMAND_FIELD) == cmd.C_STORE_RQ
+        if context is not None and is_store and not is_storage_class(str(context.abstract_syntax)):
+            raise Malformed("a C-STORE in a context that is not for storage")
+        return context
 
     def _receive(self, request: Request) -> None:
         """The data set of a request into its file, and the response."""
@@ -333,6 +343,8 @@ class PduReader:
         if length < 2 or length + 4 > self._left:
             raise Malformed(f"a PDV of {length} bytes in a PDU with {self._left} left")
         self._left -= cmd.PDV_HEADER.size
+        self._empty += length == 2
+        few(self._empty)
         return context_id, control, length - 2
 
     # ---- bytes

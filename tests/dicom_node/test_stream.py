@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from intake_tools import config, running_intake
 from pydicom.uid import CTImageStorage, SecondaryCaptureImageStorage
+from pynetdicom.pdu import P_DATA_TF
 from raw_sender import (
     ABORT,
     RELEASE_RQ,
@@ -27,10 +28,11 @@ from raw_sender import (
     p_data,
     status_of,
     store_message,
+    uid,
     us,
 )
 from tls_tools import Authority
-from wire_tools import CAPTURE, CONTEXTS, CT, ECHO, READERS, Outcome, Wire, wire
+from wire_tools import CAPTURE, CONTEXTS, CT, ECHO, READERS, VERIFICATION, Outcome, Wire, wire
 
 from dicom_node.net.pace import Pace, TooSlow
 
@@ -283,6 +285,11 @@ MALFORMED: dict[str, bytes] = {
     "a command set of noise": p_data(struct.pack(">LBB", 42, CT, 3) + b"\xff" * 40),
     "an empty command set": p_data(struct.pack(">LBB", 2, CT, 3)),
     "an unknown command": Message(CT, command(field=(0x0100, us(0x7777)), data=(0x0800, us(0x0101)))).in_pdus(),
+    "a command set of empty fragments": p_data(*[struct.pack(">LBB", 2, CT, 1)] * 101),
+    "a data set of empty fragments": p_data(ct().pdvs()[0], *[struct.pack(">LBB", 2, CT, 0)] * 101),
+    "a data set for an echo": Message(
+        ECHO, command(field=(0x0100, us(0x0030)), message=(0x0110, us(1)), data=(0x0800, us(1))), DATA
+    ).in_pdus(),
     "a command without a data set type": Message(CT, command(field=(0x0100, us(0x0030)))).in_pdus(),
 }
 
@@ -299,6 +306,44 @@ def test_what_is_no_message_ends_the_association_with_a_named_event(either: Wire
     (line,) = [line for line in logs if line["event"] == "association.malformed_pdu"]
     assert line["reason"]
     assert "malformed_pdu" in either.intake.event_codes()
+
+
+def _report(data: bytes) -> Message:
+    """An N-EVENT-REPORT request, which has a data set, in a context that has no such service."""
+    packed = command(
+        sop_class=(0x0002, uid("1.2.840.10008.1.20.1")),
+        field=(0x0100, us(0x0100)),
+        message=(0x0110, us(1)),
+        data=(0x0800, us(1)),
+        instance=(0x1000, uid("1.2.840.10008.1.20.1.1")),
+        kind=(0x1002, us(1)),
+    )
+    return Message(ECHO, packed, data)
+
+
+def test_pynetdicom_gets_one_fragment_for_each_set(either: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    fragments: list[int] = []
+    decode = P_DATA_TF.decode
+
+    def noted(pdu: P_DATA_TF, raw: bytearray) -> None:
+        decode(pdu, raw)
+        fragments.append(len(pdu.presentation_data_value_items))
+
+    monkeypatch.setattr(P_DATA_TF, "decode", noted)
+    report = _report(bytes(3000))
+    with either.talk() as (sender, _):
+        sender.write(p_data(*report.pdvs(range(4, len(report.command), 4), range(1, 3000))))
+        sender.pdu()
+        sender.close()
+    assert fragments == [2]
+
+
+def test_a_store_in_a_context_for_echo_is_not_answered_with_success(either: Wire) -> None:
+    with either.talk() as (sender, outcome):
+        sender.write(store_message(ECHO, 1, VERIFICATION, "1.2.3", DATA).in_pdus())
+        assert sender.pdu()[:1] in (b"\x07", b"")
+        sender.close()
+    assert outcome == Outcome(aborted=True)
 
 
 def test_a_message_that_is_no_store_is_bounded(stream: Wire) -> None:
