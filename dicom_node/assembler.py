@@ -24,7 +24,8 @@ from dicom_node.headers import BadInstance, InstanceHeader, read_header
 from dicom_node.incoming import CHOSEN, IncomingSeries, gaps_text, source_digest, stands
 from dicom_node.net.associations import AssociationRegistry, sender_of
 from dicom_node.selection import Decision, EarlierChoice, SeriesSummary, choose, matches, summarize, unfit
-from storage.errors import IllegalMove, NotFound, StaleState
+from dicom_node.trial import LABELED, UNANNOUNCED, unannounced
+from storage.errors import IllegalMove, NoSpace, NotFound, StaleState
 from storage.fetched import FetchedTokens
 from storage.ledger import Ledger
 from storage.records import Job, JobState
@@ -168,11 +169,20 @@ class Assembler:
         adopted = self._spool.adopt(path, series.series_uid, known=known)
         if adopted is Adopted.NEW:
             series.headers[uid] = header
+            self._keep_sender(series)
         elif adopted is Adopted.SAME:
             series.duplicates += 1
         else:
             key = (token, "different_content", header.study_uid, header.accession)
             faults.setdefault(key, []).append(f"{uid}: came before with other content")
+
+    def _keep_sender(self, series: IncomingSeries) -> None:
+        """Without room for it the series goes on: it matters only to a ledger that is restored meanwhile."""
+        sender = series.calling_ae, series.address
+        if sender != series.kept_sender:
+            with suppress(NoSpace):
+                self._spool.keep_sender(series.series_uid, *sender)
+                series.kept_sender = sender
 
     def _too_many(self, series: IncomingSeries) -> bool:
         """One more than allowed is kept, so that a restart, too, knows that the series is too large."""
@@ -210,6 +220,7 @@ class Assembler:
         if first is not None:
             series.study_uid = first.study_uid
             series.latest = first
+            series.calling_ae, series.address = self._spool.sender_of_series(series_uid)
             self._series[series_uid] = series
 
     def _load(self, series_uid: str, study_uid: str, *, job: Job | None) -> IncomingSeries:
@@ -356,8 +367,17 @@ class Assembler:
     def _incomplete(self, series: IncomingSeries) -> Decision | None:
         """Why a series that was waited for long enough cannot be used, or None."""
         code, text = "", ""
+        refused = unannounced(
+            self._ledger,
+            series.study_uid,
+            calling_ae=series.calling_ae,
+            labeled=series.labeled_test,
+            ae_title=self._config.node.ae_title,
+        )
         if not series.headers:
             code, text = "no_instances", "the files of the series are gone from the spool"
+        elif refused:
+            code, text = UNANNOUNCED, refused
         elif self._too_many(series):
             limit = self._config.intake.max_instances_per_series
             code, text = "too_large", f"more than {limit} instances; the rest was dropped"
@@ -414,6 +434,8 @@ class Assembler:
             "score": decision.score,
             "duplicates": series.duplicates,
         }
+        if series.labeled_test:
+            details[LABELED] = True
         try:
             self._ledger.update(job.id, instances=len(uids), source_digest=source_digest(uids), details=details)
             if decision.action == "synthesize" and series.succeeds is not None:

@@ -22,6 +22,7 @@ from pydicom.uid import (
 )
 
 from dicom_node.frames import FRAME_TAGS, Frames, Vector, numbers, raw, read_frames
+from dicom_node.trial import TEST_NAME
 from pipeline.codestream import MAX_INFLATED_BYTES, inflates_to_more
 from pipeline.ct_groups import Concatenation, values_of
 from storage.errors import BadUid
@@ -40,7 +41,9 @@ _TAGS = {
         "Manufacturer",
         "StudyDescription",
         "SeriesDescription",
+        "PatientName",
         "PatientID",
+        "QualityControlImage",
         "BodyPartExamined",
         "SliceThickness",
         "ConvolutionKernel",
@@ -100,6 +103,7 @@ class InstanceHeader:
     positions: tuple[Vector, ...] = ()
     orientation: tuple[float, ...] = ()  # six direction cosines, or empty
     concatenation: Concatenation | None = None  # the whole that this multi-frame instance is a part of
+    labeled_test: bool = False  # it says that it is of a test study of `dicom-node doctor`
 
 
 def read_header(path: Path) -> InstanceHeader:
@@ -155,6 +159,7 @@ def _parse(path: Path) -> InstanceHeader:
         positions=positions,
         orientation=orientation,
         concatenation=_concatenation(ds) if frames else None,
+        labeled_test=_ascii(ds, "QualityControlImage") == "YES" and _ascii(ds, "PatientName") == TEST_NAME,
     )
 
 

@@ -44,6 +44,7 @@ class IncomingSeries:
     after_cancel: bool = False  # the rest of a series that a person cancelled while it arrived
     calling_ae: str = ""
     address: str = ""
+    kept_sender: tuple[str, str] = ("", "")  # as it lies beside the files
     duplicates: int = 0
     latest: InstanceHeader | None = None  # also of a duplicate: describes a series that has nothing new
     _geometry: tuple[int, SeriesGeometry] | None = None
@@ -57,6 +58,11 @@ class IncomingSeries:
     def count(self) -> int:
         """How many instances that are, without building the list."""
         return len(self.headers) + sum(uid not in self.headers for uid in self.inherited)
+
+    @property
+    def labeled_test(self) -> bool:
+        """An instance of it says that it is of a test study."""
+        return any(header.labeled_test for header in self.instances)
 
     @property
     def only_duplicates(self) -> bool:

@@ -88,7 +88,11 @@ def _adopt(ledger: Ledger, spool: Spool, job_id: str) -> JobState | None:
     if _is_of_another(ledger, spool, header.series_uid, files):
         return None  # the half of a job that was to be computed again: its first attempt is known
     ledger.adopt_job(
-        job_id, _info(header), JobState.RECEIVING, code=ADOPTED, text=f"{_UNKNOWN_JOB}; it is decided upon anew"
+        job_id,
+        _info(header, spool.sender_of_job(job_id)),
+        JobState.RECEIVING,
+        code=ADOPTED,
+        text=f"{_UNKNOWN_JOB}; it is decided upon anew",
     )
     return JobState.RECEIVING
 
@@ -98,7 +102,7 @@ def _is_of_another(ledger: Ledger, spool: Spool, series_uid: str, files: list[Pa
     return any(names <= {path.name for path in spool.ct_files(job.id)} for job in ledger.jobs_of_series(series_uid))
 
 
-def _info(header: InstanceHeader) -> SeriesInfo:
+def _info(header: InstanceHeader, sender: tuple[str, str]) -> SeriesInfo:
     return SeriesInfo(
         study_uid=header.study_uid,
         series_uid=header.series_uid,
@@ -109,4 +113,6 @@ def _info(header: InstanceHeader) -> SeriesInfo:
         series_number=header.series_number,
         series_description=header.series_description,
         study_date=header.study_date,
+        calling_ae=sender[0],
+        peer_address=sender[1],
     )

@@ -1,7 +1,8 @@
 """Test studies of `dicom-node doctor`: which jobs are one, and where alone their results may go.
 
 A test study is announced in the ledger before it is sent, with its one destination. It is sent under the node's own AE
-title, which nobody but this machine may use: what came under it and was not announced goes nowhere.
+title, which nobody but this machine may use, and says in its data what it is. What has the title or the labels and was
+not announced is refused: it may be a patient's, or a test whose announcement a restored ledger does not know.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from storage.ledger import Ledger
 from storage.records import Job
 
 ANNOUNCED = "test_announced"  # the event's code
+UNANNOUNCED = "unannounced_test"  # reason code of a series that is refused
+LABELED = "labeled_test"  # detail of a job whose instances say that they are a test
+TEST_NAME = "TEST^DICOM-NODE DOCTOR"  # Patient's Name of each test study, beside Quality Control Image YES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +38,18 @@ def trial_of(ledger: Ledger, job: Job, ae_title: str) -> Trial | None:
     announced = [event for event in ledger.events_of_study(job.info.study_uid) if event.code == ANNOUNCED]
     if announced:
         return Trial(destination=str(announced[-1].details.get("destination") or ""))
-    return Trial() if job.info.calling_ae == ae_title else None
+    return Trial() if job.info.calling_ae == ae_title or LABELED in job.details else None
+
+
+def unannounced(ledger: Ledger, study_uid: str, *, calling_ae: str, labeled: bool, ae_title: str) -> str:
+    """Why a series is refused that has a test's sender or labels and was not announced; "" for any other."""
+    if calling_ae != ae_title and not labeled:
+        return ""
+    if any(event.code == ANNOUNCED for event in ledger.events_of_study(study_uid)):
+        return ""
+    if labeled:
+        return "a test study of `dicom-node doctor` that this ledger knows no announcement of: it goes nowhere"
+    return f"sent under our own AE title {ae_title!r}, which is for announced tests: send it under the sender's own"
 
 
 def only_for(trial: Trial | None, destinations: Sequence[DestinationConfig]) -> list[DestinationConfig]:

@@ -29,6 +29,7 @@ from dicom_node.cli.common import (
     table,
 )
 from dicom_node.config import Config, DestinationConfig, load_config
+from dicom_node.trial import TEST_NAME
 
 if TYPE_CHECKING:
     from dicom_node.doctor import Step, TestStudy
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 MATRIX = 128
 COVERAGE = (0.58, 0.74)  # of the body's height: pelvis to chest, which every gate knows
 SPACING_MM = (5.0, 4.0, 4.0)
-NAME, PURPOSE = "TEST^DICOM-NODE DOCTOR", "TEST - dicom-node doctor"
+PURPOSE = "TEST - dicom-node doctor"
 COMMENTS = "TEST: a generated phantom of dicom-node doctor, not a patient"
 _REMEDIES = {
     "disk": "make room, or correct [storage].root",
@@ -118,7 +119,7 @@ def _steps(
     with tempfile.TemporaryDirectory(prefix="dicom-node-doctor-") as folder, opened_ledger(config) as ledger:
         began = monotonic()
         study = make_test_study(Path(folder))
-        text = f"{len(study.files)} slices of {MATRIX} x {MATRIX}: {NAME}, accession {study.accession}"
+        text = f"{len(study.files)} slices of {MATRIX} x {MATRIX}: {TEST_NAME}, accession {study.accession}"
         yield Step(name="test study", ok=True, text=text, seconds=monotonic() - began)
         trip = Trip(config, ledger, study, node=ourselves(config), destination=destination, timeout_s=timeout_s)
         yield from trip.steps(retire=retire)
@@ -167,7 +168,7 @@ def make_test_study(folder: Path) -> TestStudy:
 
     now = datetime.now()
     accession = f"TEST{now:%y%m%d%H%M%S}"
-    header = StudyHeader(patient_id=accession, patient_name=NAME, scanned=now, description=PURPOSE)
+    header = StudyHeader(patient_id=accession, patient_name=TEST_NAME, scanned=now, description=PURPOSE)
     files = write_ct_series(_paint(), folder, matrix=MATRIX, header=header)
     study_uid = _label(files, accession)
     return TestStudy(files=files, study_uid=study_uid, accession=accession)

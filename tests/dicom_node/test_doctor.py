@@ -148,18 +148,20 @@ def test_an_archive_that_refuses_is_named_with_its_reason_and_the_remedy(house: 
     assert "jobs show" in steps["delivery"]["remedy"]
 
 
-def test_what_comes_under_our_own_title_unannounced_goes_nowhere(house: House, tmp_path: Path) -> None:
+def test_what_comes_under_our_own_title_unannounced_is_refused_with_the_reason(house: House, tmp_path: Path) -> None:
     study_uid = generate_uid()
     files = write_tiny_study(tmp_path, study_uid=study_uid, series_uid=generate_uid())
     assert send_series(files, ourselves(house.config), calling_ae="SYNPET").ok
     ledger = house.node.ledger
 
-    def done() -> bool:
+    def decided() -> bool:
         jobs = ledger.jobs_of_study(study_uid)
-        return bool(jobs) and jobs[0].state is JobState.DONE
+        return bool(jobs) and jobs[0].state is not JobState.RECEIVING
 
-    until(done)
-    assert ledger.deliveries(ledger.jobs_of_study(study_uid)[0].id) == []
+    until(decided)
+    [job] = ledger.jobs_of_study(study_uid)
+    assert (job.state, job.reason_code) == (JobState.REJECTED, "unannounced_test")
+    assert "our own AE title 'SYNPET'" in job.reason
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -239,3 +241,9 @@ def test_a_study_of_the_pacs_is_no_test(ledger: Ledger) -> None:
     job = ledger.open_job(SeriesInfo(study_uid="1.2.3", series_uid="1.2.3.4", calling_ae="PACS"))
     assert trial_of(ledger, job, "SYNPET") is None
     assert only_for(None, DESTINATIONS) == DESTINATIONS
+
+
+def test_a_labeled_study_whose_announcement_is_lost_goes_nowhere_also_when_a_person_retries_it(ledger: Ledger) -> None:
+    job = ledger.open_job(SeriesInfo(study_uid="1.2.3", series_uid="1.2.3.4"))
+    job = ledger.update(job.id, details={"labeled_test": True})
+    assert trial_of(ledger, job, "SYNPET") == Trial()

@@ -29,7 +29,7 @@ CT = str(CTImageStorage)
 VERIFICATION = "1.2.840.10008.1.1"
 MOST_GROWTH = 64 << 20  # bytes of resident memory that a batch may leave behind
 _SPOOL_FILE = re.compile(
-    r"inbox/(incoming/[0-9a-f]+|series/[0-9.]+|segmentations/[0-9.]+)(/[0-9.]+(~[0-9]+)?\.dcm)?"
+    r"inbox/(incoming/[0-9a-f]+|series/[0-9.]+|segmentations/[0-9.]+)(/[0-9.]+(~[0-9]+)?\.dcm|/sender\.json)?"
     r"|(work|outbox)/[0-9a-f]+(/.*)?|quarantine/[a-z_]+(/[0-9.~]+\.dcm)?|references/[0-9a-f]+\.json"
     r"|inbox|inbox/[a-z]+|work|outbox|quarantine|references|commitments?(/.*)?|fetched(/.*)?|[a-z]+"
 )
