@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import logging
+import os
+import pwd
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,6 +76,27 @@ def opened_ledger(config: Config, *, create: bool = False) -> Iterator[Ledger]:
         yield ledger
     finally:
         ledger.close()
+
+
+def check_user(config: Config) -> None:
+    """Refuse to write into the spool as somebody else than the node: its files would be closed to the node.
+
+    The node's user is the one that made the inbox. Raises `typer.Exit`.
+    """
+    root = config.storage.root
+    place = next((path for path in (root / "inbox" / "incoming", root) if path.is_dir()), None)
+    if place is None or (owner := place.stat().st_uid) == os.geteuid():
+        return
+    name = _user(owner)
+    text = f"{place} belongs to user {name}, and this command runs as {_user(os.geteuid())}"
+    raise fail(f"error: {text}: the node could not read what it writes; run it as that user (sudo -u {name} ...)")
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:  # a container has ids without names
+        return f"#{uid}"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dicom_node.backup import backup_folder
-from dicom_node.cli.common import DEFAULT_CONFIG, ConfigPath, console, fail, local_time, opened_ledger, safe
+from dicom_node.cli.common import DEFAULT_CONFIG, ConfigPath, check_user, console, fail, local_time, opened_ledger, safe
 from dicom_node.config import load_config
 from storage.backup import backup_time, backups, check_file, ledger_file, make_backup, restore
 from storage.ledger import utc_now
@@ -45,6 +45,8 @@ def backup(
     """Make a backup now, beside those of every day. The node may be running."""
     loaded = load_config(config)
     file = ledger_file(loaded.ledger_url)
+    if to is None:
+        check_user(loaded)
     keep = max(loaded.storage.keep_backups, 1) + 1  # one that is asked for pushes no day's out
     made = make_backup(file, to or backup_folder(loaded), keep=keep, now=utc_now())
     console.print(safe(f"{made}: {made.stat().st_size / 1e6:.1f} MB, whole"), soft_wrap=True)
@@ -65,6 +67,7 @@ def restore_backup(
     target = ledger_file(loaded.ledger_url)
     if not file.is_file():
         raise fail(f"{file}: is not there")
+    check_user(loaded)
     unlock = lock_root(loaded.storage.root)
     try:
         aside = restore(file, target, now=utc_now())

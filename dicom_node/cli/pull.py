@@ -18,6 +18,7 @@ from dicom_node.cli.common import (
     AsJson,
     ConfigPath,
     cell,
+    check_user,
     console,
     fail,
     opened_ledger,
@@ -107,6 +108,7 @@ def _pull_all(
     root = config.storage.root
     if not root.is_dir():
         raise fail(f"error: [storage].root = {root}: is not there; the node makes it when it starts")
+    check_user(config)
     spool = Spool(root, min_free_bytes=config.intake.min_free_bytes, sync=config.intake.sync)
     with opened_ledger(config, create=True) as ledger, progress_bar() as bar:
         lines = _Lines(bar, len(wanted))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import pwd
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,3 +222,20 @@ def test_orthanc_is_asked_moves_and_is_got_from(tmp_path: Path) -> None:
             intake.pass_time(400)
             assert len(intake.jobs()) == 2
             assert console.rows("--accession", "ACC2", "--get")[0]["outcome"] == "present"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["pull", "--accession", "ACC1", "--get"], ["ledger", "backup"], ["ledger", "restore", "config.toml"]],
+)
+def test_who_is_not_the_nodes_user_is_told_which_user_to_be_and_writes_nothing(
+    console: Console, archive: FakeRetrieve, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.chdir(console.folder)
+    owner, root = os.geteuid(), console.intake.spool.root
+    before = sorted(root.rglob("*"))
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    done = CliRunner().invoke(app, [*command, "--config", "config.toml"])
+    assert done.exit_code == 1
+    assert f"belongs to user {pwd.getpwuid(owner).pw_name}" in done.stderr
+    assert (sorted(root.rglob("*")), archive.asked) == (before, [])
