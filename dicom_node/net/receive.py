@@ -24,7 +24,7 @@ from pynetdicom.fsm import InvalidEventError
 from pynetdicom.pdu_primitives import UserIdentityNegotiation
 
 from dicom_node.config import Config
-from dicom_node.net.associations import Association
+from dicom_node.net.associations import Association, sender
 from dicom_node.net.commitment import Take, answer_report
 from dicom_node.net.commitment_scp import CommitmentScp
 from dicom_node.net.peers import Admission, admit, peer_that_may, plain_address, shown
@@ -33,6 +33,7 @@ from dicom_node.net.security import ServerContext
 from dicom_node.net.status import LOCAL_LIMIT_EXCEEDED, NO_REASON_TRANSIENT, Rejection, Status, rejection
 from dicom_node.net.store import PLACEHOLDER_UID, Announced, Book, Notes, Store, fault_of, names_instance
 from dicom_node.net.stream import PduReader
+from dicom_node.net.thinning import without_numbers
 from storage.spool import Spool
 
 log = structlog.get_logger(__name__)
@@ -242,32 +243,32 @@ class Receiver:
         self._closed(assoc)
         assoc.acse.send_reject(decision.result, decision.source, decision.diagnostic)
         count = self._book.count_rejection(decision.code)
-        log.warning("association.rejected", code=decision.code, reason=decision.text, count=count)
-        repeated = self._store.repeats(decision.code, decision.text)
-        if repeated is not None:
-            details: dict[str, Any] = {"reason": decision.code, "repeated": repeated}
+        key = f"{decision.code} {plain_address(assoc.requestor.address)}"  # nothing that the caller chooses
+        thinned = self._store.thinned("association_rejected", key)
+        if thinned is not None:
+            log.warning("association.rejected", code=decision.code, reason=decision.text, count=count, **thinned)
+            details: dict[str, Any] = {"reason": decision.code, **thinned}
             if decision.config_lines:
                 details["config_lines"] = list(decision.config_lines)
             self._store.note("association_rejected", decision.text, details)
-        if repeated == 0:
-            for line in decision.config_lines:
+            for line in () if thinned["repeated"] else decision.config_lines:
                 log.warning("association.to_let_it_in", add_to_config=line)
         assoc.kill()  # waits until the rejection is sent and the peer closed (or the ARTIM timer ran out)
 
     def _too_many(self, text: str) -> None:
         """A connection was closed before it could ask for an association: somebody opens and says nothing."""
-        self._turned_away("connection_limit", text)
+        self._turned_away("connection_limit", text, text)
 
     def _on_tls_failure(self, address: str, reason: str) -> None:
-        self._turned_away("tls_failed", f"{shown(address)}: {reason}")
+        self._turned_away("tls_failed", f"{shown(address)}: {reason}", f"{address} {without_numbers(reason)}")
 
-    def _turned_away(self, code: str, text: str) -> None:
+    def _turned_away(self, code: str, text: str, key: str) -> None:
         """Nobody asked for an association yet: who it was is not known."""
         self._book.count_rejection(code)
-        repeated = self._store.repeats(code, text)
-        if repeated is not None:
-            log.warning("association.rejected", code=code, reason=text, repeated=repeated)
-            self._store.note("association_rejected", text, {"reason": code, "repeated": repeated})
+        thinned = self._store.thinned("association_rejected", f"{code} {key}")
+        if thinned is not None:
+            log.warning("association.rejected", code=code, reason=text, **thinned)
+            self._store.note("association_rejected", text, {"reason": code, **thinned})
 
     def _reap(self) -> None:
         """Give back the places of associations whose thread ended without an event (pynetdicom after a bad PDU)."""
@@ -300,12 +301,18 @@ class Receiver:
         self._note_dropped(association)
 
     def _note_dropped(self, association: Association) -> None:
+        """One event a minute for a sender and class: some open an association for each image."""
         for sop_class_uid, count in sorted(association.dropped.items()):
+            key = " ".join((*sender(association), sop_class_uid))
+            thinned = self._store.thinned("dropped_sop_class", key, count)
+            if thinned is None:
+                continue
+            count += thinned.pop("repeated")
             name = UID(sop_class_uid).name if UID(sop_class_uid).is_valid else shown(sop_class_uid)
             self._store.note(
                 "dropped_sop_class",
                 f"{count} instances of {name} from {shown(association.calling_ae)} were accepted and dropped: not CT",
-                {"sop_class_uid": sop_class_uid, "instances": count, "calling_ae": association.calling_ae},
+                {"sop_class_uid": sop_class_uid, "instances": count, "calling_ae": association.calling_ae, **thinned},
             )
 
     def _on_sop_common(self, event: Event) -> dict[UID, Any]:
@@ -341,9 +348,10 @@ class Receiver:
         status = answer_report(event, self._take_report)
         if status == Status.INVALID_ARGUMENT:
             caller = shown(self._calling_ae(event))
-            if (repeated := self._store.repeats("commitment_unknown", caller)) is not None:
+            thinned = self._store.thinned("commitment_unknown", plain_address(event.assoc.requestor.address))
+            if thinned is not None:
                 text = f"a commitment report of {caller} names no transaction that was asked for here"
-                self._store.note("commitment_unknown", text, {"repeated": repeated})
+                self._store.note("commitment_unknown", text, thinned)
         return status, None
 
     def _on_message(self, event: Event) -> None:

@@ -8,7 +8,6 @@ a sender without a status.
 from __future__ import annotations
 
 import struct
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,18 +17,17 @@ import structlog
 from pydicom.uid import UID, SegmentationStorage
 
 from dicom_node.config import Config
-from dicom_node.net.associations import Association
+from dicom_node.net.associations import Association, sender_of
 from dicom_node.net.peers import shown
 from dicom_node.net.scp import CT_CLASSES, IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicom_node.net.status import Status
+from dicom_node.net.thinning import Thinning
 from storage.errors import BadUid, NoSpace
 from storage.incoming_file import IncomingFile
 from storage.spool import Spool, check_uid
 
 log = structlog.get_logger(__name__)
 
-_REPEAT_S = 60.0  # a refusal that repeats is one ledger event a minute, with a count
-_MAX_REMEMBERED = 1000
 PLACEHOLDER_UID = "0.0"  # stands in a response for what was no UID
 
 
@@ -112,9 +110,7 @@ class Store:
         self.max_bytes = config.intake.max_instance_bytes
         self._notes = notes
         self._kept = kept_classes(config)
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._refusals: dict[tuple[str, str], tuple[float, int]] = {}
+        self.thinned = Thinning(clock).told
 
     def arrival(self, token: str, calling_ae: str, announced: Announced, *, size: int = 0) -> Arrival:
         """An instance begins to arrive on the association `token`; `size` is its length in bytes where it is known."""
@@ -130,19 +126,6 @@ class Store:
             self._notes.note("", code, text, details=details)
         except Exception:
             log.exception("ledger.note_failed", code=code)
-
-    def repeats(self, code: str, text: str) -> int | None:
-        """How often this refusal was left out since its last event; None: leave it out again."""
-        now = self._clock()
-        with self._lock:
-            if len(self._refusals) >= _MAX_REMEMBERED:
-                self._refusals.clear()
-            last, left_out = self._refusals.get((code, text), (now - _REPEAT_S, 0))
-            if now - last < _REPEAT_S:
-                self._refusals[code, text] = (last, left_out + 1)
-                return None
-            self._refusals[code, text] = (now, 0)
-            return left_out
 
 
 class Arrival:
@@ -241,10 +224,11 @@ class Arrival:
     def _note_refusal(self, answer: Answer) -> None:
         store, status = self._store, f"0x{answer.status:04X}"
         store.book.refused(self._token, int(answer.status))
-        if (repeated := store.repeats(status, f"{self._token} {answer.comment}")) is not None:
+        whom = sender_of(self._token)[1] or self._calling_ae
+        if (thinned := store.thinned("store_refused", f"{whom} {status} {answer.comment}")) is not None:
             reason = self._announced.fault or answer.comment
             text = f"an instance from {shown(self._calling_ae)} was refused: {reason}"
-            store.note("store_refused", text, {"status": status, "repeated": repeated})
+            store.note("store_refused", text, {"status": status, **thinned})
 
 
 def _refused_uid(fault: str) -> Answer:

@@ -31,7 +31,7 @@ from dicom_node.net.command import Malformed
 from dicom_node.net.negotiation import ASSOCIATE_RQ, readable_request
 from dicom_node.net.pace import Pace, TooSlow, sleep_unless
 from dicom_node.net.passing import Passing, checked, few, grown, has_data_set, packed, text_of
-from dicom_node.net.peers import shown
+from dicom_node.net.peers import plain_address, shown
 from dicom_node.net.scp import is_storage_class
 from dicom_node.net.store import (
     PLACEHOLDER_UID,
@@ -42,6 +42,7 @@ from dicom_node.net.store import (
     fault_of,
     names_instance,
 )
+from dicom_node.net.thinning import without_numbers
 
 log = structlog.get_logger(__name__)
 
@@ -435,11 +436,12 @@ class PduReader:
         self._dul.socket.close()  # tells the state machine
 
     def _tell(self, code: str, reason: str) -> None:
-        """Why we end this association: a line in the log, and an event a minute."""
+        """Why we end this association: an event and a line in the log, thinned."""
         caller = shown(str(self._assoc.requestor.ae_title))
-        log.warning(f"association.{code}", calling_ae=caller, reason=reason)
-        if (repeated := self._store.repeats(code, f"{caller} {reason}")) is not None:
-            self._store.note(code, f"{caller}: {reason}: aborted", {"repeated": repeated})
+        address = plain_address(self._assoc.requestor.address)
+        if (thinned := self._store.thinned(code, f"{address} {without_numbers(reason)}")) is not None:
+            log.warning(f"association.{code}", calling_ae=caller, address=address, reason=reason, **thinned)
+            self._store.note(code, f"{caller}: {reason}: aborted", thinned)
 
 
 def store_response(request: Request, answer: Answer) -> bytes:

@@ -33,8 +33,8 @@ from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import encode
 
-from dicom_node.net.store import file_header
 from dicom_node.net.scp import ct_transfer_syntaxes
+from dicom_node.net.store import file_header
 
 VERIFICATION = "1.2.840.10008.1.1"
 PRIVATE_STORAGE = "1.3.12.2.1107.5.9.1"  # Siemens CSA non-image: comes along with many CT studies
@@ -118,6 +118,19 @@ def test_a_rejection_that_repeats_is_one_event(intake: Intake) -> None:
     intake.wait(lambda: intake.registry.counts().get("rejected_calling_ae_unknown") == 3)
     intake.wait(lambda: "association_rejected" in intake.event_codes())
     assert intake.event_codes() == ["association_rejected"]
+
+
+def test_one_event_for_all_the_titles_that_an_address_calls_itself(intake: Intake) -> None:
+    with structlog.testing.capture_logs() as logs:
+        for number in range(5):
+            rejection(intake, calling_ae=f"STRANGER{number}")
+        intake.wait(lambda: intake.registry.counts().get("rejected_calling_ae_unknown") == 5)
+        intake.wait(lambda: "association_rejected" in intake.event_codes())
+        intake.clock.now += 61
+        rejection(intake, calling_ae="STRANGER5")
+        intake.wait(lambda: intake.event_codes().count("association_rejected") == 2)
+    assert sorted(event.details["repeated"] for event in intake.ledger.search_events()) == [0, 4]
+    assert [line["event"] for line in logs].count("association.to_let_it_in") == 7
 
 
 def test_a_foreign_address_is_rejected(tmp_path: Path) -> None:
@@ -248,6 +261,17 @@ def test_what_we_do_not_use_is_accepted_dropped_and_counted_once(intake: Intake)
     intake.wait(lambda: intake.event_codes().count("dropped_sop_class") == 3)
     counts = {e.details["sop_class_uid"]: e.details["instances"] for e in intake.ledger.search_events()}
     assert counts == {SecondaryCaptureImageStorage: 3, BasicTextSRStorage: 3, PRIVATE_STORAGE: 3}
+
+
+def test_an_association_for_each_dropped_instance_is_one_event_a_minute(intake: Intake) -> None:
+    for _ in range(2):
+        for _ in range(3):
+            with intake.association([(SecondaryCaptureImageStorage, ())]) as assoc:
+                assoc.send_c_store(photograph(SecondaryCaptureImageStorage))
+        intake.wait(lambda: "dropped_sop_class" in intake.event_codes())
+        intake.clock.now += 61
+    intake.wait(lambda: intake.event_codes().count("dropped_sop_class") == 2)
+    assert sorted(event.details["instances"] for event in intake.ledger.search_events()) == [1, 3]
 
 
 def test_a_query_class_is_not_accepted(intake: Intake) -> None:
