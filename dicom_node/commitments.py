@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 import structlog
 
 from dicom_node.config import Config, PeerConfig
-from dicom_node.net.commitment_scp import Verdict, judge, note_reported, send_report
+from dicom_node.net.commitment_scp import SORTED_WITHIN_S, Verdict, is_coming, judge, note_reported, send_report
 from dicom_node.net.link import RequestOutcome, Timeouts
 from dicom_node.net.peers import shown
 from dicom_node.net.store import Notes, kept_classes
@@ -54,7 +54,7 @@ class CommitmentReporter:
         for request in self._asked.waiting():
             if self._stopping:
                 break
-            if request.peer in unreachable or not self._is_due(request):
+            if request.peer in unreachable or not self._is_due(request) or self._waits(request):
                 continue
             outcome = self._report(request)
             taken += outcome.ok
@@ -66,6 +66,11 @@ class CommitmentReporter:
         """A time that no pause explains comes of a clock that was set back: due now."""
         wait = request.due - self._clock()
         return wait <= timedelta() or wait > timedelta(seconds=max(self._config.commitment.max_retry_s, 60.0))
+
+    def _waits(self, request: Asked) -> bool:
+        """For the assembler, within bounds: what it has not looked at may yet go to quarantine."""
+        within = timedelta() <= self._clock() - request.asked < timedelta(seconds=SORTED_WITHIN_S)
+        return within and is_coming(request, self._spool)
 
     def _report(self, request: Asked) -> RequestOutcome:
         peer = next((one for one in self._config.peers if one.name == request.peer), None)

@@ -211,7 +211,7 @@ class Spool:
         """
         wanted = {check_uid(uid) for uid in sop_instance_uids}
         found = self.find_incoming(wanted)
-        missing = {f"{uid}.dcm" for uid in wanted - found.keys()}
+        missing = {f"{uid}.dcm" for uid in wanted}  # what came twice is told where it was sorted to
         for top, inner in ((self._series, "."), (self._segmentations, "."), (self._work, "ct")):
             for folder in _newest_first(top) if missing else ():
                 if not missing:
@@ -221,6 +221,10 @@ class Spool:
                     found |= {name.removesuffix(".dcm"): folder / inner / name for name in here}
                     missing -= here
         return found
+
+    def is_incoming(self, path: Path) -> bool:
+        """Whether a path that `find_instances` gave waits for the assembler, which may yet put it into quarantine."""
+        return path.is_relative_to(self._incoming)
 
     def find_incoming(self, sop_instance_uids: Collection[str]) -> dict[str, Path]:
         """Which of these instances the assembler has not looked at yet, and where they lie, by UID."""

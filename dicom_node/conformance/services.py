@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dicom_node.config import Config, PeerConfig
 from dicom_node.conformance.markdown import table, text
-from dicom_node.net.commitment_scp import MOST_REFERENCES, SAME_ASSOCIATION_AFTER_S, describe
+from dicom_node.net.commitment_scp import MOST_REFERENCES, SAME_ASSOCIATION_AFTER_S, SORTED_WITHIN_S, describe
 
 _SAID = {
     "": "every instance came",
@@ -30,7 +30,8 @@ def commitment_for_peers(config: Config) -> list[str]:
             the association of the request when that is open and quiet {SAME_ASSOCIATION_AFTER_S:g} s later, else on one
             that we open to the peer, in the role of SCP. It is sent again after {rules.first_retry_s:g} to
             {rules.max_retry_s:g} s, at most {rules.max_attempts} times, also after a restart. Committed means that the
-            instance is durable here at the moment of the report. It is removed after `keep_inputs_days`, here
+            instance is durable here at the moment of the report, and sorted into its series, for which the report waits
+            up to {SORTED_WITHIN_S:g} s. It is removed after `keep_inputs_days`, here
             {config.storage.keep_inputs_days:g}: this node is no archive, and nobody should delete on its word."""
         ),
         *table(("Failure Reason", "when"), describe()),

@@ -4,7 +4,9 @@ The answer to its N-ACTION says only that the request is kept, durably. The repo
 association where that stays open and quiet, which `CommitmentScp` sees to in the process that received the request;
 else over one of ours (`send_report`), which is the node's matter (`dicom_node.commitments`).
 
-Held means: durable in the spool at the moment of the report. Retention removes it later, as it does any input.
+Held means: durable in the spool at the moment of the report, and sorted into its series: what the assembler has not
+looked at may yet go to quarantine, so that a report waits for it (`is_coming`). Retention removes it later, as it does
+any input.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import IntEnum
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -43,9 +46,12 @@ log = structlog.get_logger(__name__)
 MOST_REFERENCES = 100_000  # in one request: far above any study
 SAME_ASSOCIATION_AFTER_S = 1.0  # of quiet: who releases the association at once is told on another one
 SAME_ASSOCIATION_ANSWER_S = 10.0  # for the requestor's answer to a report there
+SAME_ASSOCIATION_SORTED_S = 5.0  # for the assembler to look at what was asked for; then the node waits
+SORTED_WITHIN_S = 300.0  # of the request; what still waits then is reported as not held
 HANDED_OVER_S = 60.0  # then the node reports, whatever became of the association
 _JOIN_S = 15.0
 _SLICE_S = 0.05
+_LOOK_EVERY_S = 0.2
 _EVENT_ALL_HELD, _EVENT_FAILURES = 1, 2  # Event Type IDs (table J.3-2)
 
 
@@ -59,7 +65,7 @@ class FailureReason(IntEnum):
 
 
 FAILURES: Mapping[FailureReason, str] = {
-    FailureReason.PROCESSING_FAILURE: "the file is there, and cannot be read",
+    FailureReason.PROCESSING_FAILURE: "the file is there, and cannot be read or was not sorted in time",
     FailureReason.NO_SUCH_INSTANCE: "it is not here: never received, in quarantine, or removed by retention",
     FailureReason.CLASS_INSTANCE_CONFLICT: "it is here with another SOP class",
     FailureReason.CLASS_NOT_SUPPORTED: "instances of this SOP class are not kept",
@@ -99,12 +105,17 @@ class RequestRefused(ValueError):
 # ---- what we hold
 
 
+def is_coming(request: Asked, spool: Spool) -> bool:
+    """Whether something of a request waits for the assembler, which has it held or put into quarantine."""
+    return bool(spool.find_incoming({uid for _, uid in request.references}))
+
+
 def judge(request: Asked, spool: Spool, kept: frozenset[Any]) -> Verdict:
-    """Look for every instance of a request in the spool, now."""
+    """Look for every instance of a request in the spool, now. What waits for the assembler is not held."""
     there = spool.find_instances(uid for _, uid in request.references)
     held, failed = [], []
     for sop_class, uid in request.references:
-        reason = _fault(sop_class, uid, there, kept)
+        reason = _fault(sop_class, uid, there.get(uid), spool, kept)
         if reason is None:
             held.append((sop_class, uid))
         else:
@@ -112,14 +123,18 @@ def judge(request: Asked, spool: Spool, kept: frozenset[Any]) -> Verdict:
     return Verdict(transaction_uid=request.transaction_uid, held=tuple(held), failed=tuple(failed))
 
 
-def _fault(sop_class: str, uid: str, there: Mapping[str, Any], kept: frozenset[Any]) -> FailureReason | None:
-    path = there.get(uid)
+def _fault(
+    sop_class: str, uid: str, path: Path | None, spool: Spool, kept: frozenset[Any], *, again: bool = True
+) -> FailureReason | None:
     if path is None:
         return FailureReason.NO_SUCH_INSTANCE if sop_class in kept else FailureReason.CLASS_NOT_SUPPORTED
+    if spool.is_incoming(path):
+        return FailureReason.PROCESSING_FAILURE
     try:
         actual = read_part10(path).sop_class_uid
-    except FileNotFoundError:  # it went on to its series or its job since, by a rename
-        return None
+    except FileNotFoundError:  # it went on to its job since, by a rename, or it was removed
+        now = spool.find_instances([uid]).get(uid) if again else None
+        return _fault(sop_class, uid, now, spool, kept, again=False)
     except Exception:  # the disk, or a file that somebody changed
         log.exception("commitment.unreadable", sop_instance_uid=uid)
         return FailureReason.PROCESSING_FAILURE
@@ -254,11 +269,19 @@ class CommitmentScp:
             except Exception:
                 log.exception("commitment.report_failed", transaction_uid=request.transaction_uid)
 
+    def _is_sorted(self, assoc: Any, request: Asked, sent: float) -> bool:
+        """Whether the assembler has looked at all that was asked for, soon enough for this association."""
+        while is_coming(request, self._spool):
+            late = time.monotonic() >= sent + SAME_ASSOCIATION_SORTED_S
+            if late or not assoc.is_established or self._stopping.wait(_LOOK_EVERY_S):
+                return False
+        return True
+
     def _report(self, assoc: Any, request: Asked, sent: float) -> None:
         now = self._clock()
         if self._asked.get(request.key) is None or request.due - now < timedelta(seconds=SAME_ASSOCIATION_ANSWER_S):
             return  # reported already, or the node is about to
-        if assoc.is_established and assoc.pdu_reader.heard_at <= sent:
+        if self._is_sorted(assoc, request, sent) and assoc.is_established and assoc.pdu_reader.heard_at <= sent:
             verdict = judge(request, self._spool, self._kept)
             assoc.dimse_timeout = min(assoc.dimse_timeout or SAME_ASSOCIATION_ANSWER_S, SAME_ASSOCIATION_ANSWER_S)
             trouble = report_on(assoc, verdict, "the requestor")

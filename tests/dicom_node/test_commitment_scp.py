@@ -30,6 +30,7 @@ from dicom_node.net.part10 import read_part10
 from dicom_node.net.receive import Receiver
 from dicom_node.net.status import Status
 from dicom_node.net.store import kept_classes
+from dicom_node.node import Ticker
 from storage import asked as asked_module
 from storage.asked import Asked, AskedCommitments
 from storage.errors import NoSpace, StaleState
@@ -183,10 +184,38 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     modality.stop()
 
 
+@pytest.fixture
+def sorting(desk: Desk) -> Iterator[None]:
+    """The assembler at work."""
+    ticker = Ticker("assembler", desk.intake.assembler.tick, 0.05)
+    ticker.start()
+    yield
+    ticker.stop()
+
+
 # ---- over the network
 
 
-def test_a_requestor_that_stays_is_told_on_the_same_association(desk: Desk) -> None:
+def test_what_the_assembler_has_not_looked_at_is_not_reported_and_what_it_refuses_is_not_held(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commitment_scp, "SAME_ASSOCIATION_SORTED_S", 0.4)
+    desk.intake.put(desk.paths[:2])
+    broken = desk.references[1][1]
+    desk.intake.spool.find_instances([broken])[broken].write_bytes(b"no DICOM at all")
+    desk.modality.listen()
+    assert desk.modality.ask(desk.intake.port, desk.references[:2]) == 0x0000
+    desk.intake.wait(lambda: desk.asked.waiting()[0].due <= datetime.now(UTC))
+    assert (desk.reporter().tick(), desk.modality.reports) == (0, [])
+    assert len(desk.asked.waiting()) == 1
+    desk.intake.assembler.tick()
+    assert desk.reporter().tick() == 1
+    report = desk.modality.wait()
+    assert committed(report) == {desk.references[0][1]}
+    assert failures(report) == {broken: FailureReason.NO_SUCH_INSTANCE}
+
+
+def test_a_requestor_that_stays_is_told_on_the_same_association(desk: Desk, sorting: None) -> None:
     desk.intake.put(desk.paths)
     assert desk.modality.ask(desk.intake.port, desk.references, wait=True) == 0x0000
     report = desk.modality.reports[0]
@@ -196,7 +225,7 @@ def test_a_requestor_that_stays_is_told_on_the_same_association(desk: Desk) -> N
     assert "commitment_reported" in desk.intake.event_codes()
 
 
-def test_what_was_stored_a_moment_ago_on_the_same_association_is_held(desk: Desk) -> None:
+def test_what_was_stored_a_moment_ago_on_the_same_association_is_held(desk: Desk, sorting: None) -> None:
     assert desk.modality.ask(desk.intake.port, desk.references, wait=True, store=desk.paths) == 0x0000
     assert committed(desk.modality.reports[0]) == {uid for _, uid in desk.references}
     assert desk.modality.ways == ["same"]
@@ -204,6 +233,7 @@ def test_what_was_stored_a_moment_ago_on_the_same_association_is_held(desk: Desk
 
 def test_a_requestor_that_goes_is_told_on_an_association_of_ours(desk: Desk) -> None:
     desk.intake.put(desk.paths[:3])
+    desk.intake.assembler.tick()
     desk.modality.listen()
     assert desk.modality.ask(desk.intake.port, [*desk.references, (MRImageStorage, "1.2.9")]) == 0x0000
     desk.intake.wait(lambda: desk.asked.waiting()[0].due <= datetime.now(UTC))  # handed over
@@ -217,6 +247,7 @@ def test_a_requestor_that_goes_is_told_on_an_association_of_ours(desk: Desk) -> 
 
 def test_a_request_outlives_a_restart_and_an_absent_requestor(desk: Desk) -> None:
     desk.intake.put(desk.paths)
+    desk.intake.assembler.tick()
     assert desk.modality.ask(desk.intake.port, desk.references) == 0x0000
     desk.intake.wait(lambda: desk.asked.waiting()[0].due <= datetime.now(UTC))
     desk.intake.receiver.stop()  # all that is left is the spool
@@ -229,7 +260,7 @@ def test_a_request_outlives_a_restart_and_an_absent_requestor(desk: Desk) -> Non
     assert committed(desk.modality.wait()) == {uid for _, uid in desk.references}
 
 
-def test_both_roles_may_be_proposed_at_once(desk: Desk) -> None:
+def test_both_roles_may_be_proposed_at_once(desk: Desk, sorting: None) -> None:
     desk.intake.put(desk.paths)
     assert desk.modality.ask(desk.intake.port, desk.references, wait=True, both_roles=True) == 0x0000
 
@@ -287,7 +318,7 @@ def reasons(desk: Desk, references: Sequence[tuple[str, str]]) -> list[int]:
 
 def test_an_instance_is_held_wherever_its_file_goes_until_it_is_removed(desk: Desk) -> None:
     desk.intake.put(desk.paths)
-    assert reasons(desk, desk.references) == []  # incoming
+    assert reasons(desk, desk.references) == [FailureReason.PROCESSING_FAILURE] * 4  # it may yet go to quarantine
     desk.intake.assembler.tick()
     assert reasons(desk, desk.references) == []  # of a series
     job = desk.intake.job()
@@ -296,6 +327,44 @@ def test_an_instance_is_held_wherever_its_file_goes_until_it_is_removed(desk: De
     desk.intake.spool.quarantine(desk.intake.spool.ct_files(job.id)[0], "different_content")
     assert reasons(desk, desk.references) == [FailureReason.NO_SUCH_INSTANCE]
     desk.intake.spool.discard_work(job.id)
+    assert reasons(desk, desk.references) == [FailureReason.NO_SUCH_INSTANCE] * 4
+
+
+def test_what_is_never_sorted_is_reported_after_a_while_as_not_held(desk: Desk) -> None:
+    desk.intake.put(desk.paths)
+    desk.asked.add(request_for(desk.references))
+    outbox = Outbox(("", False))
+    for seconds, told in ((0, 0), (299, 0), (301, 1)):
+        now = NOW + timedelta(seconds=seconds)
+        assert desk.reporter(send=outbox, clock=lambda now=now: now).tick() == told
+    [verdict] = outbox.verdicts
+    assert {reason for _, _, reason in verdict.failed} == {FailureReason.PROCESSING_FAILURE}
+    assert verdict.held == ()
+
+
+def test_a_file_that_is_gone_when_it_is_read_is_looked_for_once_more(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.intake.put(desk.paths)
+    desk.intake.assembler.tick()
+    spool, job = desk.intake.spool, desk.intake.job()
+    find, read = spool.find_instances, commitment_scp.read_part10
+
+    def moves(path: Path) -> Any:
+        monkeypatch.setattr(commitment_scp, "read_part10", read)
+        spool.take_series(job.id, job.info.series_uid)
+        return read(path)
+
+    monkeypatch.setattr(commitment_scp, "read_part10", moves)
+    assert reasons(desk, desk.references) == []
+    assert set(find([uid for _, uid in desk.references]).values()) == set(spool.ct_files(job.id))
+
+    def vanishes(path: Path) -> Any:
+        monkeypatch.setattr(commitment_scp, "read_part10", read)
+        spool.discard_work(job.id)
+        return read(path)
+
+    monkeypatch.setattr(commitment_scp, "read_part10", vanishes)
     assert reasons(desk, desk.references) == [FailureReason.NO_SUCH_INSTANCE] * 4
 
 
@@ -308,6 +377,7 @@ def test_what_is_being_removed_is_not_held(desk: Desk) -> None:
 
 def test_an_instance_of_another_class_is_a_conflict_and_a_broken_file_a_failure(desk: Desk) -> None:
     desk.intake.put(desk.paths)
+    desk.intake.assembler.tick()
     (_, uid), (_, other) = desk.references[:2]
     desk.intake.spool.find_instances([other])[other].write_bytes(b"no longer DICOM")
     found = reasons(desk, [(MRImageStorage, uid), (CTImageStorage, other)])
