@@ -9,7 +9,7 @@ from pathlib import Path
 import structlog
 
 from dicom_node.config import Config
-from storage.backup import backup_time, backups, is_due, ledger_file, make_backup
+from storage.backup import backup_time, backups, by_now, is_due, ledger_file, make_backup
 from storage.errors import LedgerError, NoSpace
 from storage.ledger import Ledger, utc_now
 
@@ -37,9 +37,9 @@ class Backups:
         """Make the backup that is due. A failure is told once for each reason, and tried again at the next tick."""
         if self._file is None:
             return
-        found = backups(self._folder)
-        newest = backup_time(found[-1]) if found else None
         now = self._clock()
+        found = by_now(backups(self._folder), now)
+        newest = backup_time(found[-1]) if found else None
         if not is_due(newest, now.astimezone(), self._at):
             return
         try:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
@@ -24,6 +24,8 @@ from storage.errors import LedgerDamaged, LedgerError, NoSpace
 _BACKUP = re.compile(r"ledger-(\d{8}T\d{6}Z)\.sqlite")
 _STAMP = "%Y%m%dT%H%M%SZ"
 _SHOWN_PROBLEMS = 5
+_AHEAD = timedelta(hours=1)  # a backup of later than this is of a clock that was wrong
+_IN_USE_MS = 1000  # so long somebody may still have a ledger open that is to be replaced
 _SIDE_FILES = ("-wal", "-shm")
 
 
@@ -75,6 +77,11 @@ def backup_time(backup: Path) -> datetime:
     return datetime.strptime(found[1], _STAMP).replace(tzinfo=UTC)
 
 
+def by_now(found: Sequence[Path], now: datetime) -> list[Path]:
+    """Those of `backups` that are not of the future: a clock that was wrong made the others."""
+    return [backup for backup in found if backup_time(backup) <= now + _AHEAD]
+
+
 def is_due(newest: datetime | None, now: datetime, at: time) -> bool:
     """Whether a day's backup is missing. `now` is aware and in the zone of `at`, the time of day.
 
@@ -83,13 +90,15 @@ def is_due(newest: datetime | None, now: datetime, at: time) -> bool:
     planned = datetime.combine(now.date(), at, now.tzinfo)
     if planned > now:
         planned -= timedelta(days=1)
-    return newest is None or newest < planned or newest > now + timedelta(hours=1)
+    return newest is None or newest < planned or newest > now + _AHEAD
 
 
 def make_backup(file: Path, folder: Path, *, keep: int, now: datetime) -> Path:
     """Copy the ledger into `folder`, check the copy, remove all but the `keep` newest; where it is.
 
-    Raises `LedgerDamaged` (the ledger, or the copy: then nothing is removed), `NoSpace`, `LedgerError`.
+    Those of the future are counted by themselves, the `keep` newest too: whichever clock was wrong, then or now, the
+    backups of the right one stay. Raises `LedgerDamaged` (the ledger, or the copy: then nothing is removed), `NoSpace`,
+    `LedgerError`.
     """
     try:
         make_folder(folder)
@@ -97,16 +106,20 @@ def make_backup(file: Path, folder: Path, *, keep: int, now: datetime) -> Path:
         raise LedgerError(f"backup folder {folder}: {error.strerror}") from error
     target = folder / f"ledger-{now.astimezone(UTC).strftime(_STAMP)}.sqlite"
     _copy(file, target)
-    for old in backups(folder)[: -max(keep, 1)]:
-        old.unlink(missing_ok=True)
+    found = backups(folder)
+    past = by_now(found, now)
+    for group in (past, [backup for backup in found if backup not in past]):
+        for old in group[: -max(keep, 1)]:
+            old.unlink(missing_ok=True)
     return target
 
 
 def restore(backup: Path, file: Path, *, now: datetime) -> Path | None:
     """Put a backup in the ledger's place; nobody may have it open. Where the former ledger is now, None without one.
 
-    The ledger is the former one or the backup at any instant, also when this is killed. Raises `LedgerDamaged` for a
-    backup that is none, before anything is changed, and `NoSpace`.
+    The ledger is the former one or the backup at any instant, also when this is killed; a former one that is damaged
+    may lose its log of changes to the name it gets. Raises `LedgerDamaged` for a backup that is none and `LedgerError`
+    for a ledger that somebody has open, before anything is changed, and `NoSpace`.
     """
     check_file(backup, full=True)
     fresh = temp_beside(file)
@@ -124,6 +137,12 @@ def _put_aside(file: Path, now: datetime) -> Path | None:
     """A second name for the former ledger; its log of changes must be gone before another file has its name."""
     if not file.exists():
         return None
+    try:
+        _take_in_log(file)
+    except LedgerError as error:
+        if getattr(error.__cause__, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
+            raise
+        # damaged, or its disk is: what its log has cannot be taken in, and goes aside with it
     aside = file.with_name(f"{file.name}.before-{now.astimezone(UTC).strftime(_STAMP)}")
     aside.unlink(missing_ok=True)
     aside.hardlink_to(file)
@@ -132,6 +151,13 @@ def _put_aside(file: Path, now: datetime) -> Path | None:
             file.with_name(file.name + ending).rename(aside.with_name(aside.name + ending))
     fsync_folder(file.parent)
     return aside
+
+
+def _take_in_log(file: Path) -> None:
+    """Bring what the log has into the ledger itself and remove the log: SQLite does it only when nobody else is in."""
+    with _opened(file, "rw") as connection:
+        connection.execute(f"PRAGMA busy_timeout = {_IN_USE_MS}")
+        connection.execute("PRAGMA journal_mode = DELETE")
 
 
 def _copy(source: Path, target: Path) -> None:

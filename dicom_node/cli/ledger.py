@@ -10,7 +10,7 @@ import typer
 from dicom_node.backup import backup_folder
 from dicom_node.cli.common import DEFAULT_CONFIG, ConfigPath, check_user, console, fail, local_time, opened_ledger, safe
 from dicom_node.config import load_config
-from storage.backup import backup_time, backups, check_file, ledger_file, make_backup, restore
+from storage.backup import backup_time, backups, by_now, check_file, ledger_file, make_backup, restore
 from storage.ledger import utc_now
 
 app = typer.Typer(help="Check, back up and restore the ledger.", no_args_is_help=True)
@@ -31,7 +31,8 @@ def check(
     console.print(safe(f"ledger {file}: whole, {size / 1e6:.1f} MB"), soft_wrap=True)
     found = backups(backup_folder(loaded))
     if found:
-        newest = f"the newest {found[-1]} of {local_time(backup_time(found[-1]))}"
+        latest = (by_now(found, utc_now()) or found)[-1]
+        newest = f"the newest {latest} of {local_time(backup_time(latest))}"
         console.print(safe(f"backups: {len(found)}, {newest}"), soft_wrap=True)
     else:
         console.print(safe(f"backups: none in {backup_folder(loaded)}"), soft_wrap=True)

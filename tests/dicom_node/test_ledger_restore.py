@@ -21,7 +21,8 @@ from dicom_node.cli.app import app
 from dicom_node.config import load_config
 from dicom_node.engine.local import LocalEngine
 from dicom_node.node import Node, lock_root
-from storage.backup import backups, make_backup, restore
+from dicom_node.trial import TEST_NAME, announce
+from storage.backup import backup_time, backups, make_backup, restore
 from storage.errors import LedgerDamaged
 from storage.ledger import open_ledger
 from storage.records import JobState
@@ -190,6 +191,58 @@ def test_input_that_cannot_be_read_does_not_hold_the_start_up(place: Place) -> N
     assert [line["job_id"] for line in logged if line["event"] == "job.not_adopted"] == ["cd" * 16]
 
 
+# ---- a test, and who sent it
+
+
+def labeled(files: list[Path]) -> list[Path]:
+    for path in files:
+        ds = dcmread(path)
+        ds.PatientName, ds.QualityControlImage = TEST_NAME, "YES"
+        ds.save_as(path)
+    return files
+
+
+@pytest.mark.parametrize("chosen", [False, True], ids=["in the inbox", "queued"])
+def test_a_test_study_whose_announcement_is_lost_is_sent_nowhere(
+    place: Place, ct: Callable[[], list[Path]], chosen: bool
+) -> None:
+    node = place.start()
+    backup = place.backup()
+    files = labeled(ct())
+    announce(node.ledger, str(dcmread(files[0]).StudyInstanceUID), "pacs")
+    node.receive(files)
+    node.assembler.tick()
+    if chosen:
+        node.step_to_queued()
+        assert [job.state for job in node.jobs()] == [JobState.QUEUED]
+    place.restore(backup)
+    node = place.start()
+    node.run_to_end()
+    [job] = node.jobs()
+    assert (job.state, job.reason_code) == (JobState.REJECTED, "unannounced_test")
+    node.ledger.retry(job.id)
+    node.run_to_end()
+    assert [one.state for one in node.jobs()] == [JobState.DONE]
+    assert place.pacs.contents() == {}
+
+
+@pytest.mark.parametrize("chosen", [False, True], ids=["in the inbox", "queued"])
+def test_a_series_that_nothing_but_the_spool_knows_still_has_its_sender(
+    place: Place, ct: Callable[[], list[Path]], chosen: bool
+) -> None:
+    node = place.start()
+    backup = place.backup()
+    node.receive(ct())
+    node.assembler.tick()
+    if chosen:
+        node.step_to_queued()
+    place.restore(backup)
+    node = place.start()
+    node.run_to_end()
+    [job] = node.jobs()
+    assert (job.info.calling_ae, job.info.peer_address) == ("PACS", "127.0.0.1")
+
+
 # ---- every day
 
 
@@ -208,6 +261,35 @@ def test_a_backup_is_made_once_a_day_and_a_failure_is_told_once(place: Place) ->
     keeper.tick()
     [told] = node.ledger.search_events(code="backup_failed")
     assert "backup folder" in told.text
+
+
+def test_a_backup_of_the_future_pushes_no_good_one_out(place: Place) -> None:
+    node = place.start()
+    config = small_config(place.root, storage={"root": str(place.root), "keep_backups": 2})
+    folder = backup_folder(config)
+    for ahead in (-2, -1, 3000):
+        make_backup(place.file, folder, keep=9, now=NOW + timedelta(days=ahead))
+    now = [NOW]
+    keeper = Backups(config, node.ledger, clock=lambda: now[0])
+    for minutes in range(0, 60, 5):
+        now[0] = NOW + timedelta(minutes=minutes)
+        keeper.tick()
+    assert [backup_time(one) for one in backups(folder)] == [NOW + timedelta(days=n) for n in (-1, 0, 3000)]
+
+
+def test_a_clock_that_fell_back_pushes_no_good_backup_out(place: Place) -> None:
+    node = place.start()
+    config = small_config(place.root, storage={"root": str(place.root), "keep_backups": 2})
+    folder = backup_folder(config)
+    for day in range(2):
+        make_backup(place.file, folder, keep=9, now=NOW + timedelta(days=day))
+    now = [NOW]
+    keeper = Backups(config, node.ledger, clock=lambda: now[0])
+    for day in range(5):
+        now[0] = NOW - timedelta(days=10000 - day)
+        keeper.tick()
+    assert [backup_time(one) for one in backups(folder)][-2:] == [NOW, NOW + timedelta(days=1)]
+    assert len(backups(folder)) == 4
 
 
 def test_no_backups_are_made_where_none_are_wanted_or_the_database_has_its_own(place: Place) -> None:

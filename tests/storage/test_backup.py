@@ -190,6 +190,55 @@ def test_the_log_of_a_killed_node_is_never_applied_to_the_restored_ledger(ledger
     former.close()
 
 
+def test_a_restore_that_is_killed_at_the_last_step_leaves_the_former_ledger_with_all_that_was_written(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ledger.sqlite"
+    queued(ledger)
+    backup = make_backup(file, tmp_path / "backups", keep=3, now=NOW)
+    ledger.close()
+    kill_after_writing(default_url(tmp_path))
+    real = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if target == file:
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            restore(backup, file, now=NOW)
+    again = open_ledger(default_url(tmp_path))
+    assert len(again.find(JobFilter())) == 31
+    again.close()
+
+
+def test_nothing_is_restored_over_a_ledger_that_somebody_has_open(ledger: Ledger, tmp_path: Path) -> None:
+    file = tmp_path / "ledger.sqlite"
+    queued(ledger)
+    backup = make_backup(file, tmp_path / "backups", keep=3, now=NOW)
+    queued(ledger, "1.2.9")
+    with pytest.raises(LedgerError, match="locked"):
+        restore(backup, file, now=NOW)
+    assert len(ledger.find(JobFilter())) == 2
+
+
+def test_a_damaged_ledger_with_a_log_is_put_aside_with_it(ledger: Ledger, tmp_path: Path) -> None:
+    file = tmp_path / "ledger.sqlite"
+    job = queued(ledger)
+    backup = make_backup(file, tmp_path / "backups", keep=3, now=NOW)
+    ledger.close()
+    kill_after_writing(default_url(tmp_path))
+    with file.open("r+b") as damaged:
+        damaged.write(b"no database at all")
+    file.with_name("ledger.sqlite-wal").write_bytes(b"nor a log of one")
+    restore(backup, file, now=NOW)
+    again = open_ledger(default_url(tmp_path))
+    assert [one.id for one in again.find(JobFilter())] == [job.id]
+    again.close()
+
+
 def test_a_ledger_whose_log_was_removed_is_whole_and_lacks_only_what_was_in_it(ledger: Ledger, tmp_path: Path) -> None:
     job = queued(ledger)
     ledger.close()
