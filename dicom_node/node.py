@@ -39,7 +39,7 @@ from dicom_node.net.receivers import ReceiverPool
 from dicom_node.net.security import SecurityError, server_context, warn_of_ends
 from dicom_node.notify import Notifier
 from dicom_node.proof import Prover
-from dicom_node.recover import adopt_unknown
+from dicom_node.recover import adopt_unknown, cancel_again
 from dicom_node.rejections import reject_superseded
 from dicom_node.schedule import Schedule
 from dicom_node.scheduled_pulls import ScheduledPulls
@@ -174,6 +174,7 @@ class Node:
             on_stage=self.metrics.observe_stage,
         )
         adopt_unknown(self.ledger, self.spool)
+        cancel_again(self.ledger, self.spool)
         upkeep = Upkeep(config, self.ledger, self.spool)
         worker.reclaim()
         deliveries.reclaim()

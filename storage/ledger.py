@@ -134,7 +134,7 @@ class Ledger(ProofLedger, RejectionLedger, FigureLedger, ClockLedger):
     ) -> Job:
         """A job that the spool knows and the ledger does not, under the id that its folders have.
 
-        `to`: RECEIVING (it is decided upon anew), QUEUED (it was chosen) or HELD.
+        `to`: RECEIVING (it is decided upon anew), QUEUED (it was chosen), HELD, or CANCELLED.
         """
         with self._write() as session:
             row = self._opened(session, job_id, info, supersedes)

@@ -7,6 +7,7 @@
     outbox/<job_id>/...                                     the result of a job, complete or absent
     references/<job_id>.json                                what is kept of a result when retention removes it
     jobs/<job_id>.json                                      what a job is, for a ledger that does not know it any more
+    jobs/<job_id>.cancelled.json                            the same, and that a person cancelled it
     quarantine/<reason_code>/...                            what could not be used, kept for a while
 
 Nothing that a peer sends becomes a path unless `check_uid` let it pass; association tokens and job ids are our own
@@ -50,6 +51,7 @@ A_DAY = timedelta(days=1)
 _TELL_EVERY_S = 60.0  # of a folder that is closed to us
 _FEW = 64  # names: these are asked for one by one, more are looked for in a folder's list
 SENDER_FILE = "sender.json"  # beside the instances of a series, from the inbox into a job's input
+_CANCELLED = ".cancelled.json"
 RESULT_FILE = "result.json"  # written with the result folder, which is renamed into place when it is whole
 _UID = re.compile(r"[0-9]+(?:\.[0-9]+)*")  # PS3.5 section 9.1; a leading zero in a component is common and harmless
 _UID_LENGTH = 64
@@ -320,11 +322,24 @@ class Spool:
 
     def kept_job(self, job_id: str) -> dict[str, Any]:
         """What `keep_job` kept; {} where there is nothing that can be read."""
-        try:
-            kept = json.loads((self._jobs / f"{_hex(job_id)}.json").read_bytes())
-        except (FileNotFoundError, ValueError):
-            return {}
-        return kept if isinstance(kept, dict) else {}
+        return _object(self._jobs / f"{_hex(job_id)}.json")
+
+    def keep_cancelled(self, job_id: str, facts: Mapping[str, Any]) -> None:
+        """Keep that a person cancelled the job, and what it is: apart from `keep_job`, which whoever runs it writes."""
+        write_file(self._cancelled(job_id), (json.dumps(dict(facts)).encode(),))
+
+    def forget_cancelled(self, job_id: str) -> None:
+        """Take `keep_cancelled` back; fine when nothing was kept."""
+        self._cancelled(job_id).unlink(missing_ok=True)
+        fsync_folder(self._jobs)
+
+    def kept_cancelled(self, job_id: str) -> dict[str, Any]:
+        """What `keep_cancelled` kept; {} where there is nothing that can be read."""
+        return _object(self._cancelled(job_id))
+
+    def cancelled_ids(self) -> list[str]:
+        """The jobs that `keep_cancelled` was called for."""
+        return sorted(path.name.removesuffix(_CANCELLED) for path in self._jobs.glob(f"*{_CANCELLED}"))
 
     def job_ids(self) -> list[str]:
         """The jobs that have input or a result here, the oldest folder first."""
@@ -461,6 +476,9 @@ class Spool:
     def _reference(self, job_id: str) -> Path:
         return self._references / f"{_hex(job_id)}.json"
 
+    def _cancelled(self, job_id: str) -> Path:
+        return self._jobs / f"{_hex(job_id)}{_CANCELLED}"
+
     def _taken(self, path: Path, target: Path, elsewhere: Iterable[Path] = ()) -> Adopted:
         """Move an incoming file to `target`, unless that or one of the same name `elsewhere` is there already."""
         for there in (target, *elsewhere):
@@ -520,6 +538,14 @@ def _names_in(folder: Path, wanted: Collection[str]) -> set[str]:
             return {entry.name for entry in entries if entry.name in wanted}
         return set()
     return {name for name in wanted if (folder / name).exists()}
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def _sorted_name(path: Path) -> str:

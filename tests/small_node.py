@@ -17,7 +17,7 @@ from dicom_node.config import Config
 from dicom_node.delivery import Deliveries
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.scu import SendOutcome
-from dicom_node.recover import adopt_unknown
+from dicom_node.recover import adopt_unknown, cancel_again
 from dicom_node.worker import Worker
 from pipeline.result import write_result
 from pipeline.types import EncodedInstance, EncodedSeries, Progress, Provenance, ResultSet, Stage
@@ -132,6 +132,7 @@ class SmallNode:
         self.deliveries = Deliveries(self.config, self.ledger, self.spool, owner=OWNER, send=pacs.send, clock=clock)
         self.worker = Worker(self.config, self.ledger, self.spool, engine or SmallEngine(), owner=OWNER, clock=clock)
         self.adopted = adopt_unknown(self.ledger, self.spool)
+        cancel_again(self.ledger, self.spool)
         self.worker.reclaim()
         self.deliveries.reclaim()
         self.ledger.sweep(max_attempts=self.config.engine.max_attempts, retry_s=0)

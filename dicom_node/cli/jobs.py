@@ -246,6 +246,8 @@ def retry(
     CANCELLED one of which something was sent.
     """
 
+    from dicom_node import recover  # pydicom
+
     def again(ledger: Ledger, config: Config, job_id: str) -> Job:
         spool = Spool(config.storage.root, min_free_bytes=0)
         job = ledger.get(job_id)
@@ -272,7 +274,7 @@ def retry(
                     if why:  # in place, the series that is out would be forgotten
                         return run_again(ledger, spool, job, why)
             spool.discard_result(job_id)  # before the move: a running node may take the job up at once
-        return ledger.retry(job_id, rerun=needed)
+        return recover.retry(ledger, spool, job_id, rerun=needed)
 
     _change(config, job_id, again)
 
@@ -290,7 +292,12 @@ def redeliver(
 @app.command("cancel")
 def cancel(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG) -> None:
     """End a job that has not ended. What was already sent stays where it is."""
-    _change(config, job_id, lambda ledger, _, job: ledger.cancel(job))
+    from dicom_node import recover
+
+    def ended(ledger: Ledger, loaded: Config, job: str) -> Job:
+        return recover.cancel(ledger, Spool(loaded.storage.root, min_free_bytes=0), job)
+
+    _change(config, job_id, ended)
 
 
 @app.command("release")

@@ -21,9 +21,10 @@ from dicom_node.cli.app import app
 from dicom_node.config import load_config
 from dicom_node.engine.local import LocalEngine
 from dicom_node.node import Node, lock_root
+from dicom_node.recover import cancel
 from dicom_node.trial import TEST_NAME, announce
 from storage.backup import backup_time, backups, make_backup, restore
-from storage.errors import LedgerDamaged
+from storage.errors import IllegalMove, LedgerDamaged
 from storage.ledger import open_ledger
 from storage.records import JobState
 
@@ -167,6 +168,42 @@ def test_a_result_that_was_taken_back_since_the_backup_waits_for_a_person(
     [held] = node.jobs()
     assert (held.id, held.state) == (job.id, JobState.HELD)
     assert "look before you release it" in held.reason
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["unknown to the backup", "known to it"])
+def test_a_job_that_a_person_cancelled_stays_cancelled_until_a_person_retries_it(
+    place: Place, ct: Callable[[], list[Path]], config: str, known: bool
+) -> None:
+    node = place.start()
+    backup = place.backup()
+    place.pacs.up = False
+    node.receive(ct())
+    node.step()
+    [job] = node.jobs(JobState.DELIVERING)
+    if known:
+        backup = make_backup(place.file, place.root / "backups", keep=9, now=NOW + timedelta(hours=1))
+    assert CliRunner().invoke(app, ["jobs", "cancel", job.id, "--config", config]).exit_code == 0
+    place.restore(backup)
+    place.pacs.up = True
+    node = place.start()
+    node.run_to_end()
+    assert [(one.id, one.state) for one in node.jobs()] == [(job.id, JobState.CANCELLED)]
+    assert place.pacs.contents() == {}
+    assert CliRunner().invoke(app, ["jobs", "retry", job.id, "--config", config]).exit_code == 0
+    node = place.start()
+    node.run_to_end()
+    assert [one.state for one in node.jobs()] == [JobState.DONE]
+    assert len(place.pacs.contents()) == 3
+
+
+def test_a_job_that_cannot_be_cancelled_is_not_kept_as_cancelled(place: Place, ct: Callable[[], list[Path]]) -> None:
+    node = place.start()
+    node.receive(ct())
+    node.run_to_end()
+    [job] = node.jobs()
+    with pytest.raises(IllegalMove):
+        cancel(node.ledger, node.spool, job.id)
+    assert node.spool.cancelled_ids() == []
 
 
 def test_half_of_a_job_that_was_to_be_computed_again_is_no_job(place: Place, ct: Callable[[], list[Path]]) -> None:
