@@ -50,6 +50,7 @@ _JOIN_S = 15.0
 _TELL_EVERY_S = 0.5  # how often an association's counts are told while it goes on
 _LOOK_S = 1.0  # how often a receiver looks whether its listening threads run
 _AGAIN_S = (0.0, 1.0, 5.0, 30.0)  # waits before a receiver that dies again and again is replaced
+_MAX_NEWS = 1000  # events that wait for a slow ledger; more are counted
 _TRIES = 2  # deaths before it was ready: the node does not start
 _STEADY_S = 60.0  # one that lived so long died of something new
 
@@ -90,6 +91,8 @@ class ReceiverPool:
         self._stopping = threading.Event()
         self._seats: list[_Seat] = []
         self._news: SimpleQueue[Callable[[], object] | None] = SimpleQueue()  # what writes to the ledger, in order
+        self._not_noted = 0  # events that were too many; guarded by the lock
+        self._counting = threading.Lock()
         self._writer = threading.Thread(target=self._write, name="receiver-notes", daemon=True)
 
     def start(self, *, port: int | None = None) -> int:
@@ -163,8 +166,26 @@ class ReceiverPool:
         while (step := self._news.get()) is not None:
             try:
                 step()
+                self._note_what_was_left_out()
             except Exception:
                 log.exception("receivers.note_failed")
+
+    def _note(self, code: str, text: str, details: Mapping[str, Any]) -> None:
+        """An event of a receiver, in its turn; a ledger that stalls must not let a stranger fill the memory."""
+        if self._news.qsize() < _MAX_NEWS:
+            self._news.put(lambda: self._notes.note("", code, text, details=details))
+            return
+        with self._counting:
+            self._not_noted += 1
+
+    def _note_what_was_left_out(self) -> None:
+        if not self._not_noted:
+            return
+        with self._counting:
+            count, self._not_noted = self._not_noted, 0
+        log.warning("receivers.notes_left_out", events=count)
+        text = f"{count} events of receivers were not written down: the ledger could not keep up"
+        self._notes.note("", "notes_left_out", text, details={"events": count})
 
     def _spawn(self, number: int) -> tuple[SpawnProcess, Connection]:
         ours, theirs = multiprocessing.Pipe()
@@ -201,8 +222,7 @@ class ReceiverPool:
             case "rejected":
                 self._registry.count_rejection(*arguments)
             case "note":
-                code, text, details = arguments
-                self._news.put(lambda: self._notes.note("", code, text, details=details))
+                self._note(*arguments)
             case "report":
                 self._news.put(lambda: self._answer_report(seat, message, connection))
             case unknown:
