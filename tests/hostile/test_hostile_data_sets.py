@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import resource
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import structlog
-from hostile_tools import CT, mutated
+from hostile_tools import CT, forget_peak, mutated, peak_bytes
 from hypothesis import HealthCheck, given, settings
 from intake_tools import Intake, config, running_intake, small_ct
 from pydicom import Dataset, dcmread
@@ -203,19 +202,15 @@ BOMBS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-
-
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_taken_or_refused_and_bounded(
     intake: Intake, series: Callable[[bytes, str], list[Path]], good: bytes, name: str
 ) -> None:
-    before = peak()
+    before = forget_peak()
     paths = series(BOMBS[name](good), EXPLICIT)
     look(intake, "1.2.3.5", paths)
     volume_or_reason(paths)
-    assert peak() - before < PEAK_GROWTH
+    assert peak_bytes() - before < PEAK_GROWTH
 
 
 def test_a_deflated_bomb_is_set_aside_before_it_fills_the_memory(
@@ -225,11 +220,11 @@ def test_a_deflated_bomb_is_set_aside_before_it_fills_the_memory(
     size = 300 << 20
     begin = good.rpartition(PIXELS)[0] + element(0x7FE0, 0x10, b"OW", b"", length=size)
     chunks = [deflate.compress(begin), *(deflate.compress(bytes(1 << 24)) for _ in range(size >> 24)), deflate.flush()]
-    before = peak()
+    before = forget_peak()
     paths = series(b"".join(chunks), str(DeflatedExplicitVRLittleEndian))
     look(intake, "1.2.3.6", paths)
     assert volume_or_reason(paths) in ("too_large", "not_dicom", "undecodable_pixel_data")
-    assert peak() - before < PEAK_GROWTH
+    assert peak_bytes() - before < PEAK_GROWTH
 
 
 @pytest.mark.parametrize("syntax", COMPRESSED, ids=lambda uid: re.sub(r"\W+", "-", uid.name))
@@ -252,9 +247,9 @@ def test_compressed_pixels_that_lie_are_refused_and_bounded(
     even = frame + b"\0" * (len(frame) % 2)
     fragments = ITEM + struct.pack("<L", 0) + ITEM + struct.pack("<L", len(even)) + even + SEQUENCE_END
     data_set = good.rpartition(PIXELS)[0] + element(0x7FE0, 0x10, b"OB", fragments, length=NO_END)
-    before = peak()
+    before = forget_peak()
     assert isinstance(volume_or_reason(series(data_set, str(syntax))), str)
-    assert peak() - before < PEAK_GROWTH
+    assert peak_bytes() - before < PEAK_GROWTH
 
 
 def test_after_all_that_a_good_study_becomes_a_job(intake: Intake, tmp_path: Path) -> None:
