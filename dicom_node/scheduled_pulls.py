@@ -1,14 +1,14 @@
 """`[[pulls]]`: every day, the CTs of the days before that an archive has and nobody sent us.
 
 A run that was missed, because the node was down, is made up for at the next start; one that failed is tried again
-every hour until the next day's. Which runs there were is in the ledger (`pull_run`, `pull_run_failed`), so that a
-restart repeats none.
+every hour. Every run asks for all days since those of the last one that succeeded, up to CATCH_UP_DAYS back. Which runs
+there were is in the ledger (`pull_run`, `pull_run_failed`), so that a restart repeats none.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 
@@ -19,21 +19,28 @@ from dicom_node.net.query import SeriesFound, StudyFound
 from dicom_node.pull import ARCHIVE_TROUBLE, Puller, PullOptions, PullOutcome, Wanted
 from dicom_node.selection import like
 from storage.ledger import Ledger
+from storage.records import Event
 from storage.spool import Spool
 
 log = structlog.get_logger(__name__)
 
 RUN, RUN_FAILED = "pull_run", "pull_run_failed"
 AGAIN_AFTER = timedelta(hours=1)
-_HARMLESS = frozenset({"fetched", "present", "no_ct"})
+CATCH_UP_DAYS = 30
+_NOT_FETCHED = frozenset({"present", "no_ct"})  # nothing was asked for: does not count for max_studies
+_HARMLESS = _NOT_FETCHED | {"fetched"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Past:
-    """What is known of a pull's runs: when one last succeeded, and when one was last tried."""
+    """What is known of a pull's runs: when one last succeeded, and when one was last tried.
+
+    `since` is the first study date that no successful run has asked for.
+    """
 
     succeeded: datetime | None = None
     tried: datetime | None = None
+    since: date | None = None
 
 
 def slot_before(at: str, now: datetime) -> datetime:
@@ -57,9 +64,19 @@ def is_due(at: str, now: datetime, past: Past, started: datetime) -> bool:
     return past.tried < slot or now - past.tried >= AGAIN_AFTER
 
 
-def days_of(pull: ScheduledPull, slot: datetime) -> tuple[date, date]:
-    """First and last study date of a run."""
-    return (slot - timedelta(days=pull.days_back)).date(), (slot - timedelta(days=1)).date()
+def days_of(pull: ScheduledPull, slot: datetime, since: date | None = None) -> tuple[date, date]:
+    """First and last study date of a run: `days_back` days, and those that are owed `since` earlier."""
+    first, last = slot.date() - timedelta(days=pull.days_back), slot.date() - timedelta(days=1)
+    owed = max(since or first, slot.date() - timedelta(days=CATCH_UP_DAYS))
+    return min(first, owed), last
+
+
+def portions(first: date, last: date, days: int) -> Iterator[tuple[date, date]]:
+    """Days to ask for at once, `days` at most: an archive answers only so much to one question."""
+    while first <= last:
+        end = min(first + timedelta(days=days - 1), last)
+        yield first, end
+        first = end + timedelta(days=1)
 
 
 def local_now() -> datetime:
@@ -82,46 +99,72 @@ class ScheduledPulls:
         self._config, self._ledger, self._spool = config, ledger, spool
         self._clock, self._should_stop = clock, should_stop
         self._started = clock()
-        self._past = {pull.name: self._remembered(pull.name) for pull in config.pulls}
+        self._past = {pull.name: self._remembered(pull) for pull in config.pulls}
+        self._failed: dict[str, set[str]] = {pull.name: set() for pull in config.pulls}  # studies, in the last run
 
     def tick(self) -> None:
         """Never raises for an archive's trouble: that is told in the ledger."""
         for pull in self._config.pulls:
             now = self._clock()
             if not self._should_stop() and is_due(pull.at, now, self._past[pull.name], self._started):
-                done = self._run(pull, slot_before(pull.at, now))
-                known = self._past[pull.name].succeeded
-                self._past[pull.name] = Past(tried=now, succeeded=now if done else known)
+                known = self._past[pull.name]
+                first, last = days_of(pull, slot_before(pull.at, now), known.since)
+                done = self._run(pull, first, last)
+                self._past[pull.name] = Past(
+                    tried=now,
+                    succeeded=now if done else known.succeeded,
+                    since=last + timedelta(days=1) if done else known.since or first,
+                )
 
-    def _remembered(self, name: str) -> Past:
-        def last(code: str) -> datetime | None:
-            events = self._ledger.search_events(code=code)  # newest first
-            return next((event.time for event in events if event.details.get("pull") == name), None)
+    def _remembered(self, pull: ScheduledPull) -> Past:
+        def events(code: str) -> list[Event]:
+            found = self._ledger.search_events(code=code)  # newest first
+            return [event for event in found if event.details.get("pull") == pull.name]
 
-        succeeded, failed = last(RUN), last(RUN_FAILED)
-        return Past(succeeded=succeeded, tried=max(filter(None, (succeeded, failed)), default=None))
+        succeeded, failed = events(RUN), events(RUN_FAILED)
+        since = None
+        if succeeded:
+            since = self._days_of_event(pull, succeeded[0])[1] + timedelta(days=1)
+        elif failed:  # none ever succeeded: what the first one asked for is owed
+            since = self._days_of_event(pull, failed[-1])[0]
+        return Past(
+            succeeded=succeeded[0].time if succeeded else None,
+            tried=max((event.time for event in (*succeeded[:1], *failed[:1])), default=None),
+            since=since,
+        )
 
-    def _run(self, pull: ScheduledPull, slot: datetime) -> bool:
+    def _days_of_event(self, pull: ScheduledPull, event: Event) -> tuple[date, date]:
+        """First and last study date of an earlier run, as it wrote them down."""
+        try:
+            first, last = (date.fromisoformat(event.details[key]) for key in ("first_day", "last_day"))
+        except (KeyError, TypeError, ValueError):  # an earlier version wrote it
+            return days_of(pull, slot_before(pull.at, event.time.astimezone(self._started.tzinfo)))
+        return first, last
+
+    def _run(self, pull: ScheduledPull, first: date, last: date) -> bool:
         """One run and its event; whether nothing is left to be tried again."""
-        first, last = days_of(pull, slot)
+        days: dict[str, object] = {"first_day": f"{first:%Y-%m-%d}", "last_day": f"{last:%Y-%m-%d}"}
 
         def wants(series: SeriesFound) -> bool:
             return _fits(series.description, pull.series_description) and _fits(series.station_name, pull.station_name)
 
         options = PullOptions(method=pull.method, wants_series=wants, should_stop=self._should_stop)
         puller = Puller(self._config, self._config.peer(pull.peer), self._ledger, self._spool, options)
-        found = puller.finder.ct_studies(first, last)
-        if not found.ok:
-            self._tell(pull, RUN_FAILED, found.text, {"reason": found.code})
-            return False
-        studies = [study for study in found.studies if _fits(study.description, pull.study_description)]
+        answered: dict[str, StudyFound] = {}
+        for some in portions(first, last, pull.days_back):
+            found = puller.finder.ct_studies(*some)
+            if not found.ok:
+                self._tell(pull, RUN_FAILED, found.text, {**days, "reason": found.code})
+                return False
+            answered |= {study.study_uid: study for study in found.studies}
+        studies = [study for study in answered.values() if _fits(study.description, pull.study_description)]
         missing = [study for study in studies if not puller.is_here(study.study_uid)]
-        outcomes = self._pull(puller, missing[: pull.max_studies])
+        missing.sort(key=lambda study: study.study_uid in self._failed[pull.name])  # these keep no other from its turn
+        outcomes = self._pull(puller, missing, pull.max_studies)
         codes = Counter(outcome.code for outcome in outcomes)
         left = len(missing) - len(outcomes)
         counts: dict[str, object] = {
-            "first_day": f"{first:%Y-%m-%d}",
-            "last_day": f"{last:%Y-%m-%d}",
+            **days,
             "found": len(studies),
             "missing": len(missing),
             "fetched": codes["fetched"],
@@ -130,6 +173,7 @@ class ScheduledPulls:
             "outcomes": dict(sorted(codes.items())),
         }
         failed = [outcome for outcome in outcomes if outcome.code not in _HARMLESS]
+        self._failed[pull.name] = {outcome.study_uid for outcome in failed}
         text = f"{len(studies)} CT studies of {first:%Y-%m-%d} to {last:%Y-%m-%d} at {pull.peer}: "
         here = len(studies) - len(missing)
         text += f"{here} were here, {codes['fetched']} fetched, {len(failed)} failed, {left} left"
@@ -139,10 +183,10 @@ class ScheduledPulls:
         self._tell(pull, RUN if done else RUN_FAILED, text, counts)
         return done
 
-    def _pull(self, puller: Puller, studies: list[StudyFound]) -> list[PullOutcome]:
+    def _pull(self, puller: Puller, studies: Iterable[StudyFound], most: int) -> list[PullOutcome]:
         outcomes: list[PullOutcome] = []
         for study in studies:
-            if self._should_stop():
+            if self._should_stop() or sum(outcome.code not in _NOT_FETCHED for outcome in outcomes) >= most:
                 break
             outcomes.append(puller.pull_study(study, Wanted(study_uid=study.study_uid)))
             if outcomes[-1].code in ARCHIVE_TROUBLE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pydicom.uid import generate_uid
 
 from dicom_node.config import Config, ScheduledPull
 from dicom_node.pull import Puller, PullOptions, PullOutcome, Wanted
-from dicom_node.scheduled_pulls import Past, ScheduledPulls, days_of, is_due, slot_before
+from dicom_node.scheduled_pulls import Past, ScheduledPulls, days_of, is_due, portions, slot_before
 from storage.fetched import FetchedTokens
 
 ACCESSION = Wanted(accession="ACC1")
@@ -230,6 +230,28 @@ def test_the_days_are_those_before_the_slot() -> None:
     assert [f"{day}" for day in days_of(pull, slot)] == ["2023-12-30", "2024-01-01"]
 
 
+@pytest.mark.parametrize(
+    ("since", "first"),
+    [
+        (None, "2024-01-04"),  # never ran
+        ("2024-01-05", "2024-01-04"),  # ran yesterday: `days_back` days, as ever
+        ("2024-01-02", "2024-01-02"),  # off since
+        ("2023-01-01", "2023-12-07"),  # off for a year
+    ],
+)
+def test_the_days_since_the_last_success_are_made_up_for(since: str | None, first: str) -> None:
+    pull = ScheduledPull(name="a", peer="p", days_back=2)
+    monday = datetime(2024, 1, 6, 3, tzinfo=ZONE)
+    owed = date.fromisoformat(since) if since else None
+    assert [f"{day}" for day in days_of(pull, monday, owed)] == [first, "2024-01-05"]
+
+
+def test_an_archive_is_asked_for_no_more_days_at_once_than_every_night() -> None:
+    first, last = date(2024, 1, 1), date(2024, 1, 5)
+    assert [(a.day, b.day) for a, b in portions(first, last, 2)] == [(1, 2), (3, 4), (5, 5)]
+    assert [(a.day, b.day) for a, b in portions(first, last, 9)] == [(1, 5)]
+
+
 class Clock:
     def __init__(self, now: datetime) -> None:
         self.now = now
@@ -285,6 +307,65 @@ def test_a_restart_repeats_no_run_and_makes_up_for_a_missed_one(bench: Bench) ->
     assert len(runs(bench)) == 2
 
 
+def test_days_without_a_run_are_made_up_for(bench: Bench) -> None:
+    clock = Clock(NIGHT - 2 * DAY - HOUR)
+    pulls = scheduled(bench, clock)
+    clock.now += HOUR
+    pulls.tick()  # nothing of this day
+    clock.now = NIGHT + 2 * DAY + 6 * HOUR  # the archive's studies are of the day before NIGHT
+    pulls.tick()
+    run = runs(bench)[-1]
+    assert (run.code, run.details["fetched"]) == ("pull_run", 2)
+    assert (run.details["first_day"], run.details["last_day"]) == ("2024-01-01", "2024-01-04")
+    assert len(runs(bench)) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "known", "first"),
+    [
+        ("pull_run", {"first_day": -9, "last_day": -5}, -4),
+        ("pull_run", {}, 0),  # its days are not written down: it was of yesterday
+        ("pull_run_failed", {"first_day": -9, "last_day": -5}, -9),  # none ever succeeded
+    ],
+)
+def test_a_restart_does_not_forget_which_days_are_owed(
+    bench: Bench, code: str, known: dict[str, int], first: int
+) -> None:
+    now = datetime.now(UTC).astimezone()  # the ledger's events are of now
+    days = {key: f"{now.date() + number * DAY:%Y-%m-%d}" for key, number in known.items()}
+    bench.intake.ledger.note("", code, "done", details={"pull": "missed", **days})
+    scheduled(bench, Clock(now + 3 * DAY), at="00:00").tick()
+    run = runs(bench)[-1]
+    owed, last = (f"{now.date() + number * DAY:%Y-%m-%d}" for number in (first, 2))
+    assert (run.details["first_day"], run.details["last_day"]) == (owed, last)
+
+
+def test_what_the_limit_left_is_fetched_after_days_too(bench: Bench) -> None:
+    clock = Clock(NIGHT - HOUR)
+    pulls = scheduled(bench, clock, max_studies=1)
+    clock.now = NIGHT
+    pulls.tick()
+    bench.finish()
+    clock.now += 2 * DAY
+    pulls.tick()
+    assert [(run.code, run.details["left"]) for run in runs(bench)] == [("pull_run_failed", 1), ("pull_run", 0)]
+    assert set(bench.archive.moves) == set(bench.series)
+
+
+def test_a_study_that_fails_keeps_no_other_from_its_turn(bench: Bench) -> None:
+    clock = Clock(NIGHT - HOUR)
+    pulls = scheduled(bench, clock, max_studies=1)
+    clock.now, bench.archive.script = NIGHT, Script.REFUSES
+    pulls.tick()
+    clock.now += HOUR
+    pulls.tick()
+    asked = {
+        next(ds.StudyInstanceUID for ds in bench.archive.instances if ds.SeriesInstanceUID == uid)
+        for uid in bench.archive.moves
+    }
+    assert asked == set(bench.studies)
+
+
 def test_a_failed_run_is_told_and_never_fatal(bench: Bench) -> None:
     clock = Clock(NIGHT - HOUR)
     pulls = scheduled(bench, clock)
@@ -310,12 +391,8 @@ def test_patterns_and_the_limit_narrow_a_run(bench: Bench) -> None:
     pulls = scheduled(bench, clock, station_name="ct7", series_description="BODY*", max_studies=1)
     clock.now = NIGHT
     pulls.tick()
-    assert bench.archive.moves in ([bench.series[1]], [])
-    assert runs(bench)[0].details["left"] == 1
-    bench.finish()
-    clock.now += HOUR
-    pulls.tick()
-    assert runs(bench)[-1].code in ("pull_run", "pull_run_failed")
+    [run] = runs(bench)
+    assert (bench.archive.moves, run.details["fetched"]) == ([bench.series[1]], 1)
     assert set(bench.archive.moves) == {bench.series[1]}
 
 
