@@ -16,7 +16,7 @@ def bytes_by_folder(root: Path) -> dict[str, int]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below; what is removed meanwhile does not count. 0 where there is no such folder."""
+    """Bytes of all files below; what is removed meanwhile, or closed to us, does not count. 0 without the folder."""
     seen: set[int] = set()
     total = 0
     for status in _files(folder):
@@ -29,7 +29,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _files(folder: Path | str) -> Iterator[os.stat_result]:
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+    with suppress(FileNotFoundError, PermissionError), os.scandir(folder) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
                 if entry.is_dir(follow_symlinks=False):
