@@ -1,4 +1,4 @@
-"""What the node's processes do not load: libraries that cost seconds at each start and hundreds of MB while they run."""
+"""What the node's processes do not load: libraries that cost seconds at each start and hundreds of MB."""
 
 from __future__ import annotations
 

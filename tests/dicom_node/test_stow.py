@@ -255,11 +255,13 @@ def test_an_http_status_has_a_name(files: list[Path], status: int, code: str, pe
     ("value", "least", "most"),
     [
         ("120", 120, 120),
-        (format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 1800, 3600),
+        ("in an hour", 1800, 3600),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
     ],
 )
 def test_a_busy_service_says_when_to_come_again(files: list[Path], value: str, least: float, most: float) -> None:
+    if value == "in an hour":
+        value = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
     with FakeWeb(lambda _: Answer(status=503, headers={"Retry-After": value})) as web:
         after = send_series_web(files, web.service()).retry_after_s
     assert after is not None
