@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dicom_node.net import command as cmd
 
 MAX_COMMAND = 64 * 1024  # bytes; a C-STORE request has some 200
-MAX_EMPTY = 100  # fragments without a byte in one message; a sender may end its message with one
+SMALL = 64  # bytes; a fragment below it costs more than it brings, and a sender needs one to end a set
+MAX_SMALL = 1000  # such fragments in one message
 _CANCEL = 0x0FFF
 _REQUESTS = frozenset({0x01, 0x10, 0x20, 0x21, 0x30, 0x100, 0x110, 0x120, 0x130, 0x140, 0x150})  # PS3.7 annex E.1
 _FIELDS = _REQUESTS | {field | 0x8000 for field in _REQUESTS} | {_CANCEL}
@@ -46,10 +47,10 @@ def grown(command: bytearray, length: int) -> None:
         raise cmd.Malformed(f"a command set of more than {MAX_COMMAND} bytes")
 
 
-def few(empty: int) -> None:
-    """Raises `Malformed` when a message has so many `empty` fragments that it does nothing else."""
-    if empty > MAX_EMPTY:
-        raise cmd.Malformed(f"a message of more than {MAX_EMPTY} empty fragments")
+def few(small: int) -> None:
+    """Raises `Malformed` when a message has so many `small` fragments that it is there to keep us busy."""
+    if small > MAX_SMALL:
+        raise cmd.Malformed(f"a message of more than {MAX_SMALL} fragments below {SMALL} bytes")
 
 
 class Passing:
@@ -63,7 +64,7 @@ class Passing:
         self._part = cmd.COMMAND  # what the next fragment belongs to: COMMAND, or 0 for the data set
         self._command = bytearray()
         self._data_set = 0  # bytes of the data set that is on its way
-        self._empty = 0
+        self._small = 0
         self.inside = False  # a message has begun and has not ended
 
     def look(self, pdu: bytes) -> bytes:
@@ -84,11 +85,11 @@ class Passing:
 
     def _take(self, context_id: int, control: int, fragment: bytes) -> None:
         if not self.inside:
-            self.inside, self._context_id, self._part, self._empty = True, context_id, cmd.COMMAND, 0
+            self.inside, self._context_id, self._part, self._small = True, context_id, cmd.COMMAND, 0
         if context_id != self._context_id or control & cmd.COMMAND != self._part:
             raise cmd.Malformed("a fragment of another message, or of a data set without its command")
-        self._empty += not fragment
-        few(self._empty)
+        self._small += len(fragment) < SMALL
+        few(self._small)
         if self._part:
             self._take_command(control, fragment)
         else:

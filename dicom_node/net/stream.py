@@ -30,7 +30,7 @@ from dicom_node.net import command as cmd
 from dicom_node.net.command import Malformed
 from dicom_node.net.negotiation import ASSOCIATE_RQ, readable_request
 from dicom_node.net.pace import Pace, TooSlow, sleep_unless
-from dicom_node.net.passing import Passing, checked, few, grown, has_data_set, packed, text_of
+from dicom_node.net.passing import SMALL, Passing, checked, few, grown, has_data_set, packed, text_of
 from dicom_node.net.peers import plain_address, shown
 from dicom_node.net.scp import is_storage_class
 from dicom_node.net.store import (
@@ -113,7 +113,7 @@ class PduReader:
         self._max_bytes_per_s = intake.max_bytes_per_s
         self._socket: socket.socket
         self._left = 0  # bytes of the PDU that are not read yet
-        self._empty = 0  # fragments of this message that had no byte
+        self._small = 0  # fragments of this message that had next to nothing
         self._ahead = b""  # inside a data set: the next headers, which came with the fragment before
         self._drained = 0
         self._stopped = False
@@ -229,7 +229,7 @@ class PduReader:
     def _message(self) -> bool:
         """A message begins in the PDU whose header is read."""
         command, control = bytearray(), 0
-        first = self._empty = 0
+        first = self._small = 0
         while not control & cmd.LAST:
             context_id, control, length = self._next_pdv()
             first = first or context_id
@@ -344,8 +344,8 @@ class PduReader:
         if length < 2 or length + 4 > self._left:
             raise Malformed(f"a PDV of {length} bytes in a PDU with {self._left} left")
         self._left -= cmd.PDV_HEADER.size
-        self._empty += length == 2
-        few(self._empty)
+        self._small += length - 2 < SMALL
+        few(self._small)
         return context_id, control, length - 2
 
     # ---- bytes

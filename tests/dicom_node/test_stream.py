@@ -285,8 +285,9 @@ MALFORMED: dict[str, bytes] = {
     "a command set of noise": p_data(struct.pack(">LBB", 42, CT, 3) + b"\xff" * 40),
     "an empty command set": p_data(struct.pack(">LBB", 2, CT, 3)),
     "an unknown command": Message(CT, command(field=(0x0100, us(0x7777)), data=(0x0800, us(0x0101)))).in_pdus(),
-    "a command set of empty fragments": p_data(*[struct.pack(">LBB", 2, CT, 1)] * 101),
-    "a data set of empty fragments": p_data(ct().pdvs()[0], *[struct.pack(">LBB", 2, CT, 0)] * 101),
+    "a command set of empty fragments": p_data(*[struct.pack(">LBB", 2, CT, 1)] * 1001),
+    "a data set of empty fragments": p_data(ct().pdvs()[0], *[struct.pack(">LBB", 2, CT, 0)] * 1001),
+    "a data set of fragments of a byte": p_data(ct().pdvs()[0], *[struct.pack(">LBB", 3, CT, 0) + b"\0"] * 1001),
     "a data set for an echo": Message(
         ECHO, command(field=(0x0100, us(0x0030)), message=(0x0110, us(1)), data=(0x0800, us(1))), DATA
     ).in_pdus(),
@@ -331,9 +332,9 @@ def test_pynetdicom_gets_one_fragment_for_each_set(either: Wire, monkeypatch: py
         fragments.append(len(pdu.presentation_data_value_items))
 
     monkeypatch.setattr(P_DATA_TF, "decode", noted)
-    report = _report(bytes(3000))
+    report = _report(bytes(500))
     with either.talk() as (sender, _):
-        sender.write(p_data(*report.pdvs(range(4, len(report.command), 4), range(1, 3000))))
+        sender.write(p_data(*report.pdvs(range(4, len(report.command), 4), range(1, 500))))
         sender.pdu()
         sender.close()
     assert fragments == [2]
