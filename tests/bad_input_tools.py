@@ -71,6 +71,7 @@ peer = "{name}"
 first_retry_s = 0.2
 max_retry_s = 0.5
 max_attempts = 3
+give_up_after_days = 0.00002
 """
 
 

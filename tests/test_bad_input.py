@@ -409,7 +409,7 @@ def test_why_tells_what_is_wrong_with_each_destination(tmp_path: Path, bundle: P
     count = pet["pacs0"].instances
     assert f"pacs0: pet SENT {count}/{count}" in said
     assert f"pacs1: pet FAILED 0/{count} (connection_failed: " in said
-    assert "given up after 3 attempts" in said
+    assert "given up after 0.0 days (give_up_after_days)" in said
     assert f"pacs2: pet FAILED 0/{count} (association_rejected: " in said
     assert "its AE title is not recognized" in said
     assert f"pacs3: pet FAILED 0/{count} (no_presentation_context: " in said
