@@ -224,7 +224,8 @@ class Arrival:
     def _note_refusal(self, answer: Answer) -> None:
         store, status = self._store, f"0x{answer.status:04X}"
         store.book.refused(self._token, int(answer.status))
-        whom = sender_of(self._token)[1] or self._calling_ae
+        # a request that is wrong by itself is told for each association, what is wrong with us for each address
+        whom = self._token if self._announced.fault else sender_of(self._token)[1] or self._calling_ae
         if (thinned := store.thinned("store_refused", f"{whom} {status} {answer.comment}")) is not None:
             reason = self._announced.fault or answer.comment
             text = f"an instance from {shown(self._calling_ae)} was refused: {reason}"
