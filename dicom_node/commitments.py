@@ -13,7 +13,7 @@ import structlog
 
 from dicom_node.config import Config, PeerConfig
 from dicom_node.net.commitment_scp import SORTED_WITHIN_S, Verdict, is_coming, judge, note_reported, send_report
-from dicom_node.net.link import RequestOutcome, Timeouts
+from dicom_node.net.link import RequestOutcome, timeouts_of
 from dicom_node.net.peers import shown
 from dicom_node.net.store import Notes, kept_classes
 from dicom_node.retry import retry_delay_s
@@ -111,5 +111,4 @@ class CommitmentReporter:
 
     def _over_the_network(self, verdict: Verdict, peer: PeerConfig) -> RequestOutcome:
         node = self._config.node
-        timeouts = Timeouts(acse_s=node.acse_timeout_s, dimse_s=node.dimse_timeout_s, network_s=node.network_timeout_s)
-        return send_report(verdict, peer, calling_ae=node.ae_title, timeouts=timeouts, max_pdu=node.max_pdu)
+        return send_report(verdict, peer, calling_ae=node.ae_title, timeouts=timeouts_of(node), max_pdu=node.max_pdu)

@@ -20,7 +20,7 @@ from time import monotonic
 import structlog
 
 from dicom_node.config import Config, DestinationConfig
-from dicom_node.net.link import Timeouts
+from dicom_node.net.link import timeouts_of
 from dicom_node.net.query import CountOutcome
 from dicom_node.net.scu import SendOutcome, send_series
 from dicom_node.net.stow import send_series_web
@@ -73,11 +73,7 @@ class Deliveries:
         self._config, self._ledger, self._spool = config, ledger, spool
         self._owner, self._send, self._send_web = owner, send, send_web
         self._clock, self._poll_s = clock, poll_s
-        self._timeouts = Timeouts(
-            acse_s=config.node.acse_timeout_s,
-            dimse_s=config.node.dimse_timeout_s,
-            network_s=config.node.network_timeout_s,
-        )
+        self._timeouts = timeouts_of(config.node)
         self._destinations: Mapping[str, DestinationConfig] = {d.name: d for d in config.destinations}
         self._lanes: dict[str, SimpleQueue[_Claimed | None]] = {name: SimpleQueue() for name in self._destinations}
         self._lock = threading.Lock()

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from dicom_node.config import Config, DestinationConfig, PeerConfig
 from dicom_node.lineage import RECALLED_AT
-from dicom_node.net.link import Timeouts
+from dicom_node.net.link import timeouts_of
 from dicom_node.net.scu import send_series
 from dicom_node.proof import count_instances
 from dicom_node.rejections import reject
@@ -189,7 +189,7 @@ class Trip:
         (pet,) = [one for one in self._series() if one.kind == "pet"]
         committed = "committed (Storage Commitment), " if pet.committed_at else ""
         node = self._config.node
-        timeouts = Timeouts(acse_s=node.acse_timeout_s, dimse_s=node.dimse_timeout_s, network_s=node.network_timeout_s)
+        timeouts = timeouts_of(node)
         study_uid = job.info.study_uid
         counted = count_instances(self._config, destination, study_uid, pet.series_uid, timeouts, lambda: False)
         if counted.code == "not_offered":

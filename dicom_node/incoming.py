@@ -96,19 +96,24 @@ class IncomingSeries:
         header = next(iter(self.headers.values()), self.latest)
         if header is None:
             raise ValueError(f"series {self.series_uid}: has no instance to describe it")
-        return SeriesInfo(
-            study_uid=header.study_uid,
-            series_uid=header.series_uid,
-            accession=header.accession,
-            patient_id=header.patient_id,
-            modality=header.modality,
-            sop_class_uid=header.sop_class_uid,
-            series_number=header.series_number,
-            series_description=header.series_description,
-            study_date=header.study_date,
-            calling_ae=self.calling_ae,
-            peer_address=self.address,
-        )
+        return series_info(header, calling_ae=self.calling_ae, address=self.address)
+
+
+def series_info(header: InstanceHeader, *, calling_ae: str, address: str) -> SeriesInfo:
+    """What a job is of: the series of one of its instances, and who sent it."""
+    return SeriesInfo(
+        study_uid=header.study_uid,
+        series_uid=header.series_uid,
+        accession=header.accession,
+        patient_id=header.patient_id,
+        modality=header.modality,
+        sop_class_uid=header.sop_class_uid,
+        series_number=header.series_number,
+        series_description=header.series_description,
+        study_date=header.study_date,
+        calling_ae=calling_ae,
+        peer_address=address,
+    )
 
 
 def source_digest(sop_instance_uids: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ import structlog
 
 from dicom_node.config import Config, PeerConfig
 from dicom_node.net.associations import AssociationRegistry
-from dicom_node.net.link import Timeouts
+from dicom_node.net.link import timeouts_of
 from dicom_node.net.move import Progress, Retrieval, RetrieveOutcome
 from dicom_node.net.query import Finder, SeriesFound, StudyFound
 from dicom_node.net.store import Store
@@ -102,7 +102,7 @@ class Puller:
     def __init__(self, config: Config, peer: PeerConfig, ledger: Ledger, spool: Spool, options: PullOptions) -> None:
         self._config, self._peer, self._ledger, self._spool, self._options = config, peer, ledger, spool, options
         node, pull = config.node, config.pull
-        quick = Timeouts(acse_s=node.acse_timeout_s, dimse_s=node.dimse_timeout_s, network_s=node.network_timeout_s)
+        quick = timeouts_of(node)
         slow_s = max(pull.answer_timeout_s, node.network_timeout_s)
         self.finder = Finder(
             peer,

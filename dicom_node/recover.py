@@ -15,7 +15,8 @@ from typing import Any
 
 import structlog
 
-from dicom_node.headers import BadInstance, InstanceHeader, read_header
+from dicom_node.headers import BadInstance, read_header
+from dicom_node.incoming import series_info
 from storage.errors import LedgerDamaged, NoSpace, StorageError
 from storage.ledger import Ledger
 from storage.records import FINAL_JOB_STATES, REJECTION, Job, JobState, SeriesInfo
@@ -92,8 +93,9 @@ def adopt_unknown(ledger: Ledger, spool: Spool) -> list[str]:
     Call it at start, before the assembler and the worker look. One that cannot be read is left for retention.
     """
     adopted = []
-    unknown = ledger.unknown(spool.job_ids())
-    for job_id in (one for one in spool.job_ids() if one in unknown):
+    job_ids = spool.job_ids()
+    unknown = ledger.unknown(job_ids)
+    for job_id in (one for one in job_ids if one in unknown):
         try:
             state = _adopt(ledger, spool, job_id)
         except LedgerDamaged:
@@ -136,9 +138,10 @@ def _adopt(ledger: Ledger, spool: Spool, job_id: str) -> JobState | None:
     header = read_header(files[0])
     if _is_of_another(ledger, spool, header.series_uid, files):
         return None  # the half of a job that was to be computed again: its first attempt is known
+    calling_ae, address = spool.sender_of_job(job_id)
     ledger.adopt_job(
         job_id,
-        _info(header, spool.sender_of_job(job_id)),
+        series_info(header, calling_ae=calling_ae, address=address),
         JobState.RECEIVING,
         code=ADOPTED,
         text=f"{_UNKNOWN_JOB}; it is decided upon anew",
@@ -149,19 +152,3 @@ def _adopt(ledger: Ledger, spool: Spool, job_id: str) -> JobState | None:
 def _is_of_another(ledger: Ledger, spool: Spool, series_uid: str, files: list[Path]) -> bool:
     names = {path.name for path in files}
     return any(names <= {path.name for path in spool.ct_files(job.id)} for job in ledger.jobs_of_series(series_uid))
-
-
-def _info(header: InstanceHeader, sender: tuple[str, str]) -> SeriesInfo:
-    return SeriesInfo(
-        study_uid=header.study_uid,
-        series_uid=header.series_uid,
-        accession=header.accession,
-        patient_id=header.patient_id,
-        modality=header.modality,
-        sop_class_uid=header.sop_class_uid,
-        series_number=header.series_number,
-        series_description=header.series_description,
-        study_date=header.study_date,
-        calling_ae=sender[0],
-        peer_address=sender[1],
-    )

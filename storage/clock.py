@@ -7,10 +7,8 @@ from datetime import timedelta
 from sqlalchemy import select
 
 from storage.base import LedgerBase
-from storage.records import DeliveryState, JobState
+from storage.records import WAITING_STATES, JobState
 from storage.schema import DeliveryRow, JobRow
-
-_WAITING = (DeliveryState.PENDING, DeliveryState.SENT, DeliveryState.COMMITTED)
 
 
 class ClockLedger(LedgerBase):
@@ -36,7 +34,7 @@ class ClockLedger(LedgerBase):
             for job in jobs:
                 job.not_before = now if job.state == JobState.QUEUED.value else None
                 job.lease_until = too_long if job.lease_until is not None else None
-            waits = DeliveryRow.state.in_([state.value for state in _WAITING])
+            waits = DeliveryRow.state.in_([state.value for state in WAITING_STATES])
             deliveries = session.scalars(
                 select(DeliveryRow)
                 .join(JobRow, JobRow.id == DeliveryRow.job_id)

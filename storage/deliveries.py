@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from storage.base import LedgerBase, clean
 from storage.errors import NotFound, OtherSeries, StaleState
 from storage.moves import WAITING_DELIVERIES, check_delivery_move
-from storage.records import PROOF_STATES, REJECTION, Delivery, DeliveryState, JobState, NewDelivery
+from storage.records import PROOF_STATES, REJECTION, WAITING_STATES, Delivery, DeliveryState, JobState, NewDelivery
 from storage.schema import CommitmentRow, DeliveryRow, EventRow, JobRow, compact, delivery_of
 
 _ENDED_CODES = {
@@ -21,7 +21,6 @@ _ENDED_CODES = {
     DeliveryState.PENDING: "delivery_retry",
     DeliveryState.FAILED: "delivery_failed",
 }
-_WAITING = (DeliveryState.PENDING, DeliveryState.SENT, DeliveryState.COMMITTED)
 _LEASED = (DeliveryState.SENDING, DeliveryState.SENT, DeliveryState.COMMITTED)
 
 
@@ -157,7 +156,7 @@ class DeliveryLedger(LedgerBase):
                 .join(JobRow, JobRow.id == DeliveryRow.job_id)
                 .where(
                     DeliveryRow.destination == destination,
-                    DeliveryRow.state.in_([state.value for state in _WAITING]),
+                    DeliveryRow.state.in_([state.value for state in WAITING_STATES]),
                     DeliveryRow.reason_code.in_(sorted(codes)),
                     DeliveryRow.next_attempt > now,
                     JobRow.state == JobState.DELIVERING.value,

@@ -7,15 +7,14 @@ An association that a peer opens is in the registry of the node's process; a fet
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from storage.durable import make_folder, write_file
+from storage.spool import TOKEN, check_token
 
-_TOKEN = re.compile(r"[0-9a-f]{1,64}")
 _KEEP_S = 31 * 86400.0  # longer than any series waits for its rest
 
 
@@ -29,7 +28,7 @@ class FetchedTokens:
     @contextmanager
     def open(self, token: str) -> Iterator[None]:
         """While instances come: the folder of the token stays, though the assembler removes empty ones."""
-        folder = make_folder(self._incoming / _checked(token))
+        folder = make_folder(self._incoming / check_token(token))
         held = folder / ".fetching.tmp"
         held.touch()
         try:
@@ -43,14 +42,8 @@ class FetchedTokens:
         for path in list(self._folder.iterdir()):
             if path.stat().st_mtime < oldest:
                 path.unlink(missing_ok=True)
-        write_file(self._folder / _checked(token), (b"",))
+        write_file(self._folder / check_token(token), (b"",))
 
     def is_whole(self, token: str) -> bool:
         """Whether `mark_whole` was called for it; False for what is no token."""
-        return bool(_TOKEN.fullmatch(token)) and (self._folder / token).is_file()
-
-
-def _checked(token: str) -> str:
-    if not _TOKEN.fullmatch(token):
-        raise ValueError(f"{token[:80]!r}: expected 1 to 64 lower-case hexadecimal digits")
-    return token
+        return bool(TOKEN.fullmatch(token)) and (self._folder / token).is_file()

@@ -50,6 +50,7 @@ FINAL_JOB_STATES = frozenset({JobState.DONE, JobState.REJECTED, JobState.FAILED,
 
 REJECTION = "rejection"  # the kind of a delivery that rejects a series which was delivered before
 
+WAITING_STATES = (DeliveryState.PENDING, DeliveryState.SENT, DeliveryState.COMMITTED)  # something is still to be done
 PROOF_STATES = (DeliveryState.SENT, DeliveryState.COMMITTED, DeliveryState.VISIBLE)
 
 

@@ -55,7 +55,7 @@ _CANCELLED = ".cancelled.json"
 RESULT_FILE = "result.json"  # written with the result folder, which is renamed into place when it is whole
 _UID = re.compile(r"[0-9]+(?:\.[0-9]+)*")  # PS3.5 section 9.1; a leading zero in a component is common and harmless
 _UID_LENGTH = 64
-_HEX = re.compile(r"[0-9a-f]{1,64}")
+TOKEN = re.compile(r"[0-9a-f]{1,64}")
 _REASON = re.compile(r"[a-z0-9_]{1,64}")
 
 
@@ -119,7 +119,7 @@ class Spool:
 
         Raises `NoSpace` (below the watermark, or the disk is full) and `BadUid`, keeping nothing.
         """
-        folder = self._incoming / _hex(association)
+        folder = self._incoming / check_token(association)
         target = folder / f"{check_uid(sop_instance_uid)}.dcm"
         if not self.room_for(0):
             raise NoSpace(f"the disk of {self.root} has less than {self.min_free_bytes} bytes free")
@@ -138,7 +138,7 @@ class Spool:
 
     def drop_halves(self, association: str) -> None:
         """Remove what a process left half written that received this association and was killed."""
-        folder = self._incoming / _hex(association)
+        folder = self._incoming / check_token(association)
         for path in folder.glob("*") if folder.is_dir() else ():
             if is_temp(path):
                 path.unlink(missing_ok=True)
@@ -283,7 +283,7 @@ class Spool:
 
     def work_folder(self, job_id: str) -> Path:
         """The job's own folder, made where needed."""
-        return make_folder(self._work / _hex(job_id))
+        return make_folder(self._work / check_token(job_id))
 
     def ct_files(self, job_id: str) -> list[Path]:
         """The job's input, by name; empty when it has none."""
@@ -293,7 +293,7 @@ class Spool:
 
     def result_folder(self, job_id: str) -> Path:
         """Where the job's result appears, whole; not made here."""
-        return self._outbox / _hex(job_id)
+        return self._outbox / check_token(job_id)
 
     def has_result(self, job_id: str) -> bool:
         """Whether the result is there; it is complete when it is."""
@@ -318,11 +318,11 @@ class Spool:
 
     def keep_job(self, job_id: str, facts: Mapping[str, Any]) -> None:
         """Keep what a job is beside its files: a ledger that is restored from a backup may not know it any more."""
-        write_file(self._jobs / f"{_hex(job_id)}.json", (json.dumps(dict(facts)).encode(),))
+        write_file(self._jobs / f"{check_token(job_id)}.json", (json.dumps(dict(facts)).encode(),))
 
     def kept_job(self, job_id: str) -> dict[str, Any]:
         """What `keep_job` kept; {} where there is nothing that can be read."""
-        return _object(self._jobs / f"{_hex(job_id)}.json")
+        return _object(self._jobs / f"{check_token(job_id)}.json")
 
     def keep_cancelled(self, job_id: str, facts: Mapping[str, Any]) -> None:
         """Keep that a person cancelled the job, and what it is: apart from `keep_job`, which whoever runs it writes."""
@@ -343,13 +343,13 @@ class Spool:
 
     def job_ids(self) -> list[str]:
         """The jobs that have input or a result here, the oldest folder first."""
-        folders = [f for top in (self._work, self._outbox) for f in top.iterdir() if _HEX.fullmatch(f.name)]
+        folders = [f for top in (self._work, self._outbox) for f in top.iterdir() if TOKEN.fullmatch(f.name)]
         aged = {folder.name: folder.stat().st_mtime_ns for folder in reversed(folders) if folder.is_dir()}
         return sorted(aged, key=lambda job_id: (aged[job_id], job_id))
 
     def discard_work(self, job_id: str) -> None:
         """Remove the job's input and scratch files; fine when gone."""
-        remove_tree(self._work / _hex(job_id))
+        remove_tree(self._work / check_token(job_id))
 
     def discard_result(self, job_id: str) -> None:
         """Remove the job's result; fine when gone."""
@@ -403,7 +403,7 @@ class Spool:
 
         def is_over_age(folder: Path, keep: timedelta) -> bool:
             with suppress(FileNotFoundError):  # somebody else removed it
-                return bool(_HEX.fullmatch(folder.name)) and _age(folder, now) > keep and is_final(folder.name)
+                return bool(TOKEN.fullmatch(folder.name)) and _age(folder, now) > keep and is_final(folder.name)
             return False
 
         def over(top: Path, keep: timedelta) -> Iterator[Path]:
@@ -449,7 +449,7 @@ class Spool:
         for path in sorted((*self._work.iterdir(), *self._outbox.iterdir())):
             job_id, _, rest = path.name.partition(".")
             with suppress(FileNotFoundError):
-                if rest and _age(path, now) > A_DAY and (not job_id or (_HEX.fullmatch(job_id) and is_final(job_id))):
+                if rest and _age(path, now) > A_DAY and (not job_id or (TOKEN.fullmatch(job_id) and is_final(job_id))):
                     found.append(path)
         return found
 
@@ -474,10 +474,10 @@ class Spool:
                 log.error("spool.folder_closed", folder=str(folder.relative_to(self.root)), reason=do)
 
     def _reference(self, job_id: str) -> Path:
-        return self._references / f"{_hex(job_id)}.json"
+        return self._references / f"{check_token(job_id)}.json"
 
     def _cancelled(self, job_id: str) -> Path:
-        return self._jobs / f"{_hex(job_id)}{_CANCELLED}"
+        return self._jobs / f"{check_token(job_id)}{_CANCELLED}"
 
     def _taken(self, path: Path, target: Path, elsewhere: Iterable[Path] = ()) -> Adopted:
         """Move an incoming file to `target`, unless that or one of the same name `elsewhere` is there already."""
@@ -493,16 +493,16 @@ class Spool:
         return Adopted.NEW
 
     def _ct(self, job_id: str) -> Path:
-        return self._work / _hex(job_id) / "ct"
+        return self._work / check_token(job_id) / "ct"
 
     def _check_inside(self, path: Path) -> None:
         if not path.resolve().is_relative_to(self.root.resolve()):
             raise ValueError("a path outside the spool")
 
 
-def _hex(token: str) -> str:
+def check_token(token: str) -> str:
     """Our own tokens and ids; anything else is a fault in the caller, and never a path."""
-    if not _HEX.fullmatch(token):
+    if not TOKEN.fullmatch(token):
         raise ValueError(f"{token[:80]!r}: expected 1 to 64 lower-case hexadecimal digits")
     return token
 

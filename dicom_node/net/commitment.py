@@ -92,9 +92,7 @@ def request_commitment(
                     break
             served.wait_until_answered()
     seconds = monotonic() - began
-    if trouble is None:
-        return RequestOutcome(seconds=seconds)
-    return RequestOutcome(code=trouble.code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
+    return RequestOutcome.of(trouble, seconds=seconds)
 
 
 def commitment_context() -> PresentationContext:

@@ -341,9 +341,7 @@ def send_report(
     with Link(peer, [commitment_context()], calling_ae, timeouts, max_pdu, roles=roles) as link:
         trouble = link.trouble or report_on(link.assoc, verdict, where(peer))
     seconds = time.monotonic() - began
-    if trouble is None:
-        return RequestOutcome(seconds=seconds)
-    return RequestOutcome(code=trouble.code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
+    return RequestOutcome.of(trouble, seconds=seconds)
 
 
 def note_reported(notes: Notes, request: Asked, verdict: Verdict, way: str) -> None:

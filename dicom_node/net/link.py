@@ -13,8 +13,8 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from pydicom import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -24,7 +24,7 @@ from pynetdicom.events import EventHandlerType
 from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
 from pynetdicom.presentation import PresentationContext
 
-from dicom_node.config import PeerConfig
+from dicom_node.config import NodeConfig, PeerConfig
 from dicom_node.net.scp import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicom_node.net.security import SecurityError, client_context, tell_failure, why
 
@@ -54,6 +54,11 @@ class Timeouts:
     network_s: float = 60.0
 
 
+def timeouts_of(node: NodeConfig) -> Timeouts:
+    """Those of `[node]`."""
+    return Timeouts(acse_s=node.acse_timeout_s, dimse_s=node.dimse_timeout_s, network_s=node.network_timeout_s)
+
+
 @dataclass(frozen=True, slots=True)
 class Trouble:
     """Why something did not come to be: a stable code, a sentence, and whether only an operator can mend it."""
@@ -75,6 +80,13 @@ class RequestOutcome:
     @property
     def ok(self) -> bool:
         return not self.code
+
+    @classmethod
+    def of(cls, trouble: Trouble | None, **rest: Any) -> Self:
+        """Success without a trouble, else why not; `rest` are the other fields."""
+        if trouble is None:
+            return cls(**rest)
+        return cls(code=trouble.code, text=trouble.text, permanent=trouble.permanent, **rest)
 
 
 class _Requestor(AE):
@@ -218,6 +230,13 @@ def aborted_when(link: Link, should_stop: Callable[[], bool]) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
+
+
+def of_service(trouble: Trouble | None) -> Trouble | None:
+    """The same, where one service is asked for: no presentation context for it says that it is not offered."""
+    if trouble is not None and trouble.code == "no_presentation_context":
+        return replace(trouble, code="not_offered")
+    return trouble
 
 
 def where(peer: PeerConfig) -> str:

@@ -17,17 +17,17 @@ from pynetdicom import build_context, build_role, evt
 from pynetdicom.presentation import PresentationContext
 
 from dicom_node.config import PeerConfig
-from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, aborted_when, dimse_status, where
+from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, aborted_when, dimse_status, of_service, where
+from dicom_node.net.query import NOT_OFFERED_STATUSES
 from dicom_node.net.scp import CT_CLASSES, ct_transfer_syntaxes
-from dicom_node.net.status import Status, status_text
-from dicom_node.net.store import Announced, Store, fault_of
+from dicom_node.net.status import status_text
+from dicom_node.net.store import Store, answer_store, fault_of
 
 STUDY_ROOT_MOVE = "1.2.840.10008.5.1.4.1.2.2.2"
 STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
 PENDING = 0xFF00
 SUCCESS, SOME_FAILED = 0x0000, 0xB000  # PS3.4 tables C.4-2 and C.4-3
 DESTINATION_UNKNOWN = 0xA801
-NOT_OFFERED_STATUSES = frozenset({0x0122, 0x0124, 0x0211})
 MOST_PENDING = 1_000_000  # answers to one request: one for each instance is usual
 
 Progress = Callable[[int, int | None], object]  # (instances so far, of how many where it is known)
@@ -210,10 +210,7 @@ def _outcome(trouble: Trouble | None, seconds: float, counted: _Counts | None = 
         "failed_uids": counted.failed_uids,
         "seconds": seconds,
     }
-    if trouble is None:
-        return RetrieveOutcome(**counts)
-    code = "not_offered" if trouble.code == "no_presentation_context" else trouble.code
-    return RetrieveOutcome(code=code, text=trouble.text, permanent=trouble.permanent, **counts)
+    return RetrieveOutcome.of(of_service(trouble), **counts)
 
 
 def series_query(study_uid: str, series_uid: str) -> Dataset:
@@ -238,22 +235,9 @@ def get_contexts() -> list[PresentationContext]:
 def _kept(event: evt.Event, store: Store, token: str) -> int | Dataset:
     """Answer one C-STORE of a C-GET."""
     request: Any = event.request  # pynetdicom types it as any DIMSE primitive
-    data: Any = request.DataSet.getbuffer() if request.DataSet is not None else b""
-    context_class, uid = str(event.context.abstract_syntax), str(request.AffectedSOPInstanceUID)
-    announced = Announced(
-        sop_class_uid=context_class,
-        sop_instance_uid=uid,
-        transfer_syntax=str(event.context.transfer_syntax),
-        fault=fault_of(
-            sop_class_uid=str(request.AffectedSOPClassUID), sop_instance_uid=uid, context_class=context_class
-        ),
+    fault = fault_of(
+        sop_class_uid=str(request.AffectedSOPClassUID),
+        sop_instance_uid=str(request.AffectedSOPInstanceUID),
+        context_class=str(event.context.abstract_syntax),
     )
-    arrival = store.arrival(token, str(event.assoc.acceptor.ae_title), announced, size=len(data))
-    arrival.write(data)
-    answer = arrival.end()
-    if answer.status == Status.SUCCESS:
-        return int(Status.SUCCESS)
-    response = Dataset()
-    response.Status = int(answer.status)
-    response.ErrorComment = answer.comment
-    return response
+    return answer_store(event, store, token, str(event.assoc.acceptor.ae_title), fault)

@@ -6,6 +6,7 @@ An unknown command field or a command set that is none ends its thread with a tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from dicom_node.net import command as cmd
 
@@ -111,6 +112,16 @@ class Passing:
             raise cmd.Malformed(f"a data set of more than {self._max_data_set} bytes")
         if control & cmd.LAST:
             self.inside, self._data_set = False, 0
+
+
+def hand_over(dul: Any, pdu: bytes) -> None:
+    """Give pynetdicom's upper layer a PDU as if it had read it. Raises `Malformed`."""
+    try:
+        decoded, event = dul._decode_pdu(bytearray(pdu))
+    except Exception as error:  # whatever its decoders meet in a broken one
+        raise cmd.Malformed(f"a PDU of type 0x{pdu[0]:02X} that cannot be decoded") from error
+    dul.event_queue.put(event)
+    dul._recv_pdu.put(decoded)
 
 
 def packed(fragments: Iterable[tuple[int, int, bytes | bytearray]]) -> bytes:

@@ -17,7 +17,7 @@ from pynetdicom import build_context
 from pynetdicom.presentation import PresentationContext
 
 from dicom_node.config import PeerConfig
-from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, aborted_when, dimse_status, where
+from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, aborted_when, dimse_status, of_service, where
 from dicom_node.net.status import Outcome, classify, status_text
 from storage.errors import BadUid
 from storage.spool import check_uid
@@ -67,10 +67,7 @@ def count_series_instances(
                 ours = [one for one in found if str(one.get("SeriesInstanceUID") or series_uid) == series_uid]
                 count = len({str(one.SOPInstanceUID) for one in ours if one.get("SOPInstanceUID")})
     seconds = monotonic() - began
-    if trouble is None:
-        return CountOutcome(count=count, seconds=seconds)
-    code = "not_offered" if trouble.code == "no_presentation_context" else trouble.code
-    return CountOutcome(code=code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
+    return CountOutcome.of(of_service(trouble), count=count if trouble is None else None, seconds=seconds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,10 +184,7 @@ class Finder:
                 if trouble is not None and trouble.code == "no_response" and self._should_stop():
                     trouble = Trouble("interrupted", "stopped while asking", False)
         seconds = monotonic() - began
-        if trouble is None:
-            return answers, FindOutcome(seconds=seconds)
-        code = "not_offered" if trouble.code == "no_presentation_context" else trouble.code
-        return [], FindOutcome(code=code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
+        return answers if trouble is None else [], FindOutcome.of(of_service(trouble), seconds=seconds)
 
 
 def _text(answer: Dataset, keyword: str) -> str:

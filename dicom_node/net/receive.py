@@ -31,7 +31,7 @@ from dicom_node.net.peers import Admission, admit, peer_that_may, plain_address,
 from dicom_node.net.scp import Listener, build_ae, contexts_for, listen_all, make_server, storage_services_for
 from dicom_node.net.security import ServerContext
 from dicom_node.net.status import LOCAL_LIMIT_EXCEEDED, NO_REASON_TRANSIENT, Rejection, Status, rejection
-from dicom_node.net.store import PLACEHOLDER_UID, Announced, Book, Notes, Store, fault_of, names_instance
+from dicom_node.net.store import PLACEHOLDER_UID, Book, Notes, Store, answer_store, fault_of, names_instance
 from dicom_node.net.stream import PduReader
 from dicom_node.net.thinning import without_numbers
 from storage.spool import Spool
@@ -386,22 +386,7 @@ class Receiver:
             fault = self._bad_uids.pop((token, int(request.MessageID or 0)), "")
         if not token:  # the association ended while this request waited: nobody hears the answer
             return Status.UNABLE_TO_PROCESS
-        data: Any = request.DataSet.getbuffer() if request.DataSet is not None else b""  # no copy of the instance
-        announced = Announced(
-            sop_class_uid=str(event.context.abstract_syntax),
-            sop_instance_uid=str(request.AffectedSOPInstanceUID),
-            transfer_syntax=str(event.context.transfer_syntax),
-            fault=fault,
-        )
-        arrival = self._store.arrival(token, self._calling_ae(event), announced, size=len(data))
-        arrival.write(data)
-        answer = arrival.end()
-        if answer.status == Status.SUCCESS:
-            return Status.SUCCESS
-        response = Dataset()
-        response.Status = int(answer.status)
-        response.ErrorComment = answer.comment
-        return response
+        return answer_store(event, self._store, token, self._calling_ae(event), fault)
 
     def _calling_ae(self, event: Event) -> str:
         return str(event.assoc.requestor.ae_title)

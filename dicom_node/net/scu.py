@@ -111,9 +111,7 @@ def echo(peer: PeerConfig, *, calling_ae: str, timeouts: Timeouts | None = None)
             elif status != 0:
                 trouble = Trouble("echo_refused", f"C-ECHO was answered with 0x{status:04X}", True)
     seconds = monotonic() - began
-    if trouble:
-        return RequestOutcome(code=trouble.code, text=trouble.text, permanent=trouble.permanent, seconds=seconds)
-    return RequestOutcome(seconds=seconds)
+    return RequestOutcome.of(trouble, seconds=seconds)
 
 
 def echo_context() -> PresentationContext:
@@ -221,9 +219,4 @@ def _meaning(status: str) -> str:
 
 
 def _outcome(statuses: Mapping[str, str], trouble: Trouble | None, began: float, note: str = "") -> SendOutcome:
-    seconds = monotonic() - began
-    if trouble is None:
-        return SendOutcome(statuses=statuses, seconds=seconds, note=note)
-    return SendOutcome(
-        statuses=statuses, code=trouble.code, text=trouble.text, permanent=trouble.permanent, seconds=seconds, note=note
-    )
+    return SendOutcome.of(trouble, statuses=statuses, seconds=monotonic() - began, note=note)

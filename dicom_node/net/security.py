@@ -11,7 +11,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ CIPHERS = (
 )
 _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 _VERIFY = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
-_PEM_BEGIN, _PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
-_SEQUENCE, _UTC_TIME, _GENERALIZED_TIME, _VERSION = 0x30, 0x17, 0x18, 0xA0  # ITU-T X.690 tags; [0] of X.509
 
 _WHY = {  # OpenSSL's reason -> a sentence for an administrator
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it showed no certificate, and one is required",
@@ -241,42 +239,9 @@ def warn_of_ends(config: Config, now: datetime) -> None:
 
 def first_end(path: Path) -> datetime | None:
     """When the first of the certificates in a PEM file ends; None when none can be read."""
+    from cryptography.x509 import load_pem_x509_certificates  # not for the processes that only receive
+
     try:
-        text = path.read_text(encoding="ascii", errors="replace")
-        blocks = [_PEM_BEGIN + part.partition(_PEM_END)[0] + _PEM_END for part in text.split(_PEM_BEGIN)[1:]]
-        return min(not_after(ssl.PEM_cert_to_DER_cert(block)) for block in blocks)
-    except (OSError, ValueError):  # binascii.Error is a ValueError, as is min() of nothing
+        return min(one.not_valid_after_utc for one in load_pem_x509_certificates(path.read_bytes()))
+    except (OSError, ValueError):
         return None
-
-
-def not_after(der: bytes) -> datetime:
-    """The end of a certificate's validity (RFC 5280 section 4.1.2.5). Raises ValueError."""
-    _, certificate, _ = _tlv(der, _SEQUENCE)
-    _, tbs, _ = _tlv(certificate, _SEQUENCE)
-    tag, _, rest = _tlv(tbs)
-    if tag == _VERSION:  # version is there unless it is v1; then the serial number
-        _, _, rest = _tlv(rest)
-    for _ in ("signature", "issuer"):
-        _, _, rest = _tlv(rest, _SEQUENCE)
-    _, validity, _ = _tlv(rest, _SEQUENCE)
-    _, _, rest = _tlv(validity)
-    tag, value, _ = _tlv(rest)
-    text = value.decode("ascii")
-    if tag == _UTC_TIME:  # two digits of the year: 50-99 are of the last century
-        text = ("19" if text[:2] >= "50" else "20") + text
-    elif tag != _GENERALIZED_TIME:
-        raise ValueError("no time")
-    return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)
-
-
-def _tlv(der: bytes, expected: int | None = None) -> tuple[int, bytes, bytes]:
-    """(tag, value, what follows) of the first DER element. Raises ValueError."""
-    if len(der) < 2:
-        raise ValueError("cut short")
-    tag, length, at = der[0], der[1], 2
-    if length & 0x80:
-        count = length & 0x7F
-        length, at = int.from_bytes(der[2 : 2 + count], "big"), 2 + count
-    if at + length > len(der) or (expected is not None and tag != expected):
-        raise ValueError("not what a certificate has here")
-    return tag, der[at : at + length], der[at + length :]

@@ -27,6 +27,7 @@ from pynetdicom.presentation import PresentationContext
 from dicom_node.net import command as cmd
 from dicom_node.net.link import dimse_status
 from dicom_node.net.part10 import Part10
+from dicom_node.net.passing import MAX_COMMAND, hand_over
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +38,6 @@ _MAX_VECTORS = 1024  # IOV_MAX of Linux
 _MAX_FRAGMENT = _BUFFER - 64  # where the peer sets no limit, or a larger one
 _COMMAND_ROOM = 1024  # before the first data PDU, so that both leave together; a command set has some 200 bytes
 _MAX_ANSWER = 1024 * 1024  # bytes of a PDU that a sender is answered with: a response has some 200
-_MAX_COMMAND = 64 * 1024
 _HELD_S = 0.05  # how often it is seen whether pynetdicom's thread has died instead of pausing
 _SETTLE_S = 10.0  # for pynetdicom to act upon what ended the association
 _CLOSED = "Evt17"  # PS3.8 table 9-10: transport connection closed
@@ -238,12 +238,7 @@ class StreamSender:
 
     def _pass_on(self, pdu: bytes) -> None:
         """A PDU that is no part of a response: for pynetdicom, as if it had read it."""
-        try:
-            decoded, event = self._dul._decode_pdu(bytearray(pdu))
-        except Exception as error:
-            raise cmd.Malformed(f"a PDU of type 0x{pdu[0]:02X} that cannot be decoded") from error
-        self._dul.event_queue.put(event)
-        self._dul._recv_pdu.put(decoded)
+        hand_over(self._dul, pdu)
         self._give_back()
 
     # ---- requests
@@ -316,7 +311,7 @@ class StreamSender:
                 return None
             for _, control, fragment in cmd.fragments_of(pdu):
                 command += fragment
-                if not control & cmd.COMMAND or len(command) > _MAX_COMMAND:
+                if not control & cmd.COMMAND or len(command) > MAX_COMMAND:
                     raise cmd.Malformed("something else than the response to a C-STORE")
         found = cmd.elements(bytes(command))
         kind, answered = cmd.number_of(found, cmd.COMMAND_FIELD), cmd.number_of(found, cmd.RESPONDED_TO)

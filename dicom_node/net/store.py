@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
+from pydicom import Dataset
 from pydicom.uid import UID, SegmentationStorage
+from pynetdicom.events import Event
 
 from dicom_node.config import Config
 from dicom_node.net.associations import Association, sender_of
+from dicom_node.net.command import padded
 from dicom_node.net.peers import shown
 from dicom_node.net.scp import CT_CLASSES, IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicom_node.net.status import Status
@@ -232,6 +235,27 @@ class Arrival:
             store.note("store_refused", text, {"status": status, **thinned})
 
 
+def answer_store(event: Event, store: Store, token: str, calling_ae: str, fault: str) -> int | Dataset:
+    """The answer to a C-STORE that pynetdicom read, which belongs to the association `token`."""
+    request: Any = event.request  # pynetdicom types it as any DIMSE primitive
+    data: Any = request.DataSet.getbuffer() if request.DataSet is not None else b""  # no copy of the instance
+    announced = Announced(
+        sop_class_uid=str(event.context.abstract_syntax),
+        sop_instance_uid=str(request.AffectedSOPInstanceUID),
+        transfer_syntax=str(event.context.transfer_syntax),
+        fault=fault,
+    )
+    arrival = store.arrival(token, calling_ae, announced, size=len(data))
+    arrival.write(data)
+    answer = arrival.end()
+    if answer.status == Status.SUCCESS:
+        return Status.SUCCESS
+    response = Dataset()
+    response.Status = int(answer.status)
+    response.ErrorComment = answer.comment
+    return response
+
+
 def _refused_uid(fault: str) -> Answer:
     if names_instance(fault):
         return Answer(status=Status.CANNOT_UNDERSTAND, comment="SOP Instance UID is not a UID")
@@ -258,9 +282,7 @@ def file_header(*, sop_class_uid: str, sop_instance_uid: str, transfer_syntax: s
 
 def _meta_element(number: int, vr: bytes, value: str) -> bytes:
     """One element of group 0002, Explicit VR Little Endian, padded to an even length (PS3.5 section 6.2)."""
-    raw = value.encode("ascii")
-    if len(raw) % 2:
-        raw += b"\0" if vr == b"UI" else b" "
+    raw = padded(value, b"\0" if vr == b"UI" else b" ")
     return struct.pack("<HH2sH", 0x0002, number, vr, len(raw)) + raw
 
 

@@ -30,7 +30,7 @@ from dicom_node.net import command as cmd
 from dicom_node.net.command import Malformed
 from dicom_node.net.negotiation import ASSOCIATE_RQ, readable_request
 from dicom_node.net.pace import Pace, TooSlow, sleep_unless
-from dicom_node.net.passing import SMALL, Passing, checked, few, grown, has_data_set, packed, text_of
+from dicom_node.net.passing import SMALL, Passing, checked, few, grown, hand_over, has_data_set, packed, text_of
 from dicom_node.net.peers import plain_address, shown
 from dicom_node.net.scp import is_storage_class
 from dicom_node.net.store import (
@@ -215,14 +215,7 @@ class PduReader:
 
     def _pass_on(self, raw: bytes) -> None:
         """Give pynetdicom a PDU, as its own reader would, or an association request that it can read."""
-        if raw[0] == ASSOCIATE_RQ:
-            raw = readable_request(raw)
-        try:
-            pdu, event = self._dul._decode_pdu(bytearray(raw))
-        except Exception as error:
-            raise Malformed(f"a PDU of type 0x{raw[0]:02X} that cannot be decoded") from error
-        self._dul.event_queue.put(event)
-        self._dul._recv_pdu.put(pdu)
+        hand_over(self._dul, readable_request(raw) if raw[0] == ASSOCIATE_RQ else raw)
 
     # ---- messages
 
