@@ -49,7 +49,8 @@ from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receivers import ReceiverPool
 from dicom_node.net.scu import send_series
 from dicom_node.net.sending import Way
-from storage.incoming_file import IncomingFile
+from storage.durable import is_temp
+from storage.incoming_file import IncomingFolder
 from storage.ledger import open_ledger
 
 DCMTK_PATH = "/usr/local/bin:/usr/bin:/bin"  # not a virtual environment's: pynetdicom installs a storescp, too
@@ -151,6 +152,8 @@ def compare_receivers(
             "ours": lambda: our_node(folder / "ours", processes),
             "ours, no sync": lambda: our_node(folder / "unsynced", processes, sync=False),
             "ours, plain": lambda: our_node(folder / "plain", processes, reader="plain"),
+            "bare loop": lambda: bare_loop(folder / "bare", sync=True),
+            "bare loop, no sync": lambda: bare_loop(folder / "bare-unsynced", sync=False),
             "storescp": lambda: storescp(folder / "storescp"),
             "storescp --fork": lambda: storescp(folder / "fork", fork=True),
             "Orthanc": lambda: orthanc(folder / "orthanc"),
@@ -213,16 +216,18 @@ def receive(receiver: Receiver, shares: Sequence[Path], count: int, figures: Fig
 
 def write_alone(folder: Path, files: Sequence[Path], threads: int, figures: Figures) -> None:
     """What the disk gives without a network: the same files, written and made durable as our node does."""
-    folder.mkdir()
 
-    def write(path: Path) -> None:
-        file = IncomingFile(folder / path.name)
-        file.write(path.read_bytes())
-        file.commit()
+    def write(number: int) -> None:
+        incoming = IncomingFolder(folder / str(number))
+        for path in files[number::threads]:
+            file = incoming.open(path.stem)
+            file.write(path.read_bytes())
+            file.commit()
+        incoming.close()
 
     cpu_before, began = own_cpu_seconds(), time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(write, files))
+        list(pool.map(write, range(threads)))
     figures.per_second.append(len(files) / (time.perf_counter() - began))
     figures.cpu_ms.append((own_cpu_seconds() - cpu_before) / len(files) * 1000)
     shutil.rmtree(folder)
@@ -253,6 +258,17 @@ def our_node(folder: Path, processes: int, *, sync: bool = True, reader: str = "
     finally:
         pool.stop()
         ledger.close()
+
+
+@contextmanager
+def bare_loop(folder: Path, *, sync: bool) -> Iterator[Receiver]:
+    """What Python can do at all on this machine: no checks, and with `sync` one commit of the disk per image."""
+    folder.mkdir()
+    port = free_port()
+    command = [sys.executable, str(Path(__file__).with_name("bare_loop.py")), str(port), str(folder)]
+    with served([*command, *(["--sync"] if sync else [])], port) as pid:
+        name = "bare loop" + ("" if sync else ", no sync")
+        yield Receiver(name, "BARE", port, lambda: [pid], counted(folder), emptied(folder))
 
 
 @contextmanager
@@ -463,7 +479,7 @@ def cleared(folder: Path) -> None:
 
 
 def counted(folder: Path) -> Callable[[], int]:
-    return lambda: sum(path.is_file() for path in folder.rglob("*"))
+    return lambda: sum(path.is_file() and not is_temp(path) for path in folder.rglob("*"))
 
 
 def emptied(folder: Path) -> Callable[[], None]:

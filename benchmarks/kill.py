@@ -1,12 +1,13 @@
 """kill -9 of a running node at random instants, and then the count.
 
     python benchmarks/kill.py [--rounds 50] [--seed 1]      # some 10 minutes
-    python benchmarks/kill.py --every-call                  # the node's parts killed at each of some 150 system calls
+    python benchmarks/kill.py --every-call [--power]        # the node's parts killed at each of some 150 system calls
 
 Each round a PACS sends one more CT series and sends again what was not acknowledged; meanwhile the whole node
 (receiver processes, assembler, engine, delivery) is killed after a random time and started again. At the end every
 series has exactly one DONE job with all its instances, and the PACS has every result once: one content under each
-UID, one PET series and one picture for each CT.
+UID, one PET series and one picture for each CT. With `--power` each kill is a power cut at its worst: what was not
+synced is gone (tests/crash_at.py).
 """
 
 from __future__ import annotations
@@ -43,10 +44,13 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=50)
     options.add_argument("--seed", type=int, default=1)
     options.add_argument("--every-call", action="store_true")
+    options.add_argument("--power", action="store_true")
     chosen = options.parse_args()
+    if chosen.power and not chosen.every_call:
+        options.error("--power goes with --every-call")
     with tempfile.TemporaryDirectory() as folder:
         if chosen.every_call:
-            found = kill_at_every_call(Path(folder))
+            found = kill_at_every_call(Path(folder), power=chosen.power)
         else:
             found = kill_at_random(Path(folder), chosen.rounds, random.Random(chosen.seed))
     print(json.dumps(found))
@@ -128,7 +132,7 @@ def succeeded(jobs: list[Job]) -> set[str]:
     return {job.supersedes for job in jobs if job.supersedes}
 
 
-def kill_at_every_call(folder: Path) -> dict[str, object]:
+def kill_at_every_call(folder: Path, *, power: bool) -> dict[str, object]:
     """tests/crash_at.py for every call."""
     import numpy as np
     from ct_factory import write_ct as write_slices
@@ -138,7 +142,13 @@ def kill_at_every_call(folder: Path) -> dict[str, object]:
     lives.mkdir()
     for path in write_slices(ct, np.zeros((4, 8, 8), dtype=np.int16), spacing_mm=(2.0, 2.0, 2.0)):
         path.rename(ct / f"{dcmread(path).SOPInstanceUID}.dcm")
-    command = [sys.executable, str(ROOT / "tests" / "crash_at.py"), str(lives), str(ct)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "crash_at.py"),
+        str(lives),
+        str(ct),
+        *(["--power"] if power else []),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT)})
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return found

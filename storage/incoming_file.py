@@ -1,33 +1,103 @@
-"""One instance on its way in, piece by piece: the one way by which anything comes into the inbox."""
+"""One instance on its way in, piece by piece: the one way by which anything comes into the inbox.
+
+Success may be said after one commit of the disk, not two. The file is written under a name that was made durable
+before, with others like it (a slot), and begins with a seal: what it holds and for which instance. Bytes and seal are
+synced together; then the file gets its own name, which need not be durable. After a power cut a whole file lies under
+the one name or the other, and `own_name_of` tells a whole file from a torn one.
+"""
 
 from __future__ import annotations
 
 import os
+import struct
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from storage.durable import fsync_folder, full_disk_is_no_space, same_bytes, temp_beside
+from xxhash import xxh3_64
+
+from storage.durable import fsync_folder, full_disk_is_no_space, make_folder, same_bytes, temp_beside
+
+PREAMBLE_BYTES = 128  # of a DICOM file, for whoever writes it (PS3.10 section 7.1): the seal stands there
+_SEAL = struct.Struct("<16sQ8s64s32x")  # magic, length of what follows the preamble, its XXH3, SOP Instance UID
+_MAGIC = b"dicom-node seal1"
+_MOST_SLOTS = 16  # made at once
+_CHUNK = 1 << 20
+
+
+class IncomingFolder:
+    """Where the instances of one association are written, one at a time. Its end may be told by another thread.
+
+    `sync` False leaves every sync out: for measuring only.
+    """
+
+    def __init__(self, folder: Path, *, sync: bool = True) -> None:
+        self._folder = folder
+        self._sync = sync
+        self._lock = threading.Lock()
+        self._slots: list[Path] = []
+        self._made = 0
+
+    def open(self, sop_instance_uid: str) -> IncomingFile:
+        """A file for an instance; the UID is checked. Raises `NoSpace`, keeping nothing."""
+        target = self._folder / f"{sop_instance_uid}.dcm"
+        with self._lock, full_disk_is_no_space(target):
+            make_folder(self._folder)
+            try:
+                return IncomingFile(target, self._slot(), sync=self._sync)
+            except FileNotFoundError:  # somebody emptied the folder
+                self._slots = []
+                return IncomingFile(target, self._slot(), sync=self._sync)
+
+    def close(self) -> None:
+        """The association is over: remove what it did not use, and the folder when it is empty then. Never raises."""
+        with self._lock:
+            self._drop_slots()
+            with suppress(OSError):  # not empty, or gone
+                self._folder.rmdir()
+
+    def _drop_slots(self) -> None:
+        slots, self._slots = self._slots, []
+        for slot in slots:
+            with suppress(OSError):  # gone; whatever else stays until the next start
+                slot.unlink()
+
+    def _slot(self) -> Path:
+        """An empty file whose name is durable: one at first, and more at once the more instances come."""
+        if not self._slots:
+            self._made = min(2 * self._made or 1, _MOST_SLOTS)
+            try:
+                for _ in range(self._made):
+                    slot = temp_beside(self._folder / "slot")
+                    os.close(os.open(slot, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+                    self._slots.append(slot)
+                if self._sync:
+                    fsync_folder(self._folder)
+            except OSError:
+                self._drop_slots()
+                raise
+        return self._slots.pop()
 
 
 class IncomingFile:
-    """A temp file beside its place, which `commit` makes durable and gives its name; `discard` leaves nothing.
+    """A file that is being written in a slot; `commit` makes it durable and names it, `discard` leaves nothing.
 
-    The order is write, fsync, rename, fsync of the folder: a name that can be read after a power cut has all its
-    bytes, and what `commit` returned has its name. `sync` False leaves both fsyncs out: for measuring only.
+    The order is write, fsync, rename: a name that can be read after a power cut has all its bytes.
     """
 
-    def __init__(self, target: Path, *, sync: bool = True) -> None:
-        """Open the temp file; the folder is there. Raises `NoSpace`."""
+    def __init__(self, target: Path, slot: Path, *, sync: bool) -> None:
+        """Raises FileNotFoundError when the slot is gone."""
         self._target = target
+        self._slot = slot
         self._sync = sync
-        self._temp = temp_beside(target)
-        with full_disk_is_no_space(target):
-            self._handle = os.open(self._temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self._is_there = True  # the temp file
+        self._hash, self._length = xxh3_64(), 0
+        self._handle = os.open(slot, os.O_WRONLY | os.O_CLOEXEC)
+        self._is_there = True  # the slot
+        os.lseek(self._handle, PREAMBLE_BYTES, os.SEEK_SET)
 
     def write(self, piece: bytes | memoryview) -> None:
-        """Append. Raises `NoSpace`; the caller then discards."""
+        """Append what follows the preamble. Raises `NoSpace`; the caller then discards."""
         try:
             written = os.write(self._handle, piece)
             while written < len(piece):  # a signal or an almost full disk: go on with the rest
@@ -35,6 +105,8 @@ class IncomingFile:
         except OSError:
             with full_disk_is_no_space(self._target):  # entered only now: this is called for every piece of every image
                 raise
+        self._hash.update(piece)
+        self._length += len(piece)
 
     def commit(self) -> Path:
         """Make it durable; where it is.
@@ -43,40 +115,64 @@ class IncomingFile:
         `<uid>~2.dcm`. Raises `NoSpace`, keeping nothing.
         """
         try:
-            if self._sync:
-                with full_disk_is_no_space(self._target):
+            with full_disk_is_no_space(self._target):
+                uid = self._target.stem.encode("ascii")
+                os.pwrite(self._handle, _SEAL.pack(_MAGIC, self._length, self._hash.digest(), uid), 0)
+                if self._sync:
                     os.fsync(self._handle)
             self._close()
-            for place in places(self._target):
-                if place.exists():
-                    with suppress(FileNotFoundError):  # the assembler takes it away at this moment
-                        if same_bytes(self._temp, place):
-                            return place
-                        continue
-                with full_disk_is_no_space(self._target):
-                    self._temp.rename(place)
-                    self._is_there = False
-                    if self._sync:
-                        fsync_folder(place.parent)
-                return place
+            place = give_name(self._slot, self._target)
+            self._is_there = False
+            return place
         finally:
             self.discard()
-        raise AssertionError("places are endless")
 
     def discard(self) -> None:
         """Remove what was written, if it was not committed, and a folder that is empty then; fine when gone."""
         self._close()
         if self._is_there:
             self._is_there = False
-            with suppress(FileNotFoundError):
-                self._temp.unlink()
+            self._slot.unlink(missing_ok=True)
             with suppress(OSError):  # not empty, or gone
-                self._temp.parent.rmdir()
+                self._slot.parent.rmdir()
 
     def _close(self) -> None:
         if self._handle >= 0:
             handle, self._handle = self._handle, -1
             os.close(handle)
+
+
+def give_name(slot: Path, target: Path) -> Path:
+    """Rename a whole file to `target` or, where other bytes have that name, to `<uid>~2.dcm`; where it is.
+
+    Where the same bytes have one of these names it is removed. Raises `NoSpace`.
+    """
+    for place in places(target):
+        if place.exists():
+            with suppress(FileNotFoundError):  # the assembler takes it away at this moment
+                if same_bytes(slot, place):
+                    slot.unlink()
+                    return place
+                continue
+        with full_disk_is_no_space(target):
+            slot.rename(place)
+        return place
+    raise AssertionError("places are endless")
+
+
+def own_name_of(path: Path) -> str | None:
+    """The name of the instance that a file in a slot holds, if it is whole: sealed, and its bytes are those."""
+    with path.open("rb") as file:
+        preamble = file.read(PREAMBLE_BYTES)
+        if len(preamble) < _SEAL.size:
+            return None
+        magic, length, digest, uid = _SEAL.unpack(preamble)
+        if magic != _MAGIC or path.stat().st_size != PREAMBLE_BYTES + length:
+            return None
+        found = xxh3_64()
+        while piece := file.read(_CHUNK):
+            found.update(piece)
+    return uid.rstrip(b"\0").decode("ascii") + ".dcm" if found.digest() == digest else None
 
 
 def places(target: Path) -> Iterator[Path]:

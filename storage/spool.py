@@ -34,6 +34,7 @@ import structlog
 
 from storage.durable import (
     fsync_folder,
+    full_disk_is_no_space,
     is_temp,
     link_file,
     make_folder,
@@ -43,7 +44,7 @@ from storage.durable import (
     write_file,
 )
 from storage.errors import BadUid, NoSpace, NotFound, StorageError
-from storage.incoming_file import IncomingFile, places
+from storage.incoming_file import IncomingFile, IncomingFolder, give_name, own_name_of, places
 
 log = structlog.get_logger(__name__)
 
@@ -86,6 +87,7 @@ class Spool:
         self.min_free_bytes = min_free_bytes
         self._sync = sync
         self._adopting = threading.Lock()
+        self._receiving: dict[str, IncomingFolder] = {}  # by association
         self._told: dict[Path, float] = {}  # folders that are closed to us, and when that was said last
         try:
             self._incoming = make_folder(root / "inbox" / "incoming")
@@ -117,14 +119,23 @@ class Spool:
     def open_incoming(self, association: str, sop_instance_uid: str) -> IncomingFile:
         """The file of an instance that is being received; when its `commit` returns, Success may be said.
 
-        Raises `NoSpace` (below the watermark, or the disk is full) and `BadUid`, keeping nothing.
+        What is written follows the preamble. Raises `NoSpace` (below the watermark, or the disk is full) and `BadUid`,
+        keeping nothing. `close_incoming` when the association is over.
         """
-        folder = self._incoming / check_token(association)
-        target = folder / f"{check_uid(sop_instance_uid)}.dcm"
+        check_uid(sop_instance_uid)
         if not self.room_for(0):
             raise NoSpace(f"the disk of {self.root} has less than {self.min_free_bytes} bytes free")
-        make_folder(folder)
-        return IncomingFile(target, sync=self._sync)
+        folder = self._receiving.get(association)
+        if folder is None:
+            folder = IncomingFolder(self._incoming / check_token(association), sync=self._sync)
+            self._receiving[association] = folder
+        return folder.open(sop_instance_uid)
+
+    def close_incoming(self, association: str) -> None:
+        """An association is over: what was prepared for it and not used goes. Fine when there is nothing."""
+        folder = self._receiving.pop(association, None)
+        if folder is not None:
+            folder.close()
 
     def store_incoming(self, association: str, sop_instance_uid: str, chunks: Iterable[bytes]) -> Path:
         """Store one instance durably. Raises as `open_incoming` and `IncomingFile.commit`."""
@@ -137,7 +148,7 @@ class Spool:
             file.discard()
 
     def drop_halves(self, association: str) -> None:
-        """Remove what a process left half written that received this association and was killed."""
+        """Remove what a process left unfinished that received this association and was killed."""
         folder = self._incoming / check_token(association)
         for path in folder.glob("*") if folder.is_dir() else ():
             if is_temp(path):
@@ -269,6 +280,7 @@ class Spool:
             if not source.is_dir():
                 raise NotFound(f"job {job_id}: series {series_uid} is neither in the inbox nor in work")
             make_folder(target.parent)
+            fsync_folder(source)  # the names that `adopt` gave
             move(source, target)
         return target
 
@@ -356,6 +368,21 @@ class Spool:
         remove_tree(self.result_folder(job_id))
 
     # ---- upkeep
+
+    def take_up_whole(self) -> int:
+        """Name the files that are whole and that a kill or a power cut left without their names; how many.
+
+        Only at start-up, before `clean_temp`, which removes what is not whole.
+        """
+        found = 0
+        for folder in self._incoming.iterdir():
+            with self._fenced(folder), suppress(NotADirectoryError):
+                slots = [path for path in folder.iterdir() if is_temp(path) and path.is_file()]
+                for slot, name in [(slot, own_name_of(slot)) for slot in slots]:
+                    if name is not None:
+                        give_name(slot, folder / f"{check_uid(name.removesuffix('.dcm'))}.dcm")
+                        found += 1
+        return found
 
     def clean_temp(self) -> int:
         """Remove what a kill left half done; only at start-up, before anything writes. Returns how many."""
@@ -489,7 +516,8 @@ class Spool:
                 self.quarantine(path, "different_content")
                 return Adopted.DIFFERENT
         make_folder(target.parent)
-        move(path, target)
+        with full_disk_is_no_space(target):
+            path.rename(target)  # not synced: after a power cut it is here or there, or found by its seal
         return Adopted.NEW
 
     def _ct(self, job_id: str) -> Path:

@@ -1,9 +1,11 @@
 """Kills a node at its n-th system call, for every n, and counts what is there after the next start.
 
-    python crash_at.py FOLDER CT_FOLDER [EVERY]
+    python crash_at.py FOLDER CT_FOLDER [EVERY] [--power]
 
 Prints one line of JSON: how many calls there are, how many were tried, and what was wrong after which.
-`os._exit` in the middle is what kill -9 is: nothing is flushed, no `finally` runs.
+`os._exit` in the middle is what kill -9 is: nothing is flushed, no `finally` runs. With `--power` it is a power cut at
+its worst: names that were not synced since are what they were before, bytes that were not synced are gone. (The
+ledger's file is SQLite's own: what it committed it synced.)
 """
 
 from __future__ import annotations
@@ -22,32 +24,72 @@ from sqlalchemy.engine.default import DefaultDialect
 
 from storage.records import JobState
 
-COUNTED = ("open", "write", "fsync", "rename", "replace", "unlink", "mkdir", "rmdir", "link")
+COUNTED = ("open", "write", "pwrite", "fsync", "rename", "replace", "unlink", "mkdir", "rmdir", "link")
 KILLED = 9
 RESULTS = 3  # instances of one result: two planes and a picture
 
 
-def arm(at: int) -> None:
+class Disk:
+    """What a power cut would take below `root`: names and bytes that were not synced."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._renamed: list[tuple[Path, Path]] = []
+        self._written: set[Path] = set()
+        self._rename, self._truncate = os.rename, os.truncate
+
+    def did(self, name: str, args: tuple[Any, ...]) -> None:
+        """A call that worked."""
+        if name in ("rename", "replace"):
+            source, target = Path(args[0]), Path(args[1])
+            if target.is_relative_to(self._root):
+                self._renamed.append((source, target))
+            self._written = {target / p.relative_to(source) if p.is_relative_to(source) else p for p in self._written}
+        elif name in ("write", "pwrite", "fsync"):
+            path = Path(f"/proc/self/fd/{args[0]}").readlink()
+            if name == "fsync":
+                self._written.discard(path)
+                self._renamed = [(a, b) for a, b in self._renamed if path not in (a.parent, b.parent)]
+            elif path.is_relative_to(self._root):
+                self._written.add(path)
+
+    def cut(self) -> None:
+        """Now."""
+        for path in self._written:
+            if path.is_file():
+                self._truncate(path, 0)
+        for source, target in reversed(self._renamed):
+            if target.exists() and not source.exists():
+                source.parent.mkdir(parents=True, exist_ok=True)  # that it was removed is not on the disk either
+                self._rename(target, source)
+
+
+def arm(at: int, disk: Disk | None) -> None:
     """From now on the `at`-th of the counted calls does not happen; nor does anything after it."""
     left = [at]
 
-    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             left[0] -= 1
             if not left[0]:
+                if disk is not None:
+                    disk.cut()
                 os._exit(KILLED)
-            return real(*args, **kwargs)
+            result = real(*args, **kwargs)
+            if disk is not None:
+                disk.did(name, args)
+            return result
 
         return call
 
     for name in COUNTED:
-        setattr(os, name, counted(getattr(os, name)))
-    DefaultDialect.do_commit = counted(DefaultDialect.do_commit)  # type: ignore[method-assign]
+        setattr(os, name, counted(name, getattr(os, name)))
+    DefaultDialect.do_commit = counted("commit", DefaultDialect.do_commit)  # type: ignore[method-assign]
 
 
-def first_life(folder: Path, files: list[Path], at: int) -> None:
+def first_life(folder: Path, files: list[Path], at: int, *, power: bool) -> None:
     acknowledged = (folder / "acknowledged").open("a", buffering=1)  # line by line: a kill loses none
-    arm(at)
+    arm(at, Disk(folder / "spool") if power else None)
     node = SmallNode(folder / "spool", FolderPacs(folder / "pacs"))
     node.receive(files, lambda uid: print(uid, file=acknowledged))
     node.run_to_end()
@@ -92,13 +134,13 @@ def in_a_child(work: Callable[[], None]) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
 
 
-def main(folder: Path, ct: Path, every: int) -> None:
+def main(folder: Path, ct: Path, every: int, *, power: bool) -> None:
     files = sorted(ct.glob("*.dcm"))
     wrong, at, tried = [], 1, 0
     while True:
         life = folder / f"at{at}"
         life.mkdir()
-        code, text = in_a_child(lambda life=life, at=at: first_life(life, files, at))  # type: ignore[misc]
+        code, text = in_a_child(lambda life=life, at=at: first_life(life, files, at, power=power))  # type: ignore[misc]
         if code == 0:
             break
         tried += 1
@@ -115,4 +157,6 @@ def main(folder: Path, ct: Path, every: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 1)
+    asked = [argument for argument in sys.argv[1:] if argument != "--power"]
+    every = int(asked[2]) if len(asked) > 2 else 1
+    main(Path(asked[0]), Path(asked[1]), every, power="--power" in sys.argv)

@@ -21,6 +21,7 @@ from dicom_node.recover import adopt_unknown, cancel_again
 from dicom_node.worker import Worker
 from pipeline.result import write_result
 from pipeline.types import EncodedInstance, EncodedSeries, Progress, Provenance, ResultSet, Stage
+from storage.incoming_file import PREAMBLE_BYTES
 from storage.ledger import Ledger, open_ledger, utc_now
 from storage.records import FINAL_JOB_STATES, Job, JobFilter, JobState
 from storage.spool import Spool
@@ -126,6 +127,7 @@ class SmallNode:
         self.config = small_config(root, **tables)
         self.now_s = 1000.0
         self.spool = Spool(root, min_free_bytes=self.config.intake.min_free_bytes)
+        self.spool.take_up_whole()
         self.spool.clean_temp()
         self.ledger: Ledger = open_ledger(self.config.ledger_url, clock=clock)
         self.registry = AssociationRegistry(limit=9, clock=lambda: self.now_s)
@@ -143,8 +145,9 @@ class SmallNode:
         token = self.registry.open(calling_ae="PACS", address="127.0.0.1", peer="pacs")
         assert token is not None
         for path in files:
-            self.spool.store_incoming(token, path.stem, [path.read_bytes()])
+            self.spool.store_incoming(token, path.stem, [path.read_bytes()[PREAMBLE_BYTES:]])
             on_stored(path.stem)
+        self.spool.close_incoming(token)
         self.registry.close(token)
 
     def run_to_end(self, rounds: int = 20) -> None:

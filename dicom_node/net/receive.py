@@ -284,9 +284,12 @@ class Receiver:
             if token is not None:
                 for key in [key for key in self._bad_uids if key[0] == token]:
                     del self._bad_uids[key]
+        if token is None:
+            return
+        self._store.over(token)
         # the peer's closing of the connection may be seen before pynetdicom tells of the release that came first, and
         # it tells of a release in the middle of a message as of any other
-        association = self._book.close(token, aborted=not assoc.pdu_reader.released) if token else None
+        association = self._book.close(token, aborted=not assoc.pdu_reader.released)
         if association is None:
             return
         log.info(

@@ -119,6 +119,10 @@ class Store:
         """An instance begins to arrive on the association `token`; `size` is its length in bytes where it is known."""
         return Arrival(self, token, calling_ae, announced, size=size)
 
+    def over(self, token: str) -> None:
+        """The association ended: nothing more arrives on it."""
+        self.spool.close_incoming(token)
+
     def keeps(self, sop_class_uid: str) -> bool:
         """Whether instances of this class are kept; others are dropped."""
         return sop_class_uid in self._kept
@@ -263,10 +267,10 @@ def _refused_uid(fault: str) -> Answer:
 
 
 def file_header(*, sop_class_uid: str, sop_instance_uid: str, transfer_syntax: str) -> bytes:
-    """Preamble, prefix and file meta information (PS3.10 section 7.1) for a data set that is never decoded.
+    """Prefix and file meta information (PS3.10 section 7.1) for a data set that is never decoded.
 
-    It holds nothing about the sender: the same data set from two senders gives the same bytes. Packed by hand:
-    pydicom's writer takes 1 ms, a fifth of the whole C-STORE.
+    The spool writes the preamble before them. They hold nothing about the sender: the same data set from two senders
+    gives the same bytes. Packed by hand: pydicom's writer takes 1 ms, a fifth of the whole C-STORE.
     """
     elements = b"".join(
         (
@@ -277,7 +281,7 @@ def file_header(*, sop_class_uid: str, sop_instance_uid: str, transfer_syntax: s
             _META_IMPLEMENTATION,
         )
     )
-    return _PREAMBLE + struct.pack("<HH2sHI", 0x0002, 0x0000, b"UL", 4, len(elements)) + elements
+    return b"DICM" + struct.pack("<HH2sHI", 0x0002, 0x0000, b"UL", 4, len(elements)) + elements
 
 
 def _meta_element(number: int, vr: bytes, value: str) -> bytes:
@@ -286,7 +290,6 @@ def _meta_element(number: int, vr: bytes, value: str) -> bytes:
     return struct.pack("<HH2sH", 0x0002, number, vr, len(raw)) + raw
 
 
-_PREAMBLE = b"\0" * 128 + b"DICM"
 _META_VERSION = struct.pack("<HH2sHI", 0x0002, 0x0001, b"OB", 0, 2) + b"\x00\x01"
 _META_IMPLEMENTATION = _meta_element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID) + _meta_element(
     0x0013, b"SH", IMPLEMENTATION_VERSION_NAME

@@ -19,6 +19,7 @@ from dicom_node.assembler import Assembler
 from dicom_node.config import Config
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receive import Receiver
+from storage.incoming_file import PREAMBLE_BYTES
 from storage.ledger import Ledger, open_ledger
 from storage.records import Job, JobState
 from storage.spool import Spool
@@ -79,8 +80,9 @@ class Intake:
         assert used is not None
         for path in paths:
             uid = dcmread(path, stop_before_pixels=True, specific_tags=["SOPInstanceUID"]).SOPInstanceUID
-            self.spool.store_incoming(used, uid, (path.read_bytes(),))
+            self.spool.store_incoming(used, uid, (path.read_bytes()[PREAMBLE_BYTES:],))
         if not token:
+            self.spool.close_incoming(used)
             self.registry.close(used, aborted=aborted)
 
     def pass_time(self, seconds: float) -> None:

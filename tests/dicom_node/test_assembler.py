@@ -12,6 +12,7 @@ from pydicom import Dataset, dcmread
 from pydicom.uid import generate_uid
 
 from dicom_node.incoming import source_digest
+from storage.incoming_file import PREAMBLE_BYTES
 from storage.records import JobState
 
 STUDY_QUIET_S = 30
@@ -281,7 +282,7 @@ def test_other_content_under_a_known_uid_is_put_aside(intake: Intake, tmp_path: 
     intake.put(paths)
     intake.pass_time(STUDY_QUIET_S)
     changed = paths[0].read_bytes()[:-2] + b"\x07\x07"
-    intake.spool.store_incoming("bb" * 28, uids(paths)[0], (changed,))
+    intake.spool.store_incoming("bb" * 28, uids(paths)[0], (changed[PREAMBLE_BYTES:],))
     intake.pass_time(STUDY_QUIET_S)
     assert intake.job().state is QUEUED
     (event,) = intake.ledger.search_events(code="quarantined")
@@ -331,7 +332,8 @@ def test_a_hostile_header_puts_its_file_aside(
     sent = uids(paths)[0]
     intake.put(paths[1:])
     intake.assembler.tick()
-    intake.spool.store_incoming("ab" * 28, "1.2.9" if code == "uid_mismatch" else sent, (paths[0].read_bytes(),))
+    told = "1.2.9" if code == "uid_mismatch" else sent
+    intake.spool.store_incoming("ab" * 28, told, (paths[0].read_bytes()[PREAMBLE_BYTES:],))
     intake.pass_time(STUDY_QUIET_S)
     assert (intake.job().state, intake.job().instances) == (QUEUED, 5)
     (event,) = intake.ledger.search_events(code="quarantined")
@@ -441,6 +443,7 @@ def test_folders_of_closed_associations_go_when_they_are_empty(intake: Intake, t
     intake.assembler.tick()
     folder = tmp_path / "spool" / "inbox" / "incoming" / token
     assert folder.is_dir()
+    intake.spool.close_incoming(token)
     intake.registry.close(token)
     intake.assembler.tick()
     assert not folder.exists()

@@ -18,6 +18,7 @@ from dicom_node.worker import Worker, pipeline_options
 from pipeline.bundle import load_bundle
 from pipeline.run import synthesize_series, write_result
 from pipeline.types import GateOptions, OnProgress, PipelineOptions
+from storage.incoming_file import PREAMBLE_BYTES
 from storage.ledger import Ledger, open_ledger
 from storage.records import DeliveryState, Job, JobState, SeriesInfo
 from storage.spool import Spool
@@ -90,7 +91,7 @@ def held(tmp_path: Path) -> Iterator[Held]:
     ledger = open_ledger(settings.ledger_url)
     job = ledger.open_job(SeriesInfo(study_uid="1.2", series_uid=SERIES, accession="ACC1"))
     for number, path in enumerate(write_tiny_study(tmp_path / "ct", series_uid=SERIES)):
-        spool.adopt(spool.store_incoming("ab", f"{SERIES}.{number}", [path.read_bytes()]), SERIES)
+        spool.adopt(spool.store_incoming("ab", f"{SERIES}.{number}", [path.read_bytes()[PREAMBLE_BYTES:]]), SERIES)
     spool.take_series(job.id, SERIES)
     ledger.move(job.id, JobState.QUEUED, code="chosen", text="chosen")
     Worker(settings, ledger, spool, EngineInProcess(), owner="node").work_one()  # type: ignore[arg-type]

@@ -35,6 +35,7 @@ from pynetdicom.dsutils import encode
 
 from dicom_node.net.scp import ct_transfer_syntaxes
 from dicom_node.net.store import file_header
+from storage.incoming_file import PREAMBLE_BYTES
 
 VERIFICATION = "1.2.840.10008.1.1"
 PRIVATE_STORAGE = "1.3.12.2.1107.5.9.1"  # Siemens CSA non-image: comes along with many CT studies
@@ -202,7 +203,8 @@ def test_a_stored_instance_is_the_senders_bytes_behind_our_own_header(intake: In
 
 @pytest.mark.parametrize("uid", ["1.2.3", "1.2.34", "1." + "2" * 62])
 def test_our_header_is_what_pydicom_writes(uid: str) -> None:
-    header = file_header(sop_class_uid=CTImageStorage, sop_instance_uid=uid, transfer_syntax=ExplicitVRLittleEndian)
+    written = file_header(sop_class_uid=CTImageStorage, sop_instance_uid=uid, transfer_syntax=ExplicitVRLittleEndian)
+    header = bytes(PREAMBLE_BYTES) + written
     meta = dcmread(BytesIO(header)).file_meta
     again = DicomBytesIO()
     again.write(header[:132])

@@ -26,6 +26,7 @@ from dicom_node.engine import EngineStopped
 from dicom_node.engine.local import LocalEngine
 from dicom_node.worker import Worker
 from pipeline.result import read_summary
+from storage.incoming_file import PREAMBLE_BYTES
 from storage.ledger import open_ledger
 from storage.records import Event, Job, JobState, SeriesInfo
 from storage.spool import Spool
@@ -72,7 +73,7 @@ class Site:
         info = SeriesInfo(study_uid=header.StudyInstanceUID, series_uid=header.SeriesInstanceUID)
         job = self.ledger.open_job(info)
         for index, path in enumerate(ct_files):
-            stored = self.spool.store_incoming("ab", f"1.2.3.{index}", [path.read_bytes()])
+            stored = self.spool.store_incoming("ab", f"1.2.3.{index}", [path.read_bytes()[PREAMBLE_BYTES:]])
             self.spool.adopt(stored, info.series_uid)
         self.spool.take_series(job.id, info.series_uid)
         self.ledger.move(job.id, JobState.QUEUED, code="chosen", text="chosen")

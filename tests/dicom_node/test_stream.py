@@ -535,19 +535,20 @@ def test_in_tls_both_readers_do_the_same(tmp_path: Path, reader: str) -> None:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_the_bytes_and_the_name_are_synced_before_success_is_said(
+def test_the_bytes_and_their_seal_are_synced_before_success_is_said(
     tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
     with wire(tmp_path, reader) as running, running.talk() as (sender, _):
-        sender.write(ct(1, "1.2.1").in_pdus())  # the association's folder is made here
-        sender.pdu()
+        for number in (1, 2):  # the association's folder is made here, and the next names
+            sender.write(ct(number, f"1.2.{number}").in_pdus())
+            sender.pdu()
         _trace(monkeypatch, calls, running.intake.port)
-        sender.write(ct(2, "1.2.2", bytes(600_000)).in_pdus(65536))
+        sender.write(ct(3, "1.2.3", bytes(600_000)).in_pdus(65536))
         sender.pdu()
         monkeypatch.undo()
     order = [call for index, call in enumerate(calls) if index == 0 or call != calls[index - 1]]
-    assert order == ["write .tmp", "fsync .tmp", "rename .tmp .dcm", "fsync folder", "response"]
+    assert order == ["write .tmp", "seal .tmp", "fsync .tmp", "rename .tmp .dcm", "response"]
 
 
 def _trace(monkeypatch: pytest.MonkeyPatch, calls: list[str], port: int) -> None:
@@ -574,6 +575,7 @@ def _trace(monkeypatch: pytest.MonkeyPatch, calls: list[str], port: int) -> None
         return lambda fd, *_: f"{verb} {found}" if (found := kind(fd)) in (".tmp", "folder") else ""
 
     monkeypatch.setattr(os, "write", noted(os.write, incoming("write")))
+    monkeypatch.setattr(os, "pwrite", noted(os.pwrite, incoming("seal")))
     monkeypatch.setattr(os, "fsync", noted(os.fsync, incoming("fsync")))
     monkeypatch.setattr(os, "rename", noted(os.rename, lambda a, b: f"rename {Path(a).suffix} {Path(b).suffix}"))
     for name in ("send", "sendall"):

@@ -33,6 +33,7 @@ from dicom_node.net.store import file_header
 from pipeline.ct_reader import read_ct
 from pipeline.errors import PipelineError
 from pipeline.types import CtVolume
+from storage.incoming_file import PREAMBLE_BYTES
 
 # pytest makes errors of warnings, and the node does not
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
@@ -91,7 +92,11 @@ def series(tmp_path: Path, slices: list[Path]) -> Callable[[bytes, str], list[Pa
     def write(data_set: bytes, transfer_syntax: str = EXPLICIT) -> list[Path]:
         uid = dcmread(slices[2]).SOPInstanceUID
         bad = tmp_path / "bad.dcm"
-        bad.write_bytes(file_header(sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax=transfer_syntax) + data_set)
+        bad.write_bytes(
+            bytes(PREAMBLE_BYTES)
+            + file_header(sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax=transfer_syntax)
+            + data_set
+        )
         return [slices[0], slices[1], bad, slices[3]]
 
     return write
@@ -102,7 +107,7 @@ def look(intake: Intake, uid: str, paths: Sequence[Path]) -> None:
     token = intake.registry.open(calling_ae="PACS", address="127.0.0.1", peer="pacs")
     assert token is not None
     with structlog.testing.capture_logs() as logs:
-        intake.spool.store_incoming(token, uid, (paths[2].read_bytes(),))
+        intake.spool.store_incoming(token, uid, (paths[2].read_bytes()[PREAMBLE_BYTES:],))
         intake.registry.close(token)
         intake.assembler.tick()
     assert [line for line in logs if line["event"] == "assembler.step_failed"] == []
@@ -152,7 +157,13 @@ def before_pixels(good: bytes, extra: bytes) -> bytes:
 
 
 def changed(good: bytes, **values: object) -> bytes:
-    ds = dcmread(BytesIO(file_header(sop_class_uid=CT, sop_instance_uid="1.2", transfer_syntax=EXPLICIT) + good))
+    ds = dcmread(
+        BytesIO(
+            bytes(PREAMBLE_BYTES)
+            + file_header(sop_class_uid=CT, sop_instance_uid="1.2", transfer_syntax=EXPLICIT)
+            + good
+        )
+    )
     for keyword, value in values.items():
         setattr(ds, keyword, value)
     return encoded(ds)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from storage.incoming_file import IncomingFile
+from storage.incoming_file import PREAMBLE_BYTES, IncomingFolder, own_name_of
 from storage.spool import Spool
 
 TOKEN = "ab12"
@@ -15,6 +18,10 @@ TOKEN = "ab12"
 @pytest.fixture
 def spool(tmp_path: Path) -> Spool:
     return Spool(tmp_path, min_free_bytes=0)
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()[PREAMBLE_BYTES:]
 
 
 def inbox(spool: Spool) -> list[str]:
@@ -26,18 +33,24 @@ def test_an_instance_that_is_given_up_leaves_no_folder_of_its_association(spool:
     file.write(b"half")
     file.discard()
     file.discard()
+    spool.close_incoming(TOKEN)
+    spool.close_incoming(TOKEN)
     assert inbox(spool) == []
 
 
 def test_one_that_is_given_up_leaves_the_others_of_its_association(spool: Spool) -> None:
     spool.store_incoming(TOKEN, "1.2.3", (b"whole",))
     spool.open_incoming(TOKEN, "1.2.4").discard()
+    spool.close_incoming(TOKEN)
     assert inbox(spool) == ["1.2.3.dcm", TOKEN]
 
 
 def test_the_next_instance_makes_the_folder_again(spool: Spool) -> None:
     spool.open_incoming(TOKEN, "1.2.3").discard()
-    assert spool.store_incoming(TOKEN, "1.2.4", (b"whole",)).read_bytes() == b"whole"
+    assert inbox(spool) == []
+    spool.store_incoming(TOKEN, "1.2.3", (b"whole",))
+    shutil.rmtree(spool.root / "inbox" / "incoming" / TOKEN)
+    assert content(spool.store_incoming(TOKEN, "1.2.4", (b"whole",))) == b"whole"
 
 
 def test_what_the_assembler_takes_at_that_moment_is_stored_again(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +62,7 @@ def test_what_the_assembler_takes_at_that_moment_is_stored_again(spool: Spool, m
 
     monkeypatch.setattr("storage.incoming_file.same_bytes", taken_away)
     assert spool.store_incoming(TOKEN, "1.2.3", (b"whole",)) == first
-    assert first.read_bytes() == b"whole"
+    assert content(first) == b"whole"
 
 
 def test_the_halves_of_a_killed_process_go_and_what_is_whole_stays(spool: Spool) -> None:
@@ -65,7 +78,85 @@ def test_the_halves_of_a_killed_process_go_and_what_is_whole_stays(spool: Spool)
 
 
 def test_pieces_of_any_size_come_together(tmp_path: Path) -> None:
-    file = IncomingFile(tmp_path / "1.2.dcm", sync=False)
+    file = IncomingFolder(tmp_path, sync=False).open("1.2")
     for piece in (b"a", memoryview(b"bc"), b"", b"d" * 100_000):
         file.write(piece)
-    assert file.commit().read_bytes() == b"abc" + b"d" * 100_000
+    assert content(file.commit()) == b"abc" + b"d" * 100_000
+
+
+# -- one commit of the disk for each instance, and what a power cut leaves
+
+
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is made durable from now on, in this order: "file" or "folder"."""
+    done: list[str] = []
+    fsync = os.fsync
+
+    def spy(handle: int) -> None:
+        done.append("folder" if Path(f"/proc/self/fd/{handle}").readlink().is_dir() else "file")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    return done
+
+
+def test_the_names_of_many_instances_are_made_durable_together(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = synced(monkeypatch)
+    for number in range(100):
+        spool.store_incoming(TOKEN, f"1.2.{number}", (b"whole",))
+    assert done.count("file") == 100
+    assert done.count("folder") == 1 + 5 + 5  # the association's folder; 1, 2, 4, 8, 16 names; the rest by 16
+    assert done[:3] == ["folder", "folder", "file"]
+
+
+def power_cut(path: Path, torn: Callable[[bytes], bytes] = lambda raw: raw) -> Path:
+    """The renaming of an instance was not on the disk yet: it has the name again that was made durable before."""
+    slot = path.with_name(".5107.tmp")
+    slot.write_bytes(torn(path.read_bytes()))
+    path.unlink()
+    return slot
+
+
+def test_an_instance_whose_own_name_was_lost_is_named_again(spool: Spool) -> None:
+    path = spool.store_incoming(TOKEN, "1.2.3", (b"who", b"le"))
+    power_cut(path)
+    assert spool.incoming() == []
+    again = Spool(spool.root, min_free_bytes=0)
+    assert again.take_up_whole() == 1
+    again.clean_temp()
+    assert again.incoming() == [path]
+    assert content(path) == b"whole"
+
+
+def test_a_duplicate_whose_own_name_was_lost_is_no_second_file(spool: Spool) -> None:
+    path = spool.store_incoming(TOKEN, "1.2.3", (b"whole",))
+    whole = path.read_bytes()
+    power_cut(path)
+    path.write_bytes(whole)
+    assert spool.take_up_whole() == 1
+    assert inbox(spool) == ["1.2.3.dcm", TOKEN]
+
+
+TORN: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "cut in its preamble": lambda raw: raw[:100],
+    "cut short": lambda raw: raw[:-1],
+    "too long": lambda raw: raw + b"\0",
+    "a page that was not written": lambda raw: raw[:5000] + bytes(4096) + raw[9096:],
+    "no seal": lambda raw: bytes(PREAMBLE_BYTES) + raw[PREAMBLE_BYTES:],
+    "half a seal": lambda raw: raw[:20] + bytes(PREAMBLE_BYTES - 20) + raw[PREAMBLE_BYTES:],
+}
+
+
+@pytest.mark.parametrize("how", TORN)
+def test_a_torn_file_is_no_instance(spool: Spool, how: str) -> None:
+    slot = power_cut(spool.store_incoming(TOKEN, "1.2.3", (os.urandom(20_000),)), TORN[how])
+    assert own_name_of(slot) is None
+    assert spool.take_up_whole() == 0
+    assert spool.clean_temp() == 1
+    assert inbox(spool) == []
+
+
+def test_the_seal_says_nothing_of_the_sender(spool: Spool) -> None:
+    one, other = (spool.store_incoming(token, "1.2.3", (b"whole",)) for token in (TOKEN, "cd34"))
+    assert one.read_bytes() == other.read_bytes()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from storage import durable
 from storage.errors import BadUid, NoSpace, NotFound, StorageError
+from storage.incoming_file import PREAMBLE_BYTES
 from storage.spool import Adopted, Spool, check_uid
 
 ASSOC = "a1b2c3"
@@ -26,7 +27,13 @@ SERIES = "1.2.3"
 
 
 def tree(root: Path) -> list[str]:
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    """The files, without the empty ones that wait for the next instances of an association that is open."""
+    files = (path for path in root.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(root)) for path in files if not durable.is_temp(path) or path.stat().st_size)
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()[PREAMBLE_BYTES:]
 
 
 def adopted(spool: Spool, sop: str, content: bytes = b"ct") -> Adopted:
@@ -36,17 +43,16 @@ def adopted(spool: Spool, sop: str, content: bytes = b"ct") -> Adopted:
 def test_an_instance_is_stored_whole_under_its_uid(spool: Spool) -> None:
     path = spool.store_incoming(ASSOC, "1.2.3.4", [b"DI", b"", b"CM"])
     assert path == spool.root / "inbox" / "incoming" / ASSOC / "1.2.3.4.dcm"
-    assert path.read_bytes() == b"DICM"
+    assert content(path) == b"DICM"
     assert spool.incoming() == [path]
     assert spool.association_of(path) == ASSOC
 
 
-def test_bytes_are_on_disk_before_the_name_and_the_name_before_the_answer(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spool.store_incoming(ASSOC, "1.1", [b"makes the folder"])
+def test_bytes_and_seal_are_on_disk_before_the_name(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = spool.open_incoming(ASSOC, "1.2")  # its slot is on the disk
+    file.write(b"ct")
     done: list[str] = []
-    fsync, rename = os.fsync, Path.rename
+    fsync, rename, pwrite = os.fsync, Path.rename, os.pwrite
     folder = spool.root / "inbox" / "incoming" / ASSOC
 
     def spy_fsync(handle: int) -> None:
@@ -58,10 +64,15 @@ def test_bytes_are_on_disk_before_the_name_and_the_name_before_the_answer(
         done.append("rename")
         return rename(path, target)
 
+    def spy_pwrite(handle: int, piece: bytes, at: int) -> int:
+        done.append("seal")
+        return pwrite(handle, piece, at)
+
     monkeypatch.setattr(durable.os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "pwrite", spy_pwrite)
     monkeypatch.setattr(Path, "rename", spy_rename)
-    spool.store_incoming(ASSOC, "1.2", [b"ct"])
-    assert done == ["file", "rename", "folder"]
+    file.commit()
+    assert done == ["seal", "file", "rename"]
 
 
 def test_the_same_instance_twice_is_one_file_and_another_content_is_kept_beside_it(spool: Spool) -> None:
@@ -71,7 +82,7 @@ def test_the_same_instance_twice_is_one_file_and_another_content_is_kept_beside_
     assert second.name == "1.2~2.dcm"
     assert spool.store_incoming(ASSOC, "1.2", [b"two"]) == second
     assert spool.store_incoming(ASSOC, "1.2", [b"three"]).name == "1.2~3.dcm"
-    assert first.read_bytes() == b"one"
+    assert content(first) == b"one"
     assert len(tree(spool.root)) == 3
 
 
@@ -171,7 +182,7 @@ def test_another_content_on_the_same_association_goes_to_quarantine(spool: Spool
     first, second = (spool.store_incoming(ASSOC, "1.1", [content]) for content in (b"a", b"b"))
     assert spool.adopt(first, SERIES) is Adopted.NEW
     assert spool.adopt(second, SERIES) is Adopted.DIFFERENT
-    assert spool.series_files(SERIES)[0].read_bytes() == b"a"
+    assert content(spool.series_files(SERIES)[0]) == b"a"
 
 
 def test_slices_of_an_earlier_job_are_known(spool: Spool) -> None:
@@ -209,7 +220,7 @@ def test_a_series_is_taken_once_and_late_slices_stay_for_a_successor(spool: Spoo
     assert [path.name for path in spool.ct_files(NEXT)] == ["1.1.dcm", "1.2.dcm"]
     assert spool.ct_files(NEXT)[0].samefile(spool.ct_files(JOB)[0])
     spool.discard_work(JOB)
-    assert spool.ct_files(NEXT)[0].read_bytes() == b"ct"
+    assert content(spool.ct_files(NEXT)[0]) == b"ct"
     assert spool.ct_files(JOB) == []
     with pytest.raises(NotFound, match=r"series 1\.9 is neither in the inbox nor in work"):
         spool.take_series("0" * 32, "1.9")
@@ -309,8 +320,8 @@ def test_a_full_disk_is_no_space_leaves_nothing_half_and_takes_more_when_freed(s
         fill()
     assert 1 < len(stored) < 100
     assert sorted(spool.incoming()) == sorted(stored)
-    assert all(path.stat().st_size == 20_000 for path in stored)
-    assert [path for path in spool.root.rglob("*") if durable.is_temp(path)] == []
+    assert all(path.stat().st_size == PREAMBLE_BYTES + 20_000 for path in stored)
+    assert tree(spool.root) == sorted(str(path.relative_to(spool.root)) for path in stored)
     spool.drop(stored[0])
     spool.store_incoming(ASSOC, "1.99", [bytes(20_000)])
 
@@ -326,13 +337,20 @@ for n in itertools.count():
 """
 
 
+def size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # it has its own name now
+        return 0
+
+
 def test_a_kill_while_storing_leaves_only_whole_files_and_all_that_were_acknowledged(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", STORE_FOREVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     acknowledged = [child.stdout.readline().strip() for _ in range(5)]
     # end it inside a write: a temp file is there while it lives
     folder = tmp_path / "inbox" / "incoming" / "aa"
-    while not any(durable.is_temp(path) for path in folder.iterdir()):
+    while not any(durable.is_temp(path) and size_of(path) for path in folder.iterdir()):
         pass
     child.send_signal(signal.SIGKILL)
     acknowledged += child.communicate(timeout=60)[0].split()
@@ -342,7 +360,7 @@ def test_a_kill_while_storing_leaves_only_whole_files_and_all_that_were_acknowle
     assert len(files) - len(acknowledged) in (0, 1)  # one may be stored and not yet acknowledged
     for name, path in files.items():
         number = int(name.split(".")[1])
-        assert path.read_bytes() == bytes([number % 256]) * 800_000
+        assert content(path) == bytes([number % 256]) * 800_000
     spool.clean_temp()
     assert [path for path in tmp_path.rglob("*") if durable.is_temp(path)] == []
     assert len(spool.incoming()) == len(files)
@@ -501,7 +519,9 @@ def test_a_folder_that_another_user_closed_stops_no_other_and_is_told_once_a_min
     finally:
         closed.chmod(0o755)
     told = [("spool.folder_closed", "inbox/incoming/c0")]
-    assert done.stdout.strip() == f"{len(b'CT' + b'ct')} {['1.2.dcm']} {['1.2', '1.3']} {told}", done.stderr
+    assert done.stdout.strip() == f"{2 * PREAMBLE_BYTES + len(b'CT' + b'ct')} {['1.2.dcm']} {['1.2', '1.3']} {told}", (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize("count", [3, 200])
