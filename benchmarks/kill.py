@@ -1,6 +1,7 @@
 """kill -9 of a running node at random instants, and then the count.
 
     python benchmarks/kill.py [--rounds 50] [--seed 1]      # some 10 minutes
+    python benchmarks/kill.py --power-cut [--rounds 50]     # as root, on Linux: the power of its disk is cut, too
     python benchmarks/kill.py --every-call [--power]        # the node's parts killed at each of some 150 system calls
 
 Each round a PACS sends one more CT series and sends again what was not acknowledged; meanwhile the whole node
@@ -8,19 +9,28 @@ Each round a PACS sends one more CT series and sends again what was not acknowle
 series has exactly one DONE job with all its instances, and the PACS has every result once: one content under each
 UID, one PET series and one picture for each CT. With `--power` each kill is a power cut at its worst: what was not
 synced is gone (tests/crash_at.py).
+
+With `--power-cut` spool and ledger lie on an ext4 of their own in a file, which the kernel shuts down without writing
+anything more (EXT4_IOC_SHUTDOWN) before the node is killed; mounted again, it has what its journal has. `--no-sync`
+is the control: without syncing, instances that were acknowledged are lost.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import os
 import random
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +46,9 @@ from storage.records import FINAL_JOB_STATES, Job, JobFilter, JobState  # noqa: 
 
 LONGEST_LIFE_S = 6.0
 END_S = 900.0
+EXT4_IOC_SHUTDOWN, WITHOUT_THE_LOG = 0x8004587D, 2  # linux/fs/ext4/ext4.h
+DISK_BYTES = 2 << 30  # sparse
+UNMOUNT_S = 60.0
 
 
 def main() -> None:
@@ -43,6 +56,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=50)
     options.add_argument("--seed", type=int, default=1)
+    options.add_argument("--power-cut", action="store_true")
+    options.add_argument("--no-sync", action="store_true")
     options.add_argument("--every-call", action="store_true")
     options.add_argument("--power", action="store_true")
     chosen = options.parse_args()
@@ -52,12 +67,58 @@ def main() -> None:
         if chosen.every_call:
             found = kill_at_every_call(Path(folder), power=chosen.power)
         else:
-            found = kill_at_random(Path(folder), chosen.rounds, random.Random(chosen.seed))
+            disk = own_disk(Path(folder)) if chosen.power_cut else nullcontext()
+            with disk as power:
+                dice = random.Random(chosen.seed)
+                found = kill_at_random(Path(folder), chosen.rounds, dice, power, sync=not chosen.no_sync)
     print(json.dumps(found))
     sys.exit(1 if found["wrong"] else 0)
 
 
-def kill_at_random(folder: Path, rounds: int, dice: random.Random) -> dict[str, object]:
+class Power:
+    """Of an ext4 in a file, mounted at `at`."""
+
+    def __init__(self, image: Path, at: Path) -> None:
+        self._image, self._at = image, at
+        with image.open("wb") as file:
+            file.truncate(DISK_BYTES)
+        subprocess.run(["mkfs.ext4", "-q", image], check=True)
+        at.mkdir()
+        self.on()
+
+    def on(self) -> None:
+        subprocess.run(["mount", "-o", "loop", self._image, self._at], check=True)
+
+    def cut(self) -> None:
+        """Nothing more reaches the disk: neither what is in the cache nor the journal's open transaction."""
+        handle = os.open(self._at, os.O_RDONLY)
+        try:
+            fcntl.ioctl(handle, EXT4_IOC_SHUTDOWN, struct.pack("I", WITHOUT_THE_LOG))
+        finally:
+            os.close(handle)
+
+    def off(self) -> None:
+        """Unmount, as soon as the last process that had a file open is gone."""
+        until = time.monotonic() + UNMOUNT_S
+        while subprocess.run(["umount", self._at], capture_output=True).returncode:
+            if time.monotonic() > until:
+                raise SystemExit(f"{self._at} is still in use")
+            time.sleep(0.1)
+
+
+@contextmanager
+def own_disk(folder: Path) -> Iterator[Power]:
+    """Where the node keeps spool and ledger."""
+    power = Power(folder / "disk.ext4", folder / "spool")
+    try:
+        yield power
+    finally:
+        power.off()
+
+
+def kill_at_random(
+    folder: Path, rounds: int, dice: random.Random, power: Power | None, *, sync: bool
+) -> dict[str, object]:
     """Kill the node once in each round; what is wrong at the end."""
     bundle = write_tiny_bundle(folder / "bundle")
     node_process.UNTIL_S = END_S  # a busy machine starts a node in minutes
@@ -66,7 +127,8 @@ def kill_at_random(folder: Path, rounds: int, dice: random.Random) -> dict[str, 
     with FakePacs(delay_s=0.02, max_associations=20) as pacs, NodeProcess(folder, pacs, bundle) as node:
         text = node.config.read_text().replace("max_attempts = 5", "max_attempts = 20")  # the kills are ours
         # a series of which all was acknowledged, and whose association was cut off, waits so long for more
-        node.config.write_text(text.replace("[intake]", "[intake]\nincomplete_after_s = 15.0"))
+        intake = f"[intake]\nincomplete_after_s = 15.0\nsync = {str(sync).lower()}"
+        node.config.write_text(text.replace("[intake]", intake))
         node.start()
         for number in range(1, rounds + 1):
             series.append(write_ct(folder / f"ct{number}"))
@@ -75,7 +137,12 @@ def kill_at_random(folder: Path, rounds: int, dice: random.Random) -> dict[str, 
             senders.append(sender)
             life_s = dice.uniform(0.0, LONGEST_LIFE_S)
             time.sleep(life_s)
+            if power is not None:
+                power.cut()
             node.kill()
+            if power is not None:
+                power.off()
+                power.on()
             struck.update(job.state.value for job in node.jobs() if job.state not in FINAL_JOB_STATES)
             node.start()
             print(f"round {number}: killed after {life_s:.1f} s", flush=True)
