@@ -25,6 +25,7 @@ from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
 from pynetdicom.presentation import PresentationContext
 
 from dicom_node.config import NodeConfig, PeerConfig
+from dicom_node.net import checkpoint
 from dicom_node.net.scp import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicom_node.net.security import SecurityError, client_context, tell_failure, why
 
@@ -150,7 +151,9 @@ class Link:
         except OSError as error:  # the host name cannot be resolved
             self.trouble = Trouble("connection_failed", f"{where(peer)}: {error.strerror or error}", False)
             return self
-        if not self.assoc.is_established:
+        if self.assoc.is_established:
+            checkpoint.install(self.assoc)
+        else:
             self.trouble = self._why_not()
         return self
 

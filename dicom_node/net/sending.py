@@ -38,7 +38,7 @@ _MAX_VECTORS = 1024  # IOV_MAX of Linux
 _MAX_FRAGMENT = _BUFFER - 64  # where the peer sets no limit, or a larger one
 _COMMAND_ROOM = 1024  # before the first data PDU, so that both leave together; a command set has some 200 bytes
 _MAX_ANSWER = 1024 * 1024  # bytes of a PDU that a sender is answered with: a response has some 200
-_HELD_S = 0.05  # how often it is seen whether pynetdicom's thread has died instead of pausing
+_HELD_S = 0.05  # how often it is seen whether pynetdicom's socket thread has died instead of pausing
 _SETTLE_S = 10.0  # for pynetdicom to act upon what ended the association
 _CLOSED = "Evt17"  # PS3.8 table 9-10: transport connection closed
 
@@ -68,34 +68,24 @@ class Sender(Protocol):
 def opened(way: Way, assoc: Association, answer_s: float) -> Iterator[Sender]:
     """The sender for an established association; `answer_s` seconds are waited for a response, or a stalled socket."""
     sender: PlainSender | StreamSender
-    with reactor_held(assoc):
-        if way == "plain":
-            sender = PlainSender(assoc)
+    if way == "plain":
+        sender = PlainSender(assoc)
+        yield sender
+    else:
+        with _reactor_held(assoc), StreamSender(assoc, answer_s) as sender:
             yield sender
-        else:
-            with StreamSender(assoc, answer_s) as sender:
-                yield sender
     if sender.is_over:
         _settle(assoc)
 
 
 @contextmanager
-def reactor_held(assoc: Any) -> Iterator[None]:
-    """Keep pynetdicom's association thread at its checkpoint for as long as instances are sent.
-
-    `send_c_store` itself holds it for one instance, and takes it for held when it was only let go of a moment ago:
-    on a busy machine that thread then takes the response away, and the sender waits for it until the time-out.
-    """
-    checkpoint, stop = assoc._reactor_checkpoint, _Checkpoint()
-    assoc._reactor_checkpoint = stop
-    while not stop.reached.wait(_HELD_S) and assoc.is_alive():
-        pass
+def _reactor_held(assoc: Any) -> Iterator[None]:
+    """Keep pynetdicom's association thread at its checkpoint for as long as instances are sent."""
+    assoc._reactor_checkpoint.clear()
     try:
         yield
     finally:
-        assoc._reactor_checkpoint = checkpoint
-        checkpoint.set()
-        stop.go_on.set()
+        assoc._reactor_checkpoint.set()
 
 
 def _settle(assoc: Association) -> None:
@@ -103,23 +93,6 @@ def _settle(assoc: Association) -> None:
     until = time.monotonic() + _SETTLE_S
     while assoc.is_established and time.monotonic() < until:
         time.sleep(0.001)
-
-
-class _Checkpoint:
-    """Stands in for the event that pynetdicom's association thread passes in each of its rounds."""
-
-    def __init__(self) -> None:
-        self.reached, self.go_on = threading.Event(), threading.Event()
-
-    def wait(self) -> None:
-        self.reached.set()
-        self.go_on.wait()
-
-    def set(self) -> None:
-        """What `send_c_store` does after each instance: of no effect."""
-
-    def clear(self) -> None:
-        """And before it."""
 
 
 class PlainSender:
@@ -148,7 +121,7 @@ class PlainSender:
 class StreamSender:
     """Holds the association's socket as a context manager; gives it back at the end, or when the association ends.
 
-    The association's own thread is held already (`reactor_held`).
+    The association's own thread is held already (`_reactor_held`).
     """
 
     def __init__(self, assoc: Association, answer_s: float) -> None:
