@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ports import free_port as free_port
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
@@ -34,13 +35,6 @@ StatusFor = Callable[[str, int], int]  # (SOP Instance UID, how many times this 
 
 def always_stored(_sop_instance_uid: str, _times: int) -> int:
     return 0x0000
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -82,7 +76,8 @@ class FakePacs:
         self.ae_title, self.port = ae_title, port
         self.received = Received()
         self.got_one = threading.Event()  # set at the first instance
-        self._status_for, self._abort_after, self._delay_s = status_for, list(abort_after), delay_s
+        self._status_for, self._abort_after = status_for, list(abort_after)
+        self.delay_s = delay_s  # may be changed while it runs
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._here = 0  # instances on the running association
@@ -149,7 +144,7 @@ class FakePacs:
         return 0x0000
 
     def _on_store(self, event: evt.Event) -> int:
-        self._stopped.wait(self._delay_s)
+        self._stopped.wait(self.delay_s)
         uid = str(event.request.AffectedSOPInstanceUID)
         raw = event.request.DataSet.getvalue()
         with self._lock:

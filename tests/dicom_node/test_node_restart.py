@@ -50,7 +50,7 @@ def test_killed_while_receiving_it_keeps_what_it_acknowledged(tmp_path: Path, bu
 
 def test_killed_while_queued_running_and_delivering_it_ends_the_job_once(tmp_path: Path, bundle: Path) -> None:
     files = write_ct(tmp_path / "ct")
-    with FakePacs(delay_s=0.05) as pacs, NodeProcess(tmp_path, pacs, bundle) as node:
+    with FakePacs(delay_s=0.5) as pacs, NodeProcess(tmp_path, pacs, bundle) as node:
         node.start()
         assert node.send(files).ok
         node.until_state(JobState.QUEUED, JobState.RUNNING)
@@ -62,6 +62,7 @@ def test_killed_while_queued_running_and_delivering_it_ends_the_job_once(tmp_pat
         node.start()
         node.until(lambda: bool(pacs.instances))
         node.kill()
+        pacs.delay_s = 0.0
         assert node.jobs()[0].state is JobState.DELIVERING
         node.start()
         check_delivered_once(pacs, node, len(files))

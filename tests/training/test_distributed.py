@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 from safetensors.torch import load_file
 from tiny_prepared import tiny_recipe, write_tiny_prepared
 
@@ -74,12 +74,6 @@ def gradients(model: ModelName, prepared: PreparedSet, ranks: Ranks) -> dict[str
         for name, parameter in network.named_parameters()
         if parameter.grad is not None
     }
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
