@@ -264,7 +264,7 @@ def test_a_series_that_is_no_volume_is_not_used_and_why_says_what_is_wrong(
 
 
 def test_the_missing_slice_is_named_by_its_place(ward: Ward) -> None:
-    assert "slices missing: 1 between z = 88.0 and 104.0 mm; waited 3 s for them" in ward.why("GAP")
+    assert "slices missing: 1 between z = 88.0 and 104.0 mm; waited 6 s for them" in ward.why("GAP")
 
 
 def test_the_slice_with_the_fault_is_named(ward: Ward) -> None:

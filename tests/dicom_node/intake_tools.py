@@ -14,6 +14,7 @@ from pydicom import dcmread
 from pydicom.uid import CTImageStorage
 from pynetdicom import AE
 from pynetdicom.association import Association
+from steady import steady
 
 from dicom_node.assembler import Assembler
 from dicom_node.config import Config
@@ -24,7 +25,7 @@ from storage.ledger import Ledger, open_ledger
 from storage.records import Job, JobState
 from storage.spool import Spool
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Clock:
@@ -40,7 +41,7 @@ class Clock:
 def config(**tables: object) -> Config:
     """A configuration with one known peer, small limits and quick periods."""
     base: dict[str, object] = {
-        "node": {"ae_title": "SYNPET", "host": "127.0.0.1", "acse_timeout_s": 5, "network_timeout_s": 20},
+        "node": {"ae_title": "SYNPET", "host": "127.0.0.1", "acse_timeout_s": 30, "network_timeout_s": 60},
         "peers": [{"name": "pacs", "ae_title": "PACS"}],
         "intake": {
             "quiet_period_s": 10,
@@ -127,13 +128,13 @@ class Intake:
         called_ae: str = "SYNPET",
     ) -> Association:
         ae = AE(ae_title=calling_ae)
-        ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 10
+        ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 60
         for abstract_syntax, syntaxes in contexts:
             if syntaxes:
                 ae.add_requested_context(abstract_syntax, list(syntaxes))
             else:
                 ae.add_requested_context(abstract_syntax)
-        return ae.associate("127.0.0.1", self.port, ae_title=called_ae)
+        return steady(ae.associate("127.0.0.1", self.port, ae_title=called_ae))
 
     def wait(self, holds: Callable[[], bool]) -> None:
         """Until the other thread has done it; the limit only ends a broken test."""

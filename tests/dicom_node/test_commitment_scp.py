@@ -20,6 +20,7 @@ from pydicom.uid import CTImageStorage, MRImageStorage, generate_uid
 from pynetdicom import AE, build_context, build_role, evt
 from pynetdicom.dimse_messages import N_EVENT_REPORT_RSP
 from pynetdicom.pdu import P_DATA_TF
+from steady import steady
 
 from dicom_node.commitments import CommitmentReporter
 from dicom_node.config import Config
@@ -37,7 +38,7 @@ from storage.errors import NoSpace, StaleState
 
 COMMITMENT, INSTANCE = "1.2.840.10008.1.20.1", "1.2.840.10008.1.20.1.1"
 NOW = datetime(2026, 11, 22, 3, 0, tzinfo=UTC)
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Modality:
@@ -118,7 +119,7 @@ class Modality:
                 (evt.EVT_PDU_SENT, self._on_pdu),
             ],
         )
-        assert assoc.is_established
+        assert steady(assoc).is_established
         try:
             if COMMITMENT not in {context.abstract_syntax for context in assoc.accepted_contexts}:
                 return None
@@ -176,7 +177,7 @@ def config_for(modality_port: int, **tables: Any) -> Config:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    monkeypatch.setattr(commitment_scp, "SAME_ASSOCIATION_AFTER_S", 0.2)
+    monkeypatch.setattr(commitment_scp, "SAME_ASSOCIATION_AFTER_S", 60.0)  # who goes is gone by then
     modality = Modality()
     paths = write_ct(tmp_path / "ct", np.zeros((4, 8, 8)))
     with running_intake(tmp_path / "node", config_for(modality.port)) as intake:
@@ -185,8 +186,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
 
 
 @pytest.fixture
-def sorting(desk: Desk) -> Iterator[None]:
-    """The assembler at work."""
+def sorting(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The assembler at work; who stays is told soon."""
+    monkeypatch.setattr(commitment_scp, "SAME_ASSOCIATION_AFTER_S", 0.2)
     ticker = Ticker("assembler", desk.intake.assembler.tick, 0.05)
     ticker.start()
     yield

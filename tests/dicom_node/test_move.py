@@ -20,7 +20,7 @@ from dicom_node.net.move import DESTINATION_UNKNOWN, Retrieval, RetrieveOutcome,
 from dicom_node.net.query import Finder
 from dicom_node.net.store import Store
 
-QUICK = Timeouts(acse_s=5.0, dimse_s=5.0, network_s=5.0)
+PATIENT = Timeouts(acse_s=60.0, dimse_s=60.0, network_s=60.0)
 STUDY, SERIES = generate_uid(), generate_uid()
 
 
@@ -38,12 +38,13 @@ def intake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Intake]:
 
 @pytest.fixture(autouse=True)
 def empty(intake: Intake) -> None:
+    intake.wait(lambda: not intake.registry.open_tokens())  # an archive that was stopped may have sent a moment ago
     for path in intake.spool.incoming():
         intake.spool.drop(path)
 
 
 def retrieval(archive: FakeRetrieve, **changes: Any) -> Retrieval:
-    known: dict[str, Any] = {"peer": archive.peer(), "calling_ae": "SYNPET", "timeouts": QUICK}
+    known: dict[str, Any] = {"peer": archive.peer(), "calling_ae": "SYNPET", "timeouts": PATIENT}
     return Retrieval(**{**known, **changes})
 
 
@@ -110,7 +111,7 @@ def test_an_archive_that_does_not_know_us_is_an_operators_matter(paths: list[Pat
 @BOTH
 def test_an_archive_that_falls_silent_is_given_up(paths: list[Path], intake: Intake, method: str) -> None:
     with FakeRetrieve(paths, node_port=intake.port, script=Script.SILENT) as archive:
-        timeouts = Timeouts(acse_s=5.0, dimse_s=0.3, network_s=5.0)
+        timeouts = Timeouts(acse_s=60.0, dimse_s=0.3, network_s=60.0)
         outcome = fetch(archive, intake, method, timeouts=timeouts)
         archive.stopped.set()
     assert (outcome.code, outcome.permanent) == ("no_response", False)
@@ -132,7 +133,7 @@ def test_a_stop_ends_a_retrieval(paths: list[Path], intake: Intake) -> None:
 @BOTH
 def test_a_stop_does_not_wait_for_a_silent_archive(paths: list[Path], intake: Intake, method: str) -> None:
     with FakeRetrieve(paths, node_port=intake.port, script=Script.SILENT) as archive:
-        patient = Timeouts(acse_s=5.0, dimse_s=600.0, network_s=600.0)
+        patient = Timeouts(acse_s=60.0, dimse_s=600.0, network_s=600.0)
         outcome = fetch(archive, intake, method, timeouts=patient, should_stop=lambda: bool(archive.moves))
         assert not archive.stopped.is_set()
     assert outcome.code == "interrupted"
@@ -195,7 +196,7 @@ def test_the_last_answer_is_judged_by_its_counts(status: int, counts: dict[str, 
 
 
 def finder(archive: FakeRetrieve) -> Finder:
-    return Finder(archive.peer(), calling_ae="SYNPET", timeouts=QUICK)
+    return Finder(archive.peer(), calling_ae="SYNPET", timeouts=PATIENT)
 
 
 def test_a_study_is_found_by_its_accession_number_and_no_other(paths: list[Path]) -> None:

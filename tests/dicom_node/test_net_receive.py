@@ -74,8 +74,6 @@ def send_raw(assoc: object, *, instance_uid: str, class_uid: str = CTImageStorag
     del command[0x0000, 0x0000]
     command.CommandGroupLength = len(encode(command, True, True) or b"")
     assoc._reactor_checkpoint.clear()  # type: ignore[attr-defined]
-    while not assoc._is_paused:  # type: ignore[attr-defined]
-        pass
     for pdata in message.encode_msg(1, 16382):
         assoc.dul.send_pdu(pdata)  # type: ignore[attr-defined]
     _, response = assoc.dimse.get_msg(block=True)  # type: ignore[attr-defined]
@@ -149,6 +147,7 @@ def test_one_association_too_many_is_rejected_as_local_limit_exceeded(tmp_path: 
             assert rejection(intake) == (2, 3, 2)
         with intake.association() as assoc:
             assert assoc.is_established
+        intake.wait(lambda: "rejected_association_limit" in intake.registry.counts())
         assert intake.registry.counts() == {"open": 0, "accepted": 2, "rejected_association_limit": 1}
 
 

@@ -45,7 +45,12 @@ class Bench:
 
     def finish(self) -> None:
         """The assembler decides on everything that came."""
-        self.intake.pass_time(40)
+        self.pass_time(40)
+
+    def pass_time(self, seconds: float) -> None:
+        """When the node has seen the end of the association that the archive sent on, a moment after the archive."""
+        self.intake.wait(lambda: not self.intake.registry.open_tokens())
+        self.intake.pass_time(seconds)
 
     def pull_codes(self) -> list[str]:
         codes = reversed(self.intake.event_codes())
@@ -133,7 +138,7 @@ def test_a_failed_study_is_tried_again_and_the_ledger_says_why_it_failed(bench: 
     assert (outcome.code, outcome.ok, outcome.failed) == ("incomplete", False, SLICES // 2)
     [event] = bench.intake.ledger.search_events(code="pull_failed")
     assert (event.details["reason"], event.details["study_uid"]) == ("incomplete", bench.studies[1])
-    bench.intake.pass_time(1)  # the half that came is a job that receives
+    bench.pass_time(1)  # the half that came is a job that receives
     bench.archive.script = Script.SENDS
     [outcome] = bench.pull(Wanted(accession="ACC2"))
     assert outcome.code == "fetched"
@@ -146,7 +151,7 @@ def test_a_series_that_was_rejected_for_missing_slices_is_fetched_again(bench: B
     hidden = study[2]
     bench.archive.instances.remove(hidden)
     assert bench.codes(Wanted(accession="ACC2")) == ["fetched"]
-    bench.intake.pass_time(400)
+    bench.pass_time(400)
     assert bench.intake.job().reason_code == "missing_slices"
     bench.archive.instances.append(hidden)
     assert bench.codes(Wanted(accession="ACC2")) == ["fetched"]

@@ -116,7 +116,7 @@ def test_a_seg_is_dropped_where_no_segmenter_uses_it(tmp_path: Path, study: tupl
         assert set(send(intake, [*ct, seg])) == {0x0000}
         intake.pass_time(31)
         assert intake.spool.segmentations(STUDY) == []
-        assert "dropped_sop_class" in intake.event_codes()
+        intake.wait(lambda: "dropped_sop_class" in intake.event_codes())  # told after the association's end
         assert run_job(intake).districts.segmentations == ()
 
 
