@@ -20,6 +20,7 @@ from storage.spool import Spool
 
 OWNER = "node-test"
 COUNT = 4
+UNTIL_S = 120.0  # only a test that fails waits so long
 SC, PET = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.128"
 
 
@@ -27,7 +28,7 @@ def config_for(root: Path, *pacs: FakePacs, **changes: Any) -> Config:
     """One destination for each PACS, called pacs0, pacs1, ...; quick retries."""
     peers = tuple(one.peer(f"pacs{i}") for i, one in enumerate(pacs))
     return Config(
-        node=NodeConfig(acse_timeout_s=5, dimse_timeout_s=5, network_timeout_s=5),
+        node=NodeConfig(acse_timeout_s=60, dimse_timeout_s=60, network_timeout_s=60),
         storage=StorageConfig(root=root),
         peers=peers,
         destinations=tuple(
@@ -82,11 +83,11 @@ class Desk:
 
     def until(self, what: Callable[[], bool]) -> None:
         """Wait for something that must come; the limit is only there for a test that fails."""
-        for _ in range(2000):
-            if what():
-                return
+        end = time.monotonic() + UNTIL_S
+        while not what():
+            if time.monotonic() > end:
+                pytest.fail(f"it did not come: job {self.state}, deliveries {self.ledger.deliveries(self.job_id)}")
             time.sleep(0.01)
-        pytest.fail(f"it did not come: job {self.state}, deliveries {self.ledger.deliveries(self.job_id)}")
 
     def close(self) -> None:
         if self._running:

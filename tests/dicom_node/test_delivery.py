@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -111,12 +112,19 @@ def test_a_dead_destination_does_not_delay_another(desk: Desk) -> None:
 
 
 def test_a_slow_destination_is_sending_while_another_is_served(desk: Desk) -> None:
-    with FakePacs(delay_s=0.3) as slow, FakePacs() as quick:
+    served = threading.Event()
+
+    def after_the_other(_uid: str, _times: int) -> int:
+        served.wait(60)
+        return 0x0000
+
+    with FakePacs(status_for=after_the_other) as slow, FakePacs() as quick:
         config = config_for(desk.root, slow, quick)
         desk.finish_job(config)
         desk.deliver(config)
         desk.until(lambda: desk.delivery(1).state is DeliveryState.SENT)
         assert desk.delivery(0).state is DeliveryState.SENDING
+        served.set()
         desk.until(lambda: desk.state is JobState.DONE)
 
 
@@ -150,24 +158,42 @@ def test_a_destination_that_left_the_configuration_fails_by_name(desk: Desk) -> 
 
 
 def test_cancelling_stops_the_sending(desk: Desk) -> None:
-    with FakePacs(delay_s=0.4) as pacs:
+    told = threading.Event()
+
+    def hold_the_second(_uid: str, _times: int) -> int:
+        if len(pacs.received.order) == 2:
+            told.wait(60)
+        return 0x0000
+
+    with FakePacs(status_for=hold_the_second) as pacs:
         config = config_for(desk.root, pacs)
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"lease_s": 0.3})})
         desk.finish_job(config)
         deliveries = desk.deliver(config)
-        pacs.got_one.wait(10)
+        assert pacs.got_one.wait(60)
         desk.ledger.cancel(desk.job_id)
+        desk.until(lambda: all(one.stop.is_set() for one in list(deliveries._in_hand.values())))
+        told.set()
         desk.until(lambda: deliveries.in_hand == 0)
     assert desk.state is JobState.CANCELLED
     assert len(pacs.instances) < COUNT
 
 
 def test_stopping_gives_the_rest_back_and_the_next_start_sends_it(desk: Desk) -> None:
-    with FakePacs(delay_s=0.2) as pacs:
+    first_life: list[Any] = []
+
+    def hold_the_second(_uid: str, _times: int) -> int:
+        if len(pacs.received.order) == 1:
+            first_life.append(desk._running)
+        elif len(pacs.received.order) == 2:
+            first_life[0]._stopping.wait(60)
+        return 0x0000
+
+    with FakePacs(status_for=hold_the_second) as pacs:
         config = config_for(desk.root, pacs)
         desk.finish_job(config)
         first = desk.deliver(config)
-        pacs.got_one.wait(10)
+        assert pacs.got_one.wait(60)
         first.stop()
         stopped = desk.delivery()
         assert (stopped.state, stopped.reason_code) == (DeliveryState.PENDING, "interrupted")

@@ -87,11 +87,24 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Scraped:
             aborting.add_requested_context("1.2.840.10008.1.1")
             aborting.associate("127.0.0.1", config.node.port, ae_title="SYNPET").abort()
             until_done(node.ledger)
-            text, figures = scrape(config.metrics.port)
+            text, figures = scrape_all(config.metrics.port)
         finally:
             node.stop()
     data = sum(len(path.read_bytes()) for path in slices)
     return Scraped(text=text, figures=figures, slices=len(slices), sent_bytes=data)
+
+
+def scrape_all(port: int) -> tuple[str, dict[Key, float]]:
+    """What the receiver's process counts comes through a pipe: wait for what came last, the refusal and the abort."""
+    rejected = key("dicom_node_associations_rejected_total", reason="calling_ae_unknown")
+    aborted = key("dicom_node_associations_closed_total", peer="pacs", how="aborted")
+    until = time.monotonic() + 120
+    while True:
+        text, figures = scrape(port)
+        whole = figures.get(rejected) and figures.get(aborted) and not figures[key("dicom_node_associations_open")]
+        if whole or time.monotonic() > until:
+            return text, figures
+        time.sleep(0.05)
 
 
 def until_done(ledger: Ledger) -> None:

@@ -36,14 +36,14 @@ class ProofDesk(Desk):
         super().__init__(root)
         self.receiver: Receiver | None = None
 
-    def prove(self, archive: FakeArchive, *, listen: bool = True, wait_s: float = 0.5, **changes: Any) -> Deliveries:
+    def prove(self, archive: FakeArchive, *, listen: bool = True, wait_s: float = 60.0, **changes: Any) -> Deliveries:
         """Deliver to `archive`, which is asked to commit and to show; `changes` are of the destination."""
         config = config_for(self.root, archive, **{"commitment": True, **changes})
         if not self.job_id:
             self.finish_job(config)
         return self.run(archive, config, listen=listen, wait_s=wait_s)
 
-    def run(self, archive: FakeArchive, config: Config, *, listen: bool = True, wait_s: float = 0.5) -> Deliveries:
+    def run(self, archive: FakeArchive, config: Config, *, listen: bool = True, wait_s: float = 60.0) -> Deliveries:
         made = Deliveries(config, self.ledger, self.spool, owner=OWNER, poll_s=0.02, report_wait_s=wait_s)
         self._running = made
         if listen:
@@ -76,7 +76,7 @@ def desk(tmp_path: Path) -> Iterator[ProofDesk]:
 @pytest.mark.parametrize("answer", ["early", "same", "new"])
 def test_a_series_is_committed_and_visible_and_then_the_job_is_done(desk: ProofDesk, answer: Any) -> None:
     with FakeArchive(answer=answer) as archive:
-        desk.prove(archive, wait_s=5.0)
+        desk.prove(archive)
         desk.until(lambda: desk.state is JobState.DONE)
     done = desk.delivery()
     assert (done.state, done.goal, done.reason) == (VISIBLE, VISIBLE, "")
@@ -143,7 +143,7 @@ def test_an_instance_that_the_report_leaves_out_is_not_committed(desk: ProofDesk
 
 def test_without_a_report_in_time_it_is_asked_again_and_the_late_report_counts(desk: ProofDesk) -> None:
     with FakeArchive() as archive:
-        desk.prove(archive, wait_s=0.0, commitment_timeout_s=0.1)
+        desk.prove(archive, wait_s=0.0, commitment_timeout_s=0.1, max_attempts=1000)
         desk.until(lambda: len(archive.requests) >= 2)
         assert archive.requests[0].transaction_uid != archive.requests[1].transaction_uid
         assert archive.report(archive.requests[0]) == 0x0000
@@ -154,7 +154,7 @@ def test_without_a_report_in_time_it_is_asked_again_and_the_late_report_counts(d
 
 def test_a_report_that_waits_for_our_next_association_is_taken_there(desk: ProofDesk) -> None:
     with FakeArchive(answer="next") as archive:
-        desk.prove(archive, listen=False, commitment_timeout_s=0.1)
+        desk.prove(archive, listen=False, wait_s=2.0, commitment_timeout_s=0.1)
         desk.until(lambda: desk.state is JobState.DONE)
     assert (desk.delivery().state, len(archive.requests), archive.answers) == (VISIBLE, 2, [0x0000])
     first, second = desk.ledger.commitments(desk.delivery().id)

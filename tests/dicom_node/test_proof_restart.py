@@ -39,7 +39,7 @@ def test_killed_while_it_waits_for_proof_it_waits_on_and_sends_nothing_twice(tmp
 
     with (
         FakeArchive(shown=shown, classes=RESULT_CLASSES) as archive,
-        NodeProcess(tmp_path, archive, bundle, destination="commitment = true") as node,
+        NodeProcess(tmp_path, archive, bundle, destination="commitment = true\nmax_attempts = 1000") as node,
     ):
         archive.node_port = node.peer.port
         node.start()

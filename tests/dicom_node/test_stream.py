@@ -390,7 +390,7 @@ def test_who_connects_and_leaves_without_a_request_holds_no_thread(tmp_path: Pat
 
 @pytest.fixture(params=READERS)
 def impatient(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Wire]:
-    node = {"network_timeout_s": 0.6, "acse_timeout_s": 0.6}
+    node = {"network_timeout_s": 2.0, "acse_timeout_s": 2.0}  # longer than a busy machine sleeps
     with wire(tmp_path, request.param, node=node, intake={"min_bytes_per_s": 500}) as running:
         yield running
 
@@ -423,13 +423,13 @@ def test_a_sender_of_a_byte_now_and_then_is_hung_up_on(impatient: Wire) -> None:
 def test_a_long_instance_outlives_the_time_out_as_long_as_it_comes(impatient: Wire) -> None:
     raw = ct(data=bytes(5000)).in_pdus()
     with impatient.talk() as (sender, outcome):
-        sender.socket.settimeout(0.2)
+        sender.socket.settimeout(0.5)
         for at in range(0, len(raw), 1024):
             with contextlib.suppress(TimeoutError):
                 sender.write(raw[at : at + 1024])
                 if at + 1024 < len(raw):
-                    sender.socket.recv(1)  # nothing comes: a pause of 0.2 s
-        sender.socket.settimeout(20)
+                    sender.socket.recv(1)  # nothing comes: a pause of 0.5 s
+        sender.socket.settimeout(60)
         assert status_of(sender.pdu()) == 0
     assert outcome.stored == 1
 
@@ -443,7 +443,7 @@ def test_who_connects_and_says_no_more_is_hung_up_on(impatient: Wire, words: byt
                 pass
     assert impatient.intake.registry.counts()["accepted"] == 0
     if words:
-        assert impatient.intake.event_codes() == ["slow_sender"]
+        impatient.intake.wait(lambda: impatient.intake.event_codes() == ["slow_sender"])
 
 
 def test_only_the_time_that_we_waited_counts_against_a_sender() -> None:
@@ -493,13 +493,14 @@ def test_the_associations_of_a_peer_share_its_rate(
 
 
 def _paused(running: Wire, paused: list[float], data: bytes) -> float:
+    others = len(running.intake.registry.open_tokens())
     with RawSender(running.intake.port, CONTEXTS) as sender:
         paused.clear()
         sender.write(ct(data=data).in_pdus(16384))
         assert status_of(sender.pdu()) == 0
         seconds = sum(paused)
         sender.release()
-    running.intake.wait(lambda: len(running.intake.registry.open_tokens()) <= 1)
+    running.intake.wait(lambda: len(running.intake.registry.open_tokens()) == others)
     return seconds
 
 
@@ -511,7 +512,7 @@ def test_in_tls_both_readers_do_the_same(tmp_path: Path, reader: str) -> None:
     authority = Authority(tmp_path / "ca")
     certificate, key = authority.split("node")
     tls = {"port": 11112, "cert_file": str(certificate), "key_file": str(key), "client_certificates": "none"}
-    cfg = config(tls=tls, intake={"reader": reader}, node={"network_timeout_s": 1.0})
+    cfg = config(tls=tls, intake={"reader": reader}, node={"network_timeout_s": 3.0})
     client = ssl.create_default_context(cafile=str(authority.file))
     data = bytes(range(256)) * 4000
     with running_intake(tmp_path, cfg) as intake:

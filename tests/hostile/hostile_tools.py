@@ -110,7 +110,7 @@ class Siege:
 
         With `associate`, SOP classes, an association is asked for first, and its answer awaited.
         """
-        sock = socket.create_connection(("127.0.0.1", self.intake.port), timeout=20)
+        sock = socket.create_connection(("127.0.0.1", self.intake.port), timeout=60)
         with sock, _hung_up_on():
             if associate:
                 sock.sendall(associate_request(associate))
@@ -134,7 +134,7 @@ class Siege:
 def besieged(folder: Path, *, reader: str = "stream") -> Iterator[Siege]:
     """A receiver in this process, so that an exception in any of its threads fails the test."""
     folder.mkdir(parents=True, exist_ok=True)
-    node = {"acse_timeout_s": 1, "network_timeout_s": 2, "max_connections_per_address": 0, "max_associations": 200}
+    node = {"acse_timeout_s": 4, "network_timeout_s": 10, "max_connections_per_address": 0, "max_associations": 200}
     with (
         structlog.testing.capture_logs() as logs,
         running_intake(folder, config(node=node, intake={"reader": reader, "max_instance_bytes": 4_000_000})) as intake,
