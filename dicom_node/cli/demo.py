@@ -14,7 +14,7 @@ import typer
 from rich.progress import Progress as RichProgress
 
 from dicom_node.cli.common import ArmPose, console, fail, opened_ledger, progress_bar, safe
-from dicom_node.cli.demo_pacs import DemoPacs, PacsError, free_port, running_pacs
+from dicom_node.cli.demo_pacs import DemoPacs, PacsError, free_ports, running_pacs
 from dicom_node.cli.jobs import print_job
 from dicom_node.config import Config, load_config
 from storage.records import FINAL_JOB_STATES, Job, JobFilter, JobState
@@ -69,7 +69,7 @@ def demo(
     started = time.monotonic()
     with progress_bar() as bar, ExitStack() as running:
         paths, phantom = _paint(bar, spec, matrix, out)
-        node_port, pacs_port = free_port(), free_port()
+        node_port, pacs_port = free_ports(2)
         config = _configure(out, node_port=node_port, pacs_port=pacs_port, bundle=bundle)
         pacs = running.enter_context(
             running_pacs(out / "pacs", ae_title=PACS_AE, port=pacs_port, routes={NODE_AE: node_port})

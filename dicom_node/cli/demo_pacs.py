@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from random import SystemRandom
 
 from pydicom import Dataset
 from pydicom.uid import PositronEmissionTomographyImageStorage, SecondaryCaptureImageStorage
@@ -28,18 +29,23 @@ STUDY_ROOT_MOVE = "1.2.840.10008.5.1.4.1.2.2.2"
 STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
 PENDING = (0xFF00, 0xFF01)
 START_TIMEOUT_S = 60.0
+_PORTS = range(12_000, 32_000)
 
 
 class PacsError(NodeError):
     """The demo's PACS did not start or refused a request."""
 
 
-def free_port() -> int:
-    """A port on loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_ports(count: int) -> list[int]:
+    """Ports on loopback that nobody has now, of those that the kernel gives to nobody who asks for any port."""
+    found: list[int] = []
+    for port in SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise PacsError("no port of loopback is free")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
