@@ -16,7 +16,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: the workers share the c
 for name in ("COLUMNS", "LINES"):  # a worker has 80 and 24: rich would keep them whatever a test asks for
     os.environ.pop(name, None)
 
-hypothesis.settings.register_profile("any machine", deadline=None)  # no test asserts a wall-clock time
+hypothesis.settings.register_profile(  # no test asserts a wall-clock time
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any machine")
 
 TESTS = Path(__file__).parent

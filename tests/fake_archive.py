@@ -24,7 +24,7 @@ from pynetdicom.dsutils import encode
 COMMITMENT, COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1", "1.2.840.10008.1.20.1.1"
 FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 SYNTAXES = [ImplicitVRLittleEndian, ExplicitVRLittleEndian]
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @dataclass(frozen=True)

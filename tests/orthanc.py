@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 import pytest
 from fake_pacs import free_port
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
 DICOMWEB_PLUGINS = (  # Debian's orthanc-dicomweb
     Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so"),
     Path("/usr/lib/orthanc/libOrthancDicomWeb.so"),
@@ -60,13 +60,13 @@ class Orthanc:
         return request
 
     def get(self, path: str) -> Any:
-        with urlopen(self._request(path), timeout=30) as answer:
+        with urlopen(self._request(path), timeout=120) as answer:
             body = answer.read()
         return json.loads(body) if answer.headers["Content-Type"].startswith("application/json") else body
 
     def post(self, path: str, body: Any) -> Any:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        with urlopen(self._request(path, data=data, method="POST"), timeout=60) as answer:
+        with urlopen(self._request(path, data=data, method="POST"), timeout=120) as answer:
             return json.loads(answer.read() or b"null")
 
     def series(self, modality: str) -> list[Mapping[str, Any]]:
@@ -143,7 +143,7 @@ def _wait(orthanc: Orthanc, process: subprocess.Popen[bytes]) -> None:
             raise RuntimeError(f"Orthanc ended at once with {process.returncode}: see orthanc.log")
         try:
             orthanc.get("/system")
-        except (URLError, ConnectionError):
+        except (URLError, ConnectionError, TimeoutError):
             time.sleep(0.2)
         else:
             return

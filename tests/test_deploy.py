@@ -217,7 +217,7 @@ def test_orthanc_routes_a_stable_ct_series_once_and_nothing_else(tmp_path: Path)
         with running_orthanc(tmp_path / "orthanc", modalities=routes, lua_scripts=[script]) as pacs:
             for path in [*others, *ct]:
                 pacs.post("/instances", path.read_bytes())
-            assert whole.wait(20), (tmp_path / "orthanc" / "orthanc.log").read_text()[-2000:]
+            assert whole.wait(120), (tmp_path / "orthanc" / "orthanc.log").read_text()[-2000:]
             until = time.monotonic() + 30
             while any(not series["IsStable"] for series in pacs.series("PT")) and time.monotonic() < until:
                 time.sleep(0.2)

@@ -14,7 +14,7 @@ from raw_sender import EXPLICIT, IMPLICIT, Message, echo_message, store_message
 CT = str(CTImageStorage)
 VERIFICATION = "1.2.840.10008.1.1"
 ASSOCIATE_AC, P_DATA, RELEASE_RP, ABORT = 2, 4, 6, 7
-_WAIT_S = 20.0
+_WAIT_S = 60.0
 _APPLICATION_CONTEXT = b"1.2.840.10008.3.1.1.1"
 
 

@@ -148,7 +148,7 @@ def test_orthanc_keeps_the_report_and_the_states_beside_their_pet(result: Path, 
         pacs = PeerConfig(name="pacs", ae_title=orthanc.ae_title, port=orthanc.dicom_port)
         for folder in ("pet-sc", "seg-sc", *REFERRING[:3], *REFERRING[:3]):  # sent twice: kept once
             files = sorted((result / folder).iterdir())
-            sent = send_series(files, pacs, calling_ae="SYNPET", timeouts=Timeouts(acse_s=10, dimse_s=10))
+            sent = send_series(files, pacs, calling_ae="SYNPET", timeouts=Timeouts(acse_s=60, dimse_s=60))
             assert sent.ok, f"{folder}: {sent.text}"
         assert {m: len(orthanc.series(m)) for m in ("PT", "SEG", "SR", "PR")} == {"PT": 1, "SEG": 1, "SR": 1, "PR": 2}
         (report,) = orthanc.instances(orthanc.series("SR")[0], tmp_path / "back")
@@ -158,6 +158,6 @@ def test_orthanc_keeps_the_report_and_the_states_beside_their_pet(result: Path, 
 def test_a_pacs_that_knows_the_classes_takes_them(result: Path) -> None:
     files = [result / folder / "0001.dcm" for folder in REFERRING]
     with FakePacs(classes=[dcmread(path).SOPClassUID for path in files[:3]]) as pacs:
-        sent = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=Timeouts(acse_s=5, dimse_s=5))
+        sent = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=Timeouts(acse_s=60, dimse_s=60))
     assert sent.ok, sent.text
     assert pacs.received.order == [dcmread(path).SOPInstanceUID for path in files]

@@ -27,7 +27,7 @@ from dicom_node.net.compression import EXPLICIT, TRANSFER_SYNTAXES, compress, co
 from dicom_node.net.scu import Timeouts, send_series
 from storage.records import JobState
 
-QUICK = Timeouts(acse_s=5.0, dimse_s=5.0, network_s=5.0)
+PATIENT = Timeouts(acse_s=60.0, dimse_s=60.0, network_s=60.0)
 NAMES = tuple(TRANSFER_SYNTAXES)
 
 
@@ -132,7 +132,7 @@ def test_a_peer_that_accepts_it_gets_every_instance_compressed(name: str, files:
     takes = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, TRANSFER_SYNTAXES[name]]
     with FakePacs(syntaxes=takes) as pacs:
         for _ in range(2):
-            outcome = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=QUICK, transfer_syntax=name)
+            outcome = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=PATIENT, transfer_syntax=name)
             assert outcome.ok
             assert outcome.note == ""
     assert pacs.received.syntaxes == {TRANSFER_SYNTAXES[name]: 2 * len(files)}
@@ -141,7 +141,7 @@ def test_a_peer_that_accepts_it_gets_every_instance_compressed(name: str, files:
 
 def test_a_peer_that_does_not_accept_it_gets_the_originals_and_the_outcome_says_so(files: list[Path]) -> None:
     with FakePacs() as pacs:
-        outcome = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=QUICK, transfer_syntax="jpeg-ls")
+        outcome = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=PATIENT, transfer_syntax="jpeg-ls")
     assert outcome.ok
     assert "JPEG-LS" in outcome.note
     assert "uncompressed" in outcome.note
@@ -151,8 +151,8 @@ def test_a_peer_that_does_not_accept_it_gets_the_originals_and_the_outcome_says_
 
 def test_a_peer_that_takes_only_compressed_images_gets_them(files: list[Path]) -> None:
     with FakePacs(syntaxes=[TRANSFER_SYNTAXES["j2k"]]) as pacs:
-        plain = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=QUICK)
-        packed = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=QUICK, transfer_syntax="j2k")
+        plain = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=PATIENT)
+        packed = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=PATIENT, transfer_syntax="j2k")
     assert plain.code == "no_presentation_context"
     assert packed.ok
     assert pacs.received.syntaxes == {TRANSFER_SYNTAXES["j2k"]: len(files)}
@@ -166,7 +166,7 @@ def test_a_class_without_16_bit_pixels_is_offered_uncompressed_only(tmp_path: Pa
     with FakePacs(
         classes=[*RESULT_CLASSES, segmentation], syntaxes=[ExplicitVRLittleEndian, *TRANSFER_SYNTAXES.values()]
     ) as pacs:
-        outcome = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=QUICK, transfer_syntax="rle")
+        outcome = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=PATIENT, transfer_syntax="rle")
     assert outcome.ok
     assert outcome.note == ""
     assert pacs.received.syntaxes == {ExplicitVRLittleEndian: 1}
@@ -182,7 +182,7 @@ def test_no_room_for_compressed_instances_is_transient(files: list[Path], monkey
 
     monkeypatch.setattr(scu, "compressed_file", full)
     with FakePacs(syntaxes=[ExplicitVRLittleEndian, TRANSFER_SYNTAXES["rle"]]) as pacs:
-        outcome = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=QUICK, transfer_syntax="rle")
+        outcome = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=PATIENT, transfer_syntax="rle")
     assert (outcome.code, outcome.permanent, outcome.stored) == ("no_space", False, 0)
 
 
@@ -235,7 +235,7 @@ def test_a_real_orthanc_stores_what_it_accepts_and_gives_the_same_pixels_back(
 ) -> None:
     with running_orthanc(tmp_path / "orthanc", modalities={}) as orthanc:
         peer = PeerConfig(name="pacs", ae_title=orthanc.ae_title, port=orthanc.dicom_port)
-        outcome = send_series(files, peer, calling_ae="SYNPET", timeouts=QUICK, transfer_syntax=name)
+        outcome = send_series(files, peer, calling_ae="SYNPET", timeouts=PATIENT, transfer_syntax=name)
         (series,) = orthanc.series("PT")
         back = [dcmread(path) for path in orthanc.instances(series, tmp_path / "back")]
     assert (outcome.ok, outcome.stored) == (True, len(files))

@@ -39,7 +39,7 @@ from pipeline.types import OutputOptions
 
 ROOT = Path(__file__).parents[2]
 MOST_CONTEXTS = 128  # PS3.8 7.1.1.13: odd numbers from 1 to 255
-QUICK = Timeouts(acse_s=10.0, dimse_s=10.0, network_s=10.0)
+PATIENT = Timeouts(acse_s=60.0, dimse_s=60.0, network_s=60.0)
 
 
 def config_of(root: Path, **tables: Any) -> Config:
@@ -256,13 +256,13 @@ def test_a_peer_is_asked_for_what_the_statement_says(samples: Samples, tmp_path:
                 files[-1].write_bytes(instance.data)
             peer = witness.peer()
             assert send_series(
-                files, peer, calling_ae="SYNPET", timeouts=QUICK, transfer_syntax=destination.transfer_syntax
+                files, peer, calling_ae="SYNPET", timeouts=PATIENT, transfer_syntax=destination.transfer_syntax
             ).ok
-        assert count_series_instances(witness.peer(), "1.2", "1.3", calling_ae="SYNPET", timeouts=QUICK).ok
+        assert count_series_instances(witness.peer(), "1.2", "1.3", calling_ae="SYNPET", timeouts=PATIENT).ok
         told = {one.sop_class_uid: sorted(one.transfer_syntaxes) for one in said}
         assert {uid: sorted(syntaxes) for uid, syntaxes in witness.asked.items()} == told
         witness.asked.clear()
-        assert echo(witness.peer(), calling_ae="SYNPET", timeouts=QUICK).ok
+        assert echo(witness.peer(), calling_ae="SYNPET", timeouts=PATIENT).ok
         check = verification()
         assert witness.asked == {check.sop_class_uid: list(check.transfer_syntaxes)}
     assert witness.identities == {IMPLEMENTATION_CLASS_UID}
@@ -272,11 +272,11 @@ def test_a_peer_that_is_asked_for_studies_is_asked_for_what_the_statement_says()
     with Witness() as witness:
         peer = witness.peer().model_copy(update={"we_may": ("find", "move", "get"), "may": ("commit",)})
         told = {one.sop_class_uid: sorted(one.transfer_syntaxes) for one in asked(peer)}
-        Finder(peer, calling_ae="SYNPET", timeouts=QUICK).study("1.2")
-        retrieval = Retrieval(peer=peer, calling_ae="SYNPET", timeouts=QUICK)
+        Finder(peer, calling_ae="SYNPET", timeouts=PATIENT).study("1.2")
+        retrieval = Retrieval(peer=peer, calling_ae="SYNPET", timeouts=PATIENT)
         retrieval.move("1.2", "1.3")
         retrieval.get("1.2", "1.3", None, "")  # type: ignore[arg-type] # nothing is sent
-        send_report(Verdict(transaction_uid="1.2"), peer, calling_ae="SYNPET", timeouts=QUICK, max_pdu=16382)
+        send_report(Verdict(transaction_uid="1.2"), peer, calling_ae="SYNPET", timeouts=PATIENT, max_pdu=16382)
         assert {uid: sorted(syntaxes) for uid, syntaxes in witness.asked.items()} == told
     assert {one.role for one in asked(peer) if one.sop_class_uid in (CTImageStorage, STORAGE_COMMITMENT)} == {"SCP"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,10 @@ NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 @pytest.fixture
 def ct(tmp_path: Path) -> Callable[[], list[Path]]:
     """A new series of four slices, each file named by its UID."""
+    numbers = count()
 
     def make() -> list[Path]:
-        folder = tmp_path / f"ct{generate_uid()[-6:]}"
+        folder = tmp_path / f"ct{next(numbers)}"
         hu = np.zeros((4, 8, 8), dtype=np.int16)
         files = write_ct(folder, hu, spacing_mm=(2.0, 2.0, 2.0), study_uid=generate_uid(), series_uid=generate_uid())
         return [path.rename(folder / f"{dcmread(path).SOPInstanceUID}.dcm") for path in files]

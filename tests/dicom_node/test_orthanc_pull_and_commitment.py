@@ -22,7 +22,7 @@ from storage.ledger import open_ledger
 from storage.records import JobFilter
 
 pytestmark = pytest.mark.orthanc
-UNTIL_S = 60.0
+UNTIL_S = 240.0
 SLICES = 3
 
 
@@ -34,7 +34,7 @@ def config_for(root: Path, orthanc: Orthanc, port: int) -> Config:
             "node": {"host": "127.0.0.1", "port": port, "receiver_processes": 1},
             "peers": [{**peer, **asked}],
             "pulls": [{"name": "missed", "peer": "orthanc", "at": "00:00", "days_back": 2}],
-            "intake": {"min_free_bytes": 0, "scan_interval_s": 0.2},
+            "intake": {"min_free_bytes": 0, "scan_interval_s": 0.2, "quiet_period_s": 600},
             "storage": {"root": str(root)},
         }
     )

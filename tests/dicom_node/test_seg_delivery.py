@@ -94,7 +94,7 @@ def test_a_job_with_seg_leaves_a_whole_result_and_the_pacs_takes_it(tmp_path: Pa
     assert [item.SegmentLabel for item in ds.SegmentSequence] == present
     assert ds.FrameOfReferenceUID == dcmread(paths[0], stop_before_pixels=True).FrameOfReferenceUID
     with FakePacs(classes=[SegmentationStorage]) as pacs:
-        sent = send_series([path], pacs.peer(), calling_ae="SYNPET", timeouts=Timeouts(acse_s=5, dimse_s=5))
+        sent = send_series([path], pacs.peer(), calling_ae="SYNPET", timeouts=Timeouts(acse_s=60, dimse_s=60))
     assert sent.ok, sent.text
     assert pacs.received.order == [ds.SOPInstanceUID]
 

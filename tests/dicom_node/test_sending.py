@@ -33,8 +33,8 @@ from dicom_node.net.part10 import read_part10
 from dicom_node.net.scu import SendOutcome, Timeouts, send_series
 from dicom_node.net.sending import StreamSender, Way
 
-QUICK = Timeouts(acse_s=5.0, dimse_s=5.0, network_s=5.0)
-IMPATIENT = Timeouts(acse_s=5.0, dimse_s=0.4, network_s=5.0)
+PATIENT = Timeouts(acse_s=60.0, dimse_s=60.0, network_s=60.0)
+IMPATIENT = Timeouts(acse_s=60.0, dimse_s=0.4, network_s=60.0)
 COUNT = 3
 
 
@@ -43,7 +43,7 @@ def files(tmp_path: Path) -> list[Path]:
     return write_instances(tmp_path / "out", COUNT)
 
 
-def send(files: list[Path], scp: RawScp, *, timeouts: Timeouts = QUICK, sender: Way = "stream") -> SendOutcome:
+def send(files: list[Path], scp: RawScp, *, timeouts: Timeouts = PATIENT, sender: Way = "stream") -> SendOutcome:
     return send_series(files, scp.peer(), calling_ae="SYNPET", timeouts=timeouts, sender=sender)
 
 
@@ -75,7 +75,7 @@ def test_fragments_of_any_size_join_to_the_data_set(tmp_path_factory: Any, data_
     path = tmp_path_factory.mktemp("part") / "1.dcm"
     path.write_bytes(data_set)
     assoc: Any = SimpleNamespace(dul=None, acceptor=SimpleNamespace(maximum_length=max_pdu, ae_title="PACS"))
-    sender = StreamSender(assoc, 5.0)
+    sender = StreamSender(assoc, 60.0)
     near, far = socket.socketpair()
     with near, far, path.open("rb") as file:
         sender._socket = near
@@ -84,7 +84,7 @@ def test_fragments_of_any_size_join_to_the_data_set(tmp_path_factory: Any, data_
         thread = threading.Thread(target=lambda: got.append(reader.message()))
         thread.start()
         sender._send(5, b"c" * 150, file.fileno(), 0)
-        thread.join(5)
+        thread.join(60)
     (message,) = got
     assert (message.context_id, message.command, message.data_set) == (5, b"c" * 150, data_set)
     assert max(message.pdu_lengths) <= max(max_pdu, 8)
@@ -146,7 +146,7 @@ def test_no_other_thread_looks_for_the_responses(
     sent: list[int] = []
     monkeypatch.setattr(DIMSEServiceProvider, "get_msg", get_msg)
     with RawScp() as scp:
-        outcome = send_series(files, scp.peer(), calling_ae="SYNPET", timeouts=QUICK, on_sent=on_sent, sender=sender)
+        outcome = send_series(files, scp.peer(), calling_ae="SYNPET", timeouts=PATIENT, on_sent=on_sent, sender=sender)
     assert outcome.ok
     assert not {1, 2} & set(looked)
 
@@ -313,7 +313,7 @@ def test_a_peer_that_stops_reading_is_given_up(tmp_path: Path) -> None:
     ds.PixelData = bytes(20_000_000)  # more than the buffers between the two hold
     ds.save_as(path)
     stopped = threading.Event()
-    with RawScp(lambda peer: (stopped.wait(10), peer.socket.close())[1]) as scp:
+    with RawScp(lambda peer: (stopped.wait(60), peer.socket.close())[1]) as scp:
         outcome = send([path], scp, timeouts=IMPATIENT)
         stopped.set()
     assert (outcome.code, outcome.permanent, outcome.stored) == ("no_response", False, 0)
@@ -324,7 +324,7 @@ def test_a_file_that_becomes_shorter_while_it_is_sent_is_not_stored(files: list[
         files[1].write_bytes(files[1].read_bytes()[:200])
 
     with RawScp() as scp:
-        outcome = send_series(files, scp.peer(), calling_ae="SYNPET", timeouts=QUICK, on_sent=on_sent)
+        outcome = send_series(files, scp.peer(), calling_ae="SYNPET", timeouts=PATIENT, on_sent=on_sent)
     assert outcome.stored == 1
     assert outcome.code == "no_response"
     assert len(scp.messages) == 1

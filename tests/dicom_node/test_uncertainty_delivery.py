@@ -80,7 +80,7 @@ def test_run_writes_a_map_that_a_pacs_takes_and_shows_its_means(tmp_path: Path) 
     assert all(f"{row['uncertainty']:.3f}" in done.output for row in rows)
     files = sorted((out / "uncertainty-sc").iterdir())
     with FakePacs(classes=[SecondaryCaptureImageStorage]) as pacs:
-        sent = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=Timeouts(acse_s=5, dimse_s=5))
+        sent = send_series(files, pacs.peer(), calling_ae="SYNPET", timeouts=Timeouts(acse_s=60, dimse_s=60))
     assert sent.ok, sent.text
     assert pacs.received.order == [dcmread(path, stop_before_pixels=True).SOPInstanceUID for path in files]
 

@@ -23,7 +23,7 @@ from training.recipe import load_recipe
 from training.runs import CHECKPOINT, RECORD, find_runs, read_record
 
 RECIPE = tiny_recipe()
-DEADLINE_S = 120
+DEADLINE_S = 240
 
 
 @pytest.fixture(scope="module")
