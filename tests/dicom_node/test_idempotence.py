@@ -54,7 +54,7 @@ class House:
                     "quiet_period_s": 0.5,
                     "study_quiet_period_s": 0.5,
                     "scan_interval_s": 0.1,
-                    "incomplete_after_s": 30.0,
+                    "incomplete_after_s": 5.0,
                     "min_free_bytes": 0,
                 },
                 "selection": {"min_slices": 3, "min_coverage_mm": 10},
