@@ -82,7 +82,9 @@ class Node:
         self._stopping_pulls = threading.Event()
         self._alive: list[Callable[[], bool]] = []
         self.metrics = Metrics()
-        self.registry = AssociationRegistry(limit=config.node.max_associations, clock=time.monotonic)
+        self.registry = AssociationRegistry(
+            limit=config.node.max_associations, for_peers=config.places_for_peers, clock=time.monotonic
+        )
         self.ledger: Ledger
         self.spool: Spool
 

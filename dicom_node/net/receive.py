@@ -92,6 +92,7 @@ class Receiver:
             server = make_server(
                 self._ae,
                 node,
+                self._config.peers,
                 self._handlers(),
                 listening=listener.socket,
                 poll=self._reap,
@@ -224,8 +225,10 @@ class Receiver:
             calling_ae=calling_ae.strip(), address=address, peer=decision.peer, peer_limit=decision.max_associations
         )
         if token is None:
-            of_peer = f", or the peer's {decision.max_associations}" if decision.max_associations else ""
-            text = f"{shown(calling_ae)} at {shown(address)}: {self._book.limit} associations{of_peer} are open already"
+            own = f"the peer's {decision.max_associations}" if decision.max_associations else ""
+            own = own if decision.peer else "the share of callers that are no peer"
+            either = f", or {own}," if own else ""
+            text = f"{shown(calling_ae)} at {shown(address)}: {self._book.limit} associations{either} are open already"
             return rejection("association_limit", LOCAL_LIMIT_EXCEEDED, text)
         with self._lock:
             self._tokens[assoc] = token

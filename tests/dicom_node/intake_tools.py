@@ -55,6 +55,11 @@ def config(**tables: object) -> Config:
     return Config.model_validate(base)
 
 
+def open_registry(cfg: Config, clock: Clock) -> AssociationRegistry:
+    """The book of associations as the node makes it."""
+    return AssociationRegistry(limit=cfg.node.max_associations, for_peers=cfg.places_for_peers, clock=clock)
+
+
 @dataclass
 class Intake:
     """Everything between the wire and a QUEUED job."""
@@ -70,7 +75,7 @@ class Intake:
 
     def restart(self) -> None:
         """What a kill -9 leaves: only the spool and the ledger."""
-        self.registry = AssociationRegistry(limit=self.config.node.max_associations, clock=self.clock)
+        self.registry = open_registry(self.config, self.clock)
         self.assembler = Assembler(self.config, self.spool, self.ledger, self.registry, clock=self.clock)
 
     def put(self, paths: Sequence[Path], token: str = "", *, aborted: bool = False) -> None:
@@ -148,7 +153,7 @@ def running_intake(folder: Path, cfg: Config | None = None, *, listen: bool = Tr
     clock = Clock()
     spool = Spool(folder / "spool", min_free_bytes=cfg.intake.min_free_bytes)
     ledger = open_ledger(f"sqlite:///{folder / 'ledger.sqlite'}")
-    registry = AssociationRegistry(limit=cfg.node.max_associations, clock=clock)
+    registry = open_registry(cfg, clock)
     receiver = Receiver(cfg, spool, ledger, registry, clock=clock)
     assembler = Assembler(cfg, spool, ledger, registry, clock=clock)
     intake = Intake(cfg, spool, ledger, registry, receiver, assembler, clock)
