@@ -165,7 +165,9 @@ class Node:
 
         engine = self._engine or LocalEngine(job_timeout_s=config.engine.job_timeout_s)
         parts.callback(engine.close)
-        deliveries = Deliveries(config, self.ledger, self.spool, owner=owner)
+        upkeep = Upkeep(config, self.ledger, self.spool)
+        upkeep.compare_clocks()
+        deliveries = Deliveries(config, self.ledger, self.spool, owner=owner, trusted=lambda: upkeep.clock_trusted)
         worker = Worker(
             config,
             self.ledger,
@@ -177,10 +179,9 @@ class Node:
         )
         adopt_unknown(self.ledger, self.spool)
         cancel_again(self.ledger, self.spool)
-        upkeep = Upkeep(config, self.ledger, self.spool)
         worker.reclaim()
         deliveries.reclaim()
-        upkeep.start()
+        upkeep.sweep()
         self._warm_up(engine)
 
         worker.start()
