@@ -157,7 +157,8 @@ def judge_count(
     """VISIBLE when exactly the instances that we sent are shown; what cannot be asked stays where it is.
 
     So does an optional companion that is stored and never shown, or about which the archive does not answer: some
-    list no presentation states, and the PET series has a proof of its own.
+    list no presentation states, and the PET series has a proof of its own. An archive that lets us in and leaves the
+    question unanswered (`find_unanswered`) is not down: that is a look, as any other error is.
     """
     goal = goal_of(destination)
     if outcome.ok and outcome.count == delivery.instances:
