@@ -21,13 +21,15 @@ _THIS_MACHINE = ("127.0.0.1", "::1")
 class Admission:
     """An association request that is let in. `peer` is the configured name, empty for an unknown caller.
 
-    `max_associations` is the peer's own limit, 0 for none; of several tables that match it is the first's.
+    `max_associations` is the peer's own limit, 0 for none; of several tables that match it is the first's. `own`: it
+    calls by our own AE title, from this machine.
     """
 
     peer: str
     may_store: bool
     may_echo: bool
     max_associations: int = 0
+    own: bool = False
 
 
 def shown(text: str) -> str:
@@ -133,7 +135,7 @@ def admit(
             f"{shown(calling)} at {shown(address)} called {shown(called)}: this node is {node.ae_title!r}",
         )
     if calling == node.ae_title and is_own(node, address):  # `dicom-node check` and `doctor`, whose studies are tests
-        return Admission(peer="", may_store=True, may_echo=True)
+        return Admission(peer="", may_store=True, may_echo=True, own=True)
     titled = [peer for peer in peers if peer.ae_title == calling]
     placed = [peer for peer in titled if address_allowed(peer, address)]
     matching = [peer for peer in placed if by_tls or not peer.must_call_by_tls]
