@@ -571,6 +571,12 @@ class Config(_Table):
         """Whether some peer may ask us for Storage Commitment."""
         return any("commit" in peer.may for peer in self.peers)
 
+    @property
+    def places_for_peers(self) -> int:
+        """How many of `[node].max_associations` callers that are no peer cannot have: half, where any are let in."""
+        strangers = self.peers and self.node.unknown_peers == "accept"
+        return self.node.max_associations // 2 if strangers else 0
+
     def peer(self, name: str) -> PeerConfig:
         """The peer with this name; a destination's peer, if it has one, always exists."""
         return next(p for p in self.peers if p.name == name)

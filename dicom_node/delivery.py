@@ -26,7 +26,7 @@ from dicom_node.net.scu import SendOutcome, send_series
 from dicom_node.net.stow import send_series_web
 from dicom_node.proof import SAME_ASSOCIATION_S, Count, Prover, Step, asked_of, count_instances, goal_of, judge_count
 from dicom_node.retry import UNREACHABLE_CODES, seconds_since
-from dicom_node.settle import LOUD_AFTER_S, Verdict, missing, settle, stored_before
+from dicom_node.settle import LOUD_AFTER_S, Verdict, missing, outage_s, settle, stored_before
 from storage.errors import StaleState
 from storage.ledger import Ledger, utc_now
 from storage.records import Delivery, DeliveryState, JobFilter, JobState
@@ -69,16 +69,20 @@ class Deliveries:
         poll_s: float = POLL_S,
         count: Count = count_instances,
         report_wait_s: float = SAME_ASSOCIATION_S,
+        trusted: Callable[[], bool] = lambda: True,
+        steady: Callable[[], float] = monotonic,
     ) -> None:
+        """`trusted` says whether the clock is: no outage is given up by a clock that jumped. `steady`: seconds."""
         self._config, self._ledger, self._spool = config, ledger, spool
         self._owner, self._send, self._send_web = owner, send, send_web
         self._clock, self._poll_s = clock, poll_s
+        self._trusted, self._steady = trusted, steady
         self._timeouts = timeouts_of(config.node)
         self._destinations: Mapping[str, DestinationConfig] = {d.name: d for d in config.destinations}
         self._lanes: dict[str, SimpleQueue[_Claimed | None]] = {name: SimpleQueue() for name in self._destinations}
         self._lock = threading.Lock()
         self._in_hand: dict[int, _Claimed] = {}
-        self._arrived: dict[str, datetime] = {}  # when something last came to a destination
+        self._arrived: dict[str, float] = {}  # when something last came to a destination, by the steady clock
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -92,6 +96,7 @@ class Deliveries:
             clock=clock,
             wait_s=report_wait_s,
             count=count,
+            trusted=trusted,
         )
 
     def start(self) -> None:
@@ -250,10 +255,12 @@ class Deliveries:
         self._finish(delivery, self._verdict(delivery, outcome, stored), stored, statuses, outcome)
 
     def _verdict(self, delivery: Delivery, outcome: SendOutcome, stored: int) -> Verdict:
-        failing_s = 0.0 if stored > delivery.sent else seconds_since(delivery.failing_since, self._clock())
         destination = self._destinations[delivery.destination]
-        arrived, began = self._arrived.get(destination.name), delivery.failing_since
-        others_arrive = arrived is not None and began is not None and arrived > began
+        lasted_s = seconds_since(delivery.failing_since, self._clock())
+        # asked after the time was read: a jump in between must not be missed
+        failing_s = outage_s(0.0 if stored > delivery.sent else lasted_s, destination, trusted=self._trusted())
+        arrived = self._arrived.get(destination.name)
+        others_arrive = arrived is not None and self._steady() - arrived < lasted_s
         return settle(delivery, outcome, stored, destination, failing_s=failing_s, others_arrive=others_arrive)
 
     def _send_missing(
@@ -332,7 +339,7 @@ class Deliveries:
 
     def _is_back(self, destination: str) -> None:
         """What waits out the pauses of an outage is due now: a night's results need not wait another hour."""
-        self._arrived[destination] = self._clock()
+        self._arrived[destination] = self._steady()
         # not what was left unanswered: it may be what the destination stumbles over, each time anew
         if due := self._ledger.end_outage(destination, UNREACHABLE_CODES):
             log.info("destination.back", destination=destination, due=due)

@@ -6,8 +6,6 @@ Each step is a value: what was found, in which time, and what to do when it fail
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from dicom_node.config import Config, DestinationConfig, PeerConfig
 from dicom_node.lineage import RECALLED_AT
 from dicom_node.net.link import timeouts_of
 from dicom_node.net.scu import send_series
+from dicom_node.net.trial_lock import is_locked, sending_a_test
 from dicom_node.proof import count_instances
 from dicom_node.rejections import reject
 from dicom_node.trial import announce
@@ -51,17 +50,7 @@ class _Failed(Exception):
 
 def node_runs_on(root: Path) -> bool:
     """Whether a node holds this storage root: it locks `node.lock` as long as it lives."""
-    try:
-        descriptor = os.open(root / "node.lock", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+    return is_locked(root / "node.lock")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +110,8 @@ class Trip:
     def _send(self) -> str:
         study = self._study
         announce(self._ledger, study.study_uid, self._destination.name if self._destination else "")
-        outcome = send_series(study.files, self._node, calling_ae=self._config.node.ae_title)
+        with sending_a_test(self._config.storage.root):
+            outcome = send_series(study.files, self._node, calling_ae=self._config.node.ae_title)
         if not outcome.ok:
             raise _Failed(f"{outcome.code}: {outcome.text}", f"the log of the node; dicom-node why {study.accession}")
         return f"{outcome.stored} instances were answered with Success; accession {study.accession}"

@@ -82,7 +82,9 @@ class Node:
         self._stopping_pulls = threading.Event()
         self._alive: list[Callable[[], bool]] = []
         self.metrics = Metrics()
-        self.registry = AssociationRegistry(limit=config.node.max_associations, clock=time.monotonic)
+        self.registry = AssociationRegistry(
+            limit=config.node.max_associations, for_peers=config.places_for_peers, clock=time.monotonic
+        )
         self.ledger: Ledger
         self.spool: Spool
 
@@ -165,7 +167,9 @@ class Node:
 
         engine = self._engine or LocalEngine(job_timeout_s=config.engine.job_timeout_s)
         parts.callback(engine.close)
-        deliveries = Deliveries(config, self.ledger, self.spool, owner=owner)
+        upkeep = Upkeep(config, self.ledger, self.spool)
+        upkeep.compare_clocks()
+        deliveries = Deliveries(config, self.ledger, self.spool, owner=owner, trusted=lambda: upkeep.clock_trusted)
         worker = Worker(
             config,
             self.ledger,
@@ -177,10 +181,9 @@ class Node:
         )
         adopt_unknown(self.ledger, self.spool)
         cancel_again(self.ledger, self.spool)
-        upkeep = Upkeep(config, self.ledger, self.spool)
         worker.reclaim()
         deliveries.reclaim()
-        upkeep.start()
+        upkeep.sweep()
         self._warm_up(engine)
 
         worker.start()

@@ -25,7 +25,7 @@ from dicom_node.net.part10 import read_part10
 from dicom_node.net.query import CountOutcome, count_series_instances
 from dicom_node.net.status import Status
 from dicom_node.retry import OUTAGE_CODES, outage_delay_s, retry_delay_s, seconds_since
-from dicom_node.settle import LOUD_AFTER_S, OPTIONAL_KINDS, outage_text, over
+from dicom_node.settle import LOUD_AFTER_S, OPTIONAL_KINDS, outage_s, outage_text, over
 from storage.errors import StaleState
 from storage.ledger import Ledger, utc_now
 from storage.proofs import Report
@@ -157,7 +157,8 @@ def judge_count(
     """VISIBLE when exactly the instances that we sent are shown; what cannot be asked stays where it is.
 
     So does an optional companion that is stored and never shown, or about which the archive does not answer: some
-    list no presentation states, and the PET series has a proof of its own.
+    list no presentation states, and the PET series has a proof of its own. An archive that lets us in and leaves the
+    question unanswered (`find_unanswered`) is not down: that is a look, as any other error is.
     """
     goal = goal_of(destination)
     if outcome.ok and outcome.count == delivery.instances:
@@ -220,7 +221,7 @@ def count_instances(
 class Prover:
     """Asks for proof, one delivery at a time per destination's thread; takes the reports of every association.
 
-    `wake` is called when a report was kept: its delivery is due.
+    `wake` is called when a report was kept: its delivery is due. `trusted`: whether the clock is.
     """
 
     def __init__(
@@ -235,10 +236,11 @@ class Prover:
         clock: Callable[[], datetime] = utc_now,
         wait_s: float = SAME_ASSOCIATION_S,
         count: Count = count_instances,
+        trusted: Callable[[], bool] = lambda: True,
     ) -> None:
         self._config, self._ledger, self._files = config, ledger, result_files
         self._owner, self._timeouts, self._wake, self._clock = owner, timeouts, wake, clock
-        self._wait_s, self._count = wait_s, count
+        self._wait_s, self._count, self._trusted = wait_s, count, trusted
         self._lock = threading.Lock()
         self._awaited: dict[str, threading.Event] = {}  # by Transaction UID: set when its report was kept
 
@@ -322,7 +324,7 @@ class Prover:
         head = dcmread(files[0], stop_before_pixels=True, specific_tags=["StudyInstanceUID", "SeriesInstanceUID"])
         study_uid, series_uid = str(head.StudyInstanceUID), str(head.SeriesInstanceUID)
         outcome = self._count(self._config, destination, study_uid, series_uid, self._timeouts, should_stop)
-        step = judge_count(delivery, outcome, destination, failing_s=self._failing_s(delivery))
+        step = judge_count(delivery, outcome, destination, failing_s=self._outage_s(delivery, destination))
         if step.state is DeliveryState.VISIBLE and declined:
             text = "it shows the series, but offers no Storage Commitment"
             return replace(step, code="commitment_not_offered", text=text)
@@ -362,7 +364,11 @@ class Prover:
         finally:
             with self._lock:
                 del self._awaited[uid]
-        return judge_ask(delivery, uid, outcome, destination, failing_s=self._failing_s(delivery))
+        return judge_ask(delivery, uid, outcome, destination, failing_s=self._outage_s(delivery, destination))
+
+    def _outage_s(self, delivery: Delivery, destination: DestinationConfig) -> float:
+        lasted_s = self._failing_s(delivery)  # before the clock is asked for: a jump in between must not be missed
+        return outage_s(lasted_s, destination, trusted=self._trusted())
 
     def _failing_s(self, delivery: Delivery) -> float:
         return seconds_since(delivery.failing_since, self._clock())

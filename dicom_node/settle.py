@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import nextafter
 
 from dicom_node.config import DestinationConfig
 from dicom_node.net.scu import SendOutcome, is_stored
@@ -77,9 +78,18 @@ def settle(
 
 def over(failing_s: float, destination: DestinationConfig) -> str:
     """What to say when an outage has lasted too long; empty while it has not."""
-    if failing_s < destination.give_up_after_days * 86400:
+    if failing_s < _give_up_s(destination):
         return ""
     return f"given up after {failing_s / 86400:.1f} days (give_up_after_days)"
+
+
+def outage_s(lasted_s: float, destination: DestinationConfig, *, trusted: bool) -> float:
+    """How long an outage has lasted, in seconds: short of its end by `over` while the clock is not trusted."""
+    return lasted_s if trusted else min(lasted_s, nextafter(_give_up_s(destination), 0.0))
+
+
+def _give_up_s(destination: DestinationConfig) -> float:
+    return destination.give_up_after_days * 86400
 
 
 def outage_text(text: str, failing_s: float, destination: DestinationConfig) -> str:

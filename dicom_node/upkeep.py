@@ -1,8 +1,8 @@
 """What is looked after every minute and every hour, whatever the machine's clock does: leases, waits, retention.
 
 The wall clock may jump: set by hand, by NTP after a start without a battery, by a machine that slept. Waits and
-leases that a wrong clock wrote are mended, no lease is ended by a jump, and nothing is removed for being old before
-the clock has been steady for a day.
+leases that a wrong clock wrote are mended, no lease is ended by a jump, no outage is older for one, and nothing is
+removed for being old, or given up for the age of an outage, before the clock has been steady for a day.
 """
 
 from __future__ import annotations
@@ -29,21 +29,20 @@ LONG_SILENCE = timedelta(days=7)  # the ledger has an event of every hour of wor
 
 
 class ClockWatch:
-    """Compares the wall clock with the one that only ever goes forward."""
+    """Compares the wall clock with the one that only ever goes forward. `look` is one thread's, `trusted` anybody's."""
 
     def __init__(self, wall: Callable[[], datetime] = utc_now, steady: Callable[[], float] = time.monotonic) -> None:
         self._wall, self._steady = wall, steady
-        self._wall_was, self._steady_was = wall(), steady()
+        self._was = wall(), steady()
         self._doubted: float | None = None
 
     def look(self) -> float:
         """By how many seconds the wall clock jumped since the last look; 0 when it did not."""
-        wall, steady = self._wall(), self._steady()
-        jump = (wall - self._wall_was).total_seconds() - (steady - self._steady_was)
-        self._wall_was, self._steady_was = wall, steady
-        if abs(jump) < JUMP_S:
-            return 0.0
-        self.doubt()
+        now, was = (self._wall(), self._steady()), self._was
+        jump = _jump(was, now)
+        if jump:
+            self.doubt()  # before the jump is no longer to be seen
+        self._was = now
         return jump
 
     def doubt(self) -> None:
@@ -52,12 +51,21 @@ class ClockWatch:
 
     @property
     def trusted(self) -> bool:
-        """Whether ages may be believed."""
-        return self._doubted is None or self._steady() - self._doubted >= STEADY_S
+        """Whether ages may be believed; a jump that `look` has not seen yet counts."""
+        steady, was = self._steady(), self._was
+        if _jump(was, (self._wall(), steady)):
+            return False
+        return self._doubted is None or steady - self._doubted >= STEADY_S
+
+
+def _jump(was: tuple[datetime, float], now: tuple[datetime, float]) -> float:
+    """By how many seconds the wall clock went further than the steady one; 0 for less than `JUMP_S`."""
+    jump = (now[0] - was[0]).total_seconds() - (now[1] - was[1])
+    return jump if abs(jump) >= JUMP_S else 0.0
 
 
 class Upkeep:
-    """`start` once, then `sweep` every minute and `retention` every hour, each by one thread at a time."""
+    """`compare_clocks` once, then `sweep` every minute and `retention` every hour, each by one thread at a time."""
 
     def __init__(
         self,
@@ -70,19 +78,29 @@ class Upkeep:
     ) -> None:
         self._config, self._ledger, self._spool, self._clock = config, ledger, spool, clock
         self._watch = ClockWatch(clock, steady)
+        self._owed_s = 0.0  # by how much the beginnings of outages are still to be shifted
         waits = [max(one.max_retry_s, one.first_retry_s, one.commitment_timeout_s) for one in config.destinations]
         self._longest_wait_s = max([LONGEST_RETRY_S, config.engine.retry_s, *waits])
 
-    def start(self) -> None:
-        """Before anything works: is the time that of the ledger? Then the first sweep."""
+    @property
+    def clock_trusted(self) -> bool:
+        """Whether ages may be believed: the clock has not jumped for a day. For any thread."""
+        return self._watch.trusted
+
+    def compare_clocks(self) -> None:
+        """Before this life of the node writes its first event: is the time that of the ledger?
+
+        How long an outage had lasted by the latest event is right whichever clock was wrong, then or now; time
+        without the node makes no outage older, because nobody tried.
+        """
         latest = next(iter(self._ledger.search_events(limit=1)), None)
         if latest is not None:
             ahead = self._clock() - latest.time
+            self._owed_s += ahead.total_seconds()
             if not -timedelta(seconds=JUMP_S) < ahead < LONG_SILENCE:
                 self._watch.doubt()
                 reason = f"the latest event of the ledger is of {latest.time.isoformat(timespec='seconds')}"
                 log.warning("node.clock_doubtful", reason=f"{reason}; nothing is removed for its age for a day")
-        self.sweep()
 
     def sweep(self) -> None:
         """Take back what dead workers and senders held."""
@@ -90,6 +108,11 @@ class Upkeep:
         if jumped:
             text = f"the machine's clock was set {'forward' if jumped > 0 else 'back'} by {abs(jumped):.0f} s"
             log.warning("node.clock_jumped", seconds=round(jumped))
+            self._owed_s += jumped
+        if self._owed_s:
+            self._ledger.shift_outages(self._owed_s)
+            self._owed_s = 0.0
+        if jumped:
             self._ledger.note("", "clock_jumped", text, details={"seconds": round(jumped)})
         engine = self._config.engine
         mended = self._ledger.mend_times(longest_wait_s=self._longest_wait_s, lease_s=engine.lease_s)

@@ -82,6 +82,15 @@ def by_now(found: Sequence[Path], now: datetime) -> list[Path]:
     return [backup for backup in found if backup_time(backup) <= now + _AHEAD]
 
 
+def worth_keeping(found: Sequence[Path], keep: int) -> set[Path]:
+    """Of `backups` (oldest first) the `keep` newest, and the newest of each of the `keep` newest days that have one.
+
+    Days are those of this machine's zone, as the time of day that backups are planned for.
+    """
+    newest_of_day = {backup_time(backup).astimezone().date(): backup for backup in found}
+    return {*found[-keep:], *list(newest_of_day.values())[-keep:]}
+
+
 def is_due(newest: datetime | None, now: datetime, at: time) -> bool:
     """Whether a day's backup is missing. `now` is aware and in the zone of `at`, the time of day.
 
@@ -94,10 +103,10 @@ def is_due(newest: datetime | None, now: datetime, at: time) -> bool:
 
 
 def make_backup(file: Path, folder: Path, *, keep: int, now: datetime) -> Path:
-    """Copy the ledger into `folder`, check the copy, remove all but the `keep` newest; where it is.
+    """Copy the ledger into `folder`, check the copy, remove what is not `worth_keeping`; where it is.
 
-    Those of the future are counted by themselves, the `keep` newest too: whichever clock was wrong, then or now, the
-    backups of the right one stay. Raises `LedgerDamaged` (the ledger, or the copy: then nothing is removed), `NoSpace`,
+    Those of the future are counted by themselves: whichever clock was wrong, then or now, the backups of the right one
+    stay. Raises `LedgerDamaged` (the ledger, or the copy: then nothing is removed), `NoSpace`,
     `LedgerError`.
     """
     try:
@@ -108,9 +117,10 @@ def make_backup(file: Path, folder: Path, *, keep: int, now: datetime) -> Path:
     _copy(file, target)
     found = backups(folder)
     past = by_now(found, now)
-    for group in (past, [backup for backup in found if backup not in past]):
-        for old in group[: -max(keep, 1)]:
-            old.unlink(missing_ok=True)
+    kept = worth_keeping(past, max(keep, 1)) | worth_keeping(found[len(past) :], max(keep, 1))
+    for backup in found:
+        if backup not in kept:
+            backup.unlink(missing_ok=True)
     return target
 
 

@@ -1,4 +1,4 @@
-"""What the ledger does when the machine's clock was wrong: no wait may last longer than it was meant to."""
+"""What the ledger does when the machine's clock was wrong: no wait is longer than meant, and no outage older."""
 
 from __future__ import annotations
 
@@ -7,12 +7,29 @@ from datetime import timedelta
 from sqlalchemy import select
 
 from storage.base import LedgerBase
-from storage.records import WAITING_STATES, JobState
+from storage.records import WAITING_STATES, DeliveryState, JobState
 from storage.schema import DeliveryRow, JobRow
 
 
 class ClockLedger(LedgerBase):
     """Finds times that no correct clock has written."""
+
+    def shift_outages(self, seconds: float) -> int:
+        """Move the beginning of each outage as the clock was moved, so that it is as old as before. Returns how many.
+
+        `seconds` is negative for a clock that was set back.
+        """
+        states = [state.value for state in (*WAITING_STATES, DeliveryState.SENDING)]
+        failing = DeliveryRow.state.in_(states) & DeliveryRow.failing_since.is_not(None)
+        with self._write() as session:
+            holding = select(DeliveryRow.job_id).where(failing)
+            jobs = select(JobRow.id).where(JobRow.id.in_(holding)).order_by(JobRow.seq)
+            session.scalars(jobs.with_for_update()).all()
+            rows = session.scalars(select(DeliveryRow).where(failing).with_for_update()).all()
+            for row in rows:
+                assert row.failing_since is not None
+                row.failing_since += timedelta(seconds=seconds)
+            return len(rows)
 
     def mend_times(self, *, longest_wait_s: float, lease_s: float) -> int:
         """Make due what would wait longer than `longest_wait_s`, and end leases within `lease_s`. Returns how many.

@@ -24,13 +24,13 @@ from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import encode
 from pynetdicom.events import EventHandlerType
-from steady import steady
 from tiny_study import write_tiny_study
 from typer.testing import CliRunner
 
 from dicom_node.cli import app
 from dicom_node.config import LogConfig, load_config
 from dicom_node.log import QUIET_LIBRARIES, configure_logging
+from dicom_node.net.checkpoint import install
 from dicom_node.node import Node
 from storage.records import FINAL_JOB_STATES, Job, JobFilter, JobState
 
@@ -129,7 +129,7 @@ class Ward:
         context = build_context(sop_class_uid, transfer_syntax)
         handlers: list[EventHandlerType] = [(evt.EVT_CONN_OPEN, _send_at_once)]
         made = ae.associate("127.0.0.1", self.port, contexts=[context], ae_title=called_ae, evt_handlers=handlers)
-        return steady(made)
+        return install(made)
 
     @contextlib.contextmanager
     def association(self, **changes: str) -> Iterator[Association]:

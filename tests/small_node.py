@@ -122,7 +122,14 @@ class SmallNode:
     """One life of the node, from its start."""
 
     def __init__(
-        self, root: Path, pacs: FolderPacs, *, engine: Any = None, clock: Clock = utc_now, **tables: Any
+        self,
+        root: Path,
+        pacs: FolderPacs,
+        *,
+        engine: Any = None,
+        clock: Clock = utc_now,
+        trusted: Callable[[], bool] = lambda: True,
+        **tables: Any,
     ) -> None:
         self.config = small_config(root, **tables)
         self.now_s = 1000.0
@@ -131,7 +138,9 @@ class SmallNode:
         self.spool.clean_temp()
         self.ledger: Ledger = open_ledger(self.config.ledger_url, clock=clock)
         self.registry = AssociationRegistry(limit=9, clock=lambda: self.now_s)
-        self.deliveries = Deliveries(self.config, self.ledger, self.spool, owner=OWNER, send=pacs.send, clock=clock)
+        self.deliveries = Deliveries(
+            self.config, self.ledger, self.spool, owner=OWNER, send=pacs.send, clock=clock, trusted=trusted
+        )
         self.worker = Worker(self.config, self.ledger, self.spool, engine or SmallEngine(), owner=OWNER, clock=clock)
         self.adopted = adopt_unknown(self.ledger, self.spool)
         cancel_again(self.ledger, self.spool)

@@ -91,11 +91,12 @@ class Totals:
 class AssociationRegistry:
     """Thread-safe book of the open associations; enforces the limit.
 
-    `clock` is monotonic seconds; it must be the assembler's clock.
+    `clock` is monotonic seconds; it must be the assembler's clock. `for_peers` of the places are for configured peers
+    alone, however many strangers are let in.
     """
 
-    def __init__(self, *, limit: int, clock: Callable[[], float]) -> None:
-        self._limit = limit
+    def __init__(self, *, limit: int, clock: Callable[[], float], for_peers: int = 0) -> None:
+        self._limit, self._for_strangers = limit, limit - for_peers
         self._clock = clock
         self._lock = threading.Lock()
         self._open: dict[str, Association] = {}
@@ -107,12 +108,16 @@ class AssociationRegistry:
         return self._limit
 
     def open(self, *, calling_ae: str, address: str, peer: str, peer_limit: int = 0) -> str | None:
-        """Take a place; returns the token, or None when the limit, or that of this peer (0: none), is reached."""
+        """Take a place; returns the token, or None when the limit, or that of this peer (0: none), is reached.
+
+        Strangers (no `peer`) have the places together that are not for peers alone.
+        """
         now = self._clock()
         token = make_token(calling_ae, address)
         with self._lock:
             of_peer = sum(one.peer == peer for one in self._open.values())
-            if len(self._open) >= self._limit or (peer_limit and of_peer >= peer_limit):
+            own_limit = peer_limit if peer else self._for_strangers
+            if len(self._open) >= self._limit or (own_limit and of_peer >= own_limit):
                 return None
             self._totals.opened[peer] += 1
             self._open[token] = Association(

@@ -58,7 +58,9 @@ class _Steady(Association):
     _is_paused = property(lambda _: True, lambda *_: None)
 
 
-def install(assoc: Any) -> None:
-    """On an association that is established and asked for nothing yet."""
+def install(assoc: Any) -> Association:
+    """Give this association a `Checkpoint`, before it is asked for anything; the association."""
     assoc._reactor_checkpoint = Checkpoint(assoc)
     assoc.__class__ = _Steady
+    made: Association = assoc
+    return made

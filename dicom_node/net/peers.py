@@ -14,18 +14,22 @@ from pydantic import ValidationError
 from dicom_node.config import NodeConfig, PeerConfig
 from dicom_node.net.status import CALLED_AE_NOT_RECOGNIZED, CALLING_AE_NOT_RECOGNIZED, Rejection, rejection
 
+_THIS_MACHINE = ("127.0.0.1", "::1")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
     """An association request that is let in. `peer` is the configured name, empty for an unknown caller.
 
-    `max_associations` is the peer's own limit, 0 for none; of several tables that match it is the first's.
+    `max_associations` is the peer's own limit, 0 for none; of several tables that match it is the first's. `own`: it
+    calls by our own AE title, from this machine.
     """
 
     peer: str
     may_store: bool
     may_echo: bool
     max_associations: int = 0
+    own: bool = False
 
 
 def shown(text: str) -> str:
@@ -66,6 +70,20 @@ def address_allowed(peer: PeerConfig, address: str) -> bool:
     except ValueError:
         return False
     return any(source in ip_network(allowed, strict=False) for allowed in peer.allowed_addresses)
+
+
+def calls_from_a_peer(node: NodeConfig, peers: Sequence[PeerConfig], address: str) -> bool:
+    """True for an address that a peer calls from: in its `allowed_addresses`, or without those its `host`.
+
+    This machine's own address counts, too: `dicom-node check`, which may be what a container's health is judged by.
+    A host name is not looked up: whether a caller gets a place must not wait for a name server, nor hang on its word.
+    """
+    source = plain_address(address)
+    own = (*_THIS_MACHINE, plain_address(node.host))
+    return source in own or any(
+        address_allowed(peer, source) if peer.allowed_addresses else plain_address(peer.host) == source
+        for peer in peers
+    )
 
 
 def peer_that_may(peers: Sequence[PeerConfig], what: str, *, calling_ae: str, address: str) -> PeerConfig | None:
@@ -117,7 +135,7 @@ def admit(
             f"{shown(calling)} at {shown(address)} called {shown(called)}: this node is {node.ae_title!r}",
         )
     if calling == node.ae_title and is_own(node, address):  # `dicom-node check` and `doctor`, whose studies are tests
-        return Admission(peer="", may_store=True, may_echo=True)
+        return Admission(peer="", may_store=True, may_echo=True, own=True)
     titled = [peer for peer in peers if peer.ae_title == calling]
     placed = [peer for peer in titled if address_allowed(peer, address)]
     matching = [peer for peer in placed if by_tls or not peer.must_call_by_tls]

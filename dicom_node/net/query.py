@@ -1,7 +1,7 @@
 """What an archive shows: C-FIND as SCU (PS3.4 annex C), to count what is visible of a series, and to find CT studies.
 
-CountOutcome and FindOutcome codes: "" (it was answered), not_offered, find_refused, no_response, too_many_answers,
-interrupted, and those of `link`.
+CountOutcome and FindOutcome codes: "" (it was answered), not_offered, find_refused, find_unanswered (although it let
+us in: it is not down), too_many_answers, interrupted, and those of `link`.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Finder:
             if trouble is None:
                 with aborted_when(link, self._should_stop):
                     answers, trouble = _find(link, query, self._peer, self._should_stop)
-                if trouble is not None and trouble.code == "no_response" and self._should_stop():
+                if trouble is not None and trouble.code == "find_unanswered" and self._should_stop():
                     trouble = Trouble("interrupted", "stopped while asking", False)
         seconds = monotonic() - began
         return answers if trouble is None else [], FindOutcome.of(of_service(trouble), seconds=seconds)
@@ -243,7 +243,7 @@ def _find(
         for answer, identifier in link.assoc.send_c_find(query, STUDY_ROOT_FIND):
             status = dimse_status(answer)
             if status is None:
-                return found, Trouble("no_response", f"{where(peer)} did not answer the C-FIND", False)
+                return found, Trouble("find_unanswered", f"{where(peer)} did not answer the C-FIND", False)
             if status in PENDING:
                 found += [identifier] if identifier is not None else []
                 answers += 1
@@ -254,7 +254,7 @@ def _find(
             elif classify(status) is not Outcome.OK:
                 return found, _refused(status, peer)
     except (ValueError, RuntimeError):  # the association ended in between
-        return found, Trouble("no_response", f"{where(peer)} ended the association in the C-FIND", False)
+        return found, Trouble("find_unanswered", f"{where(peer)} ended the association in the C-FIND", False)
     return found, None
 
 
@@ -265,7 +265,9 @@ def _endless(answers: int, until: float, peer: PeerConfig, should_stop: Callable
     if answers > MOST_ANSWERS:
         return Trouble("too_many_answers", f"{where(peer)} answered the C-FIND more than {MOST_ANSWERS} times", False)
     if monotonic() > until:
-        return Trouble("no_response", f"{where(peer)} did not end its answers to the C-FIND in {_MOST_S:g} s", False)
+        return Trouble(
+            "find_unanswered", f"{where(peer)} did not end its answers to the C-FIND in {_MOST_S:g} s", False
+        )
     return None
 
 

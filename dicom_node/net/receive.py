@@ -28,12 +28,28 @@ from dicom_node.net.associations import Association, sender
 from dicom_node.net.commitment import Take, answer_report
 from dicom_node.net.commitment_scp import CommitmentScp
 from dicom_node.net.peers import Admission, admit, peer_that_may, plain_address, shown
-from dicom_node.net.scp import Listener, build_ae, contexts_for, listen_all, make_server, storage_services_for
+from dicom_node.net.scp import (
+    Listener,
+    build_ae,
+    contexts_for,
+    is_storage_class,
+    listen_all,
+    make_server,
+    storage_services_for,
+)
 from dicom_node.net.security import ServerContext
-from dicom_node.net.status import LOCAL_LIMIT_EXCEEDED, NO_REASON_TRANSIENT, Rejection, Status, rejection
+from dicom_node.net.status import (
+    CALLING_AE_NOT_RECOGNIZED,
+    LOCAL_LIMIT_EXCEEDED,
+    NO_REASON_TRANSIENT,
+    Rejection,
+    Status,
+    rejection,
+)
 from dicom_node.net.store import PLACEHOLDER_UID, Book, Notes, Store, answer_store, fault_of, names_instance
 from dicom_node.net.stream import PduReader
 from dicom_node.net.thinning import without_numbers
+from dicom_node.net.trial_lock import a_test_is_sent
 from storage.spool import Spool
 
 log = structlog.get_logger(__name__)
@@ -92,6 +108,7 @@ class Receiver:
             server = make_server(
                 self._ae,
                 node,
+                self._config.peers,
                 self._handlers(),
                 listening=listener.socket,
                 poll=self._reap,
@@ -220,12 +237,20 @@ class Receiver:
         )
         if isinstance(decision, Rejection):
             return decision
+        if decision.own and _would_store(assoc) and not a_test_is_sent(self._config.storage.root):
+            text = (
+                f"{shown(calling_ae)} at {shown(address)}: our own AE title stores only while `dicom-node doctor` "
+                "sends a test: send under the sender's own AE title"
+            )
+            return rejection("own_title_without_test", CALLING_AE_NOT_RECOGNIZED, text)
         token = self._book.open(
             calling_ae=calling_ae.strip(), address=address, peer=decision.peer, peer_limit=decision.max_associations
         )
         if token is None:
-            of_peer = f", or the peer's {decision.max_associations}" if decision.max_associations else ""
-            text = f"{shown(calling_ae)} at {shown(address)}: {self._book.limit} associations{of_peer} are open already"
+            own = f"the peer's {decision.max_associations}" if decision.max_associations else ""
+            own = own if decision.peer else "the share of callers that are no peer"
+            either = f", or {own}," if own else ""
+            text = f"{shown(calling_ae)} at {shown(address)}: {self._book.limit} associations{either} are open already"
             return rejection("association_limit", LOCAL_LIMIT_EXCEEDED, text)
         with self._lock:
             self._tokens[assoc] = token
@@ -393,6 +418,11 @@ class Receiver:
 
     def _calling_ae(self, event: Event) -> str:
         return str(event.assoc.requestor.ae_title)
+
+
+def _would_store(assoc: PynetAssociation) -> bool:
+    """Whether the requestor proposes a storage class."""
+    return any(is_storage_class(str(context.abstract_syntax)) for context in assoc.requestor.requested_contexts)
 
 
 def _raw_text(command: Dataset, tag: Any) -> str:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 from pydicom.pixels.decoders.base import get_decoder
@@ -45,8 +45,8 @@ from pynetdicom.presentation import AllStoragePresentationContexts, Presentation
 from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.transport import ThreadedAssociationServer
 
-from dicom_node.config import Config, NodeConfig
-from dicom_node.net.peers import plain_address
+from dicom_node.config import Config, NodeConfig, PeerConfig
+from dicom_node.net.peers import calls_from_a_peer, plain_address
 from dicom_node.net.security import SecurityError, ServerContext, shake_hands, why, wrap
 
 IMPLEMENTATION_CLASS_UID = "2.25.178946538243586417430927114312346098701"  # ours, UUID-derived (PS3.5 annex B.2)
@@ -77,6 +77,7 @@ _POLLS_PER_COLLECTION = 300  # every 30 s at 10 turns a second
 _BACKLOG = 128  # connections that the kernel holds for us; pynetdicom's 5 drops those of a busy router
 _BIND_S, _BIND_AGAIN_S = 5.0, 0.05
 _CONNECTIONS_PER_ASSOCIATION = 4  # sockets that may wait for their A-ASSOCIATE-RQ, per allowed association
+_ADDRESSES_REMEMBERED = 4096  # whether they are a peer's: asked of every open connection whenever one more comes
 
 
 @cache
@@ -177,15 +178,22 @@ class Listener:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many connections may be open in one process, in all and from one address; 0: any number."""
+    """How many connections may be open in one process, in all and from one address; 0: any number.
+
+    Those of addresses of peers (`is_peers`) and those of strangers are counted apart: neither can take the other's
+    places.
+    """
 
     in_all: int
     per_address: int
+    is_peers: Callable[[str], bool] = lambda _address: True
 
     def exceeded(self, open_now: Sequence[str], address: str) -> str:
         """What to tell when one more from `address` is too many; empty when it is not."""
-        if self.in_all and len(open_now) >= self.in_all:
-            return f"more than {self.in_all} connections were open: new ones are closed unheard"
+        known = self.is_peers(address)
+        if self.in_all and sum(self.is_peers(one) == known for one in open_now) >= self.in_all:
+            whose = "peers" if known else "strangers"
+            return f"more than {self.in_all} connections of {whose} were open: new ones are closed unheard"
         if self.per_address and open_now.count(address) >= self.per_address:
             return f"more than {self.per_address} connections of {address} were open: new ones are closed unheard"
         return ""
@@ -345,9 +353,16 @@ def listen_all(config: Config, port: int | None = None) -> tuple[Listener, ...]:
         raise
 
 
+def _limits(node: NodeConfig, peers: Sequence[PeerConfig]) -> Limits:
+    known = lru_cache(_ADDRESSES_REMEMBERED)(partial(calls_from_a_peer, node, peers))
+    in_all = node.max_associations * (1 + _CONNECTIONS_PER_ASSOCIATION)
+    return Limits(in_all, node.max_connections_per_address, known)
+
+
 def make_server(
     ae: AE,
     node: NodeConfig,
+    peers: Sequence[PeerConfig],
     handlers: list[EventHandlerType],
     *,
     listening: socket.socket,
@@ -367,7 +382,7 @@ def make_server(
     assert isinstance(server, _Server)
     server.poll = poll
     server.on_limit = on_limit
-    server.limits = Limits(node.max_associations * (1 + _CONNECTIONS_PER_ASSOCIATION), node.max_connections_per_address)
+    server.limits = _limits(node, peers)
     server.tls = tls
     server.on_tls_failure = on_tls_failure
     server.handshake_s = node.acse_timeout_s

@@ -14,11 +14,11 @@ from pydicom import dcmread
 from pydicom.uid import CTImageStorage
 from pynetdicom import AE
 from pynetdicom.association import Association
-from steady import steady
 
 from dicom_node.assembler import Assembler
 from dicom_node.config import Config
 from dicom_node.net.associations import AssociationRegistry
+from dicom_node.net.checkpoint import install
 from dicom_node.net.receive import Receiver
 from storage.incoming_file import PREAMBLE_BYTES
 from storage.ledger import Ledger, open_ledger
@@ -57,6 +57,11 @@ def config(**tables: object) -> Config:
     return Config.model_validate(base)
 
 
+def open_registry(cfg: Config, clock: Clock) -> AssociationRegistry:
+    """The book of associations as the node makes it."""
+    return AssociationRegistry(limit=cfg.node.max_associations, for_peers=cfg.places_for_peers, clock=clock)
+
+
 @dataclass
 class Intake:
     """Everything between the wire and a QUEUED job."""
@@ -72,7 +77,7 @@ class Intake:
 
     def restart(self) -> None:
         """What a kill -9 leaves: only the spool and the ledger."""
-        self.registry = AssociationRegistry(limit=self.config.node.max_associations, clock=self.clock)
+        self.registry = open_registry(self.config, self.clock)
         self.assembler = Assembler(self.config, self.spool, self.ledger, self.registry, clock=self.clock)
 
     def put(self, paths: Sequence[Path], token: str = "", *, aborted: bool = False) -> None:
@@ -134,7 +139,7 @@ class Intake:
                 ae.add_requested_context(abstract_syntax, list(syntaxes))
             else:
                 ae.add_requested_context(abstract_syntax)
-        return steady(ae.associate("127.0.0.1", self.port, ae_title=called_ae))
+        return install(ae.associate("127.0.0.1", self.port, ae_title=called_ae))
 
     def wait(self, holds: Callable[[], bool]) -> None:
         """Until the other thread has done it; the limit only ends a broken test."""
@@ -151,7 +156,7 @@ def running_intake(folder: Path, cfg: Config | None = None, *, listen: bool = Tr
     clock = Clock()
     spool = Spool(folder / "spool", min_free_bytes=cfg.intake.min_free_bytes)
     ledger = open_ledger(f"sqlite:///{folder / 'ledger.sqlite'}")
-    registry = AssociationRegistry(limit=cfg.node.max_associations, clock=clock)
+    registry = open_registry(cfg, clock)
     receiver = Receiver(cfg, spool, ledger, registry, clock=clock)
     assembler = Assembler(cfg, spool, ledger, registry, clock=clock)
     intake = Intake(cfg, spool, ledger, registry, receiver, assembler, clock)

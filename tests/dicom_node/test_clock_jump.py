@@ -15,6 +15,7 @@ from pydicom import dcmread
 from small_node import FolderPacs, SmallNode
 
 from dicom_node.upkeep import STEADY_S, ClockWatch, Upkeep
+from storage.errors import NoSpace
 from storage.records import JobState
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -50,11 +51,14 @@ class Lab:
         self.start()
 
     def start(self) -> None:
-        self.node = SmallNode(self.root, self.pacs, clock=self.machine, **SLOW)
+        self.node = SmallNode(
+            self.root, self.pacs, clock=self.machine, trusted=lambda: self.upkeep.clock_trusted, **SLOW
+        )
         self.upkeep = Upkeep(
             self.node.config, self.node.ledger, self.node.spool, clock=self.machine, steady=lambda: self.machine.steady
         )
-        self.upkeep.start()
+        self.upkeep.compare_clocks()
+        self.upkeep.sweep()
 
     def codes(self) -> list[str]:
         return [event.code for event in self.node.ledger.search_events()]
@@ -204,6 +208,106 @@ def test_a_result_is_sent_again_as_the_same_bytes_after_the_clock_was_set_back(l
     lab.node.run_to_end()
     assert set(lab.pacs.contents().values()) == {1}
     assert len(lab.pacs.contents()) == 3
+
+
+class Outage:
+    """A PACS that is down, and a result that waits for it."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        lab.pacs.up = False
+        lab.node.receive(lab.files)
+        lab.node.step()
+        [self.job] = lab.node.jobs()
+
+    def last(self, time: timedelta) -> None:
+        """Goes on for so long, with the sweeps and attempts of these days."""
+        for _ in range(time // (6 * HOUR)):
+            for _ in range(2):
+                self.lab.machine.pass_time(3 * 3600)
+                self.lab.upkeep.sweep()
+            self.lab.node.deliver()
+
+    @property
+    def state(self) -> JobState:
+        return self.lab.node.ledger.get(self.job.id).state
+
+
+def test_a_clock_that_jumps_a_month_ahead_gives_nothing_up(lab: Lab) -> None:
+    outage = Outage(lab)
+    outage.last(DAY)
+    lab.machine.wall += 30 * DAY
+    lab.node.deliver()  # before anybody has looked at the clock
+    lab.upkeep.sweep()
+    lab.node.deliver()
+    outage.last(5 * DAY)
+    assert outage.state is JobState.DELIVERING
+    outage.last(2 * DAY)
+    assert outage.state is JobState.FAILED
+    assert "given up after 7" in lab.node.ledger.get(outage.job.id).reason
+
+
+def test_an_outage_that_began_by_a_clock_without_a_battery_is_as_old_as_it_is(lab: Lab) -> None:
+    lab.machine.wall -= 20 * 365 * DAY
+    lab.upkeep.sweep()
+    outage = Outage(lab)
+    lab.machine.wall += 20 * 365 * DAY  # NTP has come
+    outage.last(6 * DAY)
+    assert outage.state is JobState.DELIVERING
+    outage.last(2 * DAY)
+    assert outage.state is JobState.FAILED
+
+
+@pytest.mark.parametrize("wrong", [30 * DAY, 6 * DAY, -3650 * DAY])
+def test_a_node_that_starts_with_a_wrong_clock_in_an_outage_gives_nothing_up(lab: Lab, wrong: timedelta) -> None:
+    outage = Outage(lab)
+    outage.last(2 * DAY)
+    lab.close()
+    lab.machine.wall += wrong
+    lab.start()
+    lab.node.deliver()
+    outage.last(2 * DAY)
+    lab.machine.wall -= wrong  # NTP has come
+    outage.last(2 * DAY)
+    assert outage.state is JobState.DELIVERING
+    outage.last(2 * DAY)
+    assert outage.state is JobState.FAILED
+
+
+def test_days_without_the_node_make_no_outage_older(lab: Lab) -> None:
+    outage = Outage(lab)
+    outage.last(2 * DAY)
+    lab.close()
+    lab.machine.pass_time(20 * 86400)
+    lab.start()
+    lab.node.deliver()
+    outage.last(4 * DAY)
+    assert outage.state is JobState.DELIVERING
+
+
+def test_a_jump_that_nobody_has_seen_yet_makes_ages_doubtful_at_once() -> None:
+    machine = Machine()
+    watch = ClockWatch(machine, lambda: machine.steady)
+    assert watch.trusted
+    machine.wall += DAY
+    assert not watch.trusted
+
+
+def test_a_shift_that_the_ledger_did_not_take_is_made_up_for(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    outage = Outage(lab)
+    began = lab.node.ledger.deliveries(outage.job.id)[0].failing_since
+    assert began is not None
+
+    def full(_seconds: float) -> int:
+        raise NoSpace("the disk is full")
+
+    lab.machine.wall += DAY
+    with monkeypatch.context() as patch:
+        patch.setattr(lab.node.ledger, "shift_outages", full)
+        with pytest.raises(NoSpace):
+            lab.upkeep.sweep()
+    lab.upkeep.sweep()
+    assert lab.node.ledger.deliveries(outage.job.id)[0].failing_since == began + DAY
 
 
 def test_a_series_is_quiet_by_the_steady_clock(lab: Lab) -> None:

@@ -20,11 +20,11 @@ from pydicom.uid import CTImageStorage, MRImageStorage, generate_uid
 from pynetdicom import AE, build_context, build_role, evt
 from pynetdicom.dimse_messages import N_EVENT_REPORT_RSP
 from pynetdicom.pdu import P_DATA_TF
-from steady import steady
 
 from dicom_node.commitments import CommitmentReporter
 from dicom_node.config import Config
 from dicom_node.net import commitment_scp
+from dicom_node.net.checkpoint import install
 from dicom_node.net.commitment_scp import FailureReason, Verdict, judge, parse_request
 from dicom_node.net.link import RequestOutcome
 from dicom_node.net.part10 import read_part10
@@ -119,7 +119,7 @@ class Modality:
                 (evt.EVT_PDU_SENT, self._on_pdu),
             ],
         )
-        assert steady(assoc).is_established
+        assert install(assoc).is_established
         try:
             if COMMITMENT not in {context.abstract_syntax for context in assoc.accepted_contexts}:
                 return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from dicom_node.cli.doctor import make_test_study
 from dicom_node.config import Config, DestinationConfig, load_config
 from dicom_node.doctor import node_runs_on
 from dicom_node.net.scu import echo, send_series
+from dicom_node.net.trial_lock import a_test_is_sent, sending_a_test
 from dicom_node.node import Node
 from dicom_node.trial import Trial, announce, only_for, trial_of
 from storage.ledger import Ledger, open_ledger
@@ -151,7 +154,8 @@ def test_an_archive_that_refuses_is_named_with_its_reason_and_the_remedy(house: 
 def test_what_comes_under_our_own_title_unannounced_is_refused_with_the_reason(house: House, tmp_path: Path) -> None:
     study_uid = generate_uid()
     files = write_tiny_study(tmp_path, study_uid=study_uid, series_uid=generate_uid())
-    assert send_series(files, ourselves(house.config), calling_ae="SYNPET").ok
+    with sending_a_test(house.config.storage.root):  # somebody else's test is on its way just now
+        assert send_series(files, ourselves(house.config), calling_ae="SYNPET").ok
     ledger = house.node.ledger
 
     def decided() -> bool:
@@ -162,6 +166,37 @@ def test_what_comes_under_our_own_title_unannounced_is_refused_with_the_reason(h
     [job] = ledger.jobs_of_study(study_uid)
     assert (job.state, job.reason_code) == (JobState.REJECTED, "unannounced_test")
     assert "our own AE title 'SYNPET'" in job.reason
+
+
+def test_while_no_test_is_sent_our_own_title_stores_nothing_and_may_still_ask_whether_we_answer(
+    house: House, tmp_path: Path
+) -> None:
+    files = write_tiny_study(tmp_path, study_uid=generate_uid(), series_uid=generate_uid())
+    before = len(house.node.ledger.search_events(code="association_rejected"))
+    refused = send_series(files, ourselves(house.config), calling_ae="SYNPET")
+    assert (refused.code, refused.permanent, refused.stored) == ("association_rejected", True, 0)
+    assert echo(ourselves(house.config), calling_ae="SYNPET").ok
+    until(lambda: len(house.node.ledger.search_events(code="association_rejected")) > before)
+    event = house.node.ledger.search_events(code="association_rejected")[0]
+    assert event.details["reason"] == "own_title_without_test"
+    assert "send under the sender's own AE title" in event.text
+
+
+def test_a_test_is_on_its_way_as_long_as_its_doctor_holds_the_lock(tmp_path: Path) -> None:
+    assert not a_test_is_sent(tmp_path)
+    with sending_a_test(tmp_path):
+        assert a_test_is_sent(tmp_path)
+        assert a_test_is_sent(tmp_path)
+    assert not a_test_is_sent(tmp_path)
+    assert (tmp_path / "doctor.lock").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_doctor_that_was_killed_leaves_nobody_the_right_to_store(tmp_path: Path) -> None:
+    hold = "import os, sys\nfrom pathlib import Path\nfrom dicom_node.net.trial_lock import sending_a_test\n"
+    hold += "with sending_a_test(Path(sys.argv[1])):\n    os.kill(os.getpid(), 9)\n"
+    assert subprocess.run([sys.executable, "-c", hold, str(tmp_path)], timeout=60, check=False).returncode == -9
+    assert (tmp_path / "doctor.lock").exists()
+    assert not a_test_is_sent(tmp_path)
 
 
 def until(holds: Callable[[], bool]) -> None:

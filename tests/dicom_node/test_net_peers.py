@@ -8,7 +8,8 @@ import pytest
 
 from dicom_node.config import Config, NodeConfig, PeerConfig
 from dicom_node.net.associations import AssociationRegistry, make_token, sender_of
-from dicom_node.net.peers import Admission, admit, lines_to_admit, plain_address, shown
+from dicom_node.net.peers import Admission, admit, calls_from_a_peer, lines_to_admit, plain_address, shown
+from dicom_node.net.scp import Limits
 from dicom_node.net.status import Rejection
 
 PEERS = (
@@ -140,6 +141,47 @@ def test_a_peers_own_limit_leaves_the_others_their_places() -> None:
     assert opened("b") is not None
     registry.close(first)
     assert opened("a") is not None
+
+
+@pytest.mark.parametrize(
+    ("address", "known"),
+    [
+        ("10.1.2.3", True),  # in allowed_addresses
+        ("::ffff:10.1.2.3", True),
+        ("10.2.2.3", False),
+        ("10.9.9.9", False),  # the host of a peer that calls from elsewhere
+        ("10.9.9.8", True),  # the host of a peer without allowed_addresses
+        ("2001:db8::1", True),
+        ("2001:db9::1", False),
+        ("127.0.0.1", True),  # `dicom-node check`
+        ("::1", True),
+        ("10.0.0.1", True),  # the address that we listen on
+        ("127.0.0.2", False),
+        ("pacs.example", False),
+        ("no address", False),
+    ],
+)
+def test_a_peer_calls_from_its_allowed_addresses_or_else_from_its_host(address: str, known: bool) -> None:
+    peers = (
+        PeerConfig(name="near", ae_title="A", host="10.9.9.9", allowed_addresses=("10.1.0.0/16", "2001:db8::/32")),
+        PeerConfig(name="far", ae_title="B", host="10.9.9.8"),
+        PeerConfig(name="named", ae_title="C", host="archive.example"),
+    )
+    assert calls_from_a_peer(NodeConfig(host="10.0.0.1"), peers, address) is known
+
+
+def test_connections_of_peers_and_of_strangers_are_counted_apart() -> None:
+    limits = Limits(2, 0, lambda address: address == "10.1.2.3")
+    assert limits.exceeded(["10.6.6.6", "10.6.6.7", "10.6.6.8", "10.1.2.3"], "10.1.2.3") == ""
+    assert limits.exceeded(["10.1.2.3", "10.1.2.3", "10.6.6.6"], "10.6.6.7") == ""
+    assert limits.exceeded(["10.6.6.6", "10.6.6.7"], "10.6.6.8").startswith("more than 2 connections of strangers")
+    assert limits.exceeded(["10.1.2.3", "10.1.2.3"], "10.1.2.3").startswith("more than 2 connections of peers")
+
+
+@pytest.mark.parametrize(("unknown", "peers", "kept"), [("accept", 1, 16), ("accept", 0, 0), ("reject", 1, 0)])
+def test_places_are_kept_for_peers_where_strangers_are_let_in(unknown: str, peers: int, kept: int) -> None:
+    tables = {"node": {"unknown_peers": unknown}, "peers": [{"name": "pacs", "ae_title": "PACS"}] * peers}
+    assert Config.model_validate(tables).places_for_peers == kept
 
 
 def test_a_foreign_folder_name_has_no_sender() -> None:

@@ -418,3 +418,46 @@ def test_connections_that_say_nothing_are_closed_beyond_a_limit_and_one_event_sa
         assert event.details["reason"] == "connection_limit"
         assert intake.registry.counts()["rejected_connection_limit"] >= 1
         intake.receiver.stop()  # with silent connections open: no thread ends with a traceback
+
+
+STRANGER = "127.0.0.2"  # this machine calls itself from 127.0.0.1
+
+
+def silent(intake: Intake, address: str) -> socket.socket:
+    """A connection from `address` that says nothing."""
+    return socket.create_connection(("127.0.0.1", intake.port), timeout=5, source_address=(address, 0))
+
+
+def test_strangers_cannot_take_the_places_of_peers(tmp_path: Path) -> None:
+    with running_intake(tmp_path, config(node={"max_associations": 1})) as intake, ExitStack() as opened:
+        for _ in range(8):
+            opened.enter_context(silent(intake, STRANGER))
+        intake.wait(lambda: intake.registry.counts().get("rejected_connection_limit", 0) >= 3)
+        with intake.association():
+            pass
+        (event,) = intake.ledger.search_events(code="association_rejected")
+        assert event.text == "more than 5 connections of strangers were open: new ones are closed unheard"
+
+
+def test_peers_cannot_take_the_places_of_strangers(tmp_path: Path) -> None:
+    settings = config(node={"max_associations": 1, "unknown_peers": "accept"})
+    with running_intake(tmp_path, settings) as intake, ExitStack() as opened:
+        for _ in range(8):
+            opened.enter_context(silent(intake, "127.0.0.1"))
+        intake.wait(lambda: intake.registry.counts().get("rejected_connection_limit", 0) >= 3)
+        late = opened.enter_context(silent(intake, STRANGER))
+        late.settimeout(0.3)
+        with pytest.raises(TimeoutError):  # not closed: somebody waits for what it says
+            late.recv(1)
+
+
+def test_strangers_that_are_let_in_leave_half_of_the_associations_to_peers(tmp_path: Path) -> None:
+    settings = config(node={"max_associations": 4, "unknown_peers": "accept"})
+    with running_intake(tmp_path, settings) as intake:
+        strangers = [intake.associate(calling_ae=f"STRANGER{n}") for n in range(3)]
+        peers = [intake.associate() for _ in range(3)]
+        assert [one.is_established for one in strangers] == [True, True, False]
+        assert [one.is_established for one in peers] == [True, True, False]
+        for one in (*strangers, *peers):
+            if one.is_established:
+                one.release()

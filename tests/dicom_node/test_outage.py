@@ -45,6 +45,8 @@ class Night(Desk):
         )
         self.sent: list[datetime] = []
         self.up = False
+        self.trusted = True
+        self.steady_s = 0.0
         self.outcome = DOWN
         self.shows = CountOutcome(count=COUNT)
 
@@ -57,15 +59,26 @@ class Night(Desk):
         for _ in range(jobs):
             self.finish_job(self.config)
             ids.append(self.job_id)
-        self.deliver(self.config, send=self.send, count=lambda *_: self.shows, clock=self.clock)
+        self.deliver(
+            self.config,
+            send=self.send,
+            count=lambda *_: self.shows,
+            clock=self.clock,
+            trusted=lambda: self.trusted,
+            steady=lambda: self.steady_s,
+        )
         return ids
+
+    def pass_time(self, seconds: float) -> None:
+        self.clock.now += timedelta(seconds=seconds)
+        self.steady_s += seconds
 
     def attempt(self) -> None:
         """Go to the time of the next attempt, and wait until it is over."""
         before = len(self.ledger.events(self.job_id))
         due = self.delivery().next_attempt
         if due is not None:
-            self.clock.now = max(self.clock.now, due)
+            self.pass_time(max(0.0, (due - self.clock.now).total_seconds()))
         assert self._running is not None
         self._running.wake()
         self.until(lambda: len(self.ledger.events(self.job_id)) > before)
@@ -161,6 +174,46 @@ def test_a_result_that_is_left_unanswered_while_others_arrive_uses_up_its_attemp
         tries += 1
     assert tries == DEFAULTS.max_attempts
     assert night.clock.now - NIGHT < timedelta(days=1)
+
+
+def test_a_clock_that_was_set_back_makes_no_result_the_fault_of_an_outage_that_others_are_in(night: Night) -> None:
+    night.up = True
+    night.begin()
+    night.until(lambda: night.state is JobState.DONE)
+    night.up, night.outcome = False, SendOutcome(code="no_response", text="PACS gave no answer within 60 s")
+    night.pass_time(60)
+    night.finish_job(night.config)
+    night.attempt()
+    night.clock.now -= timedelta(days=3)
+    night.ledger.shift_outages(-3 * 86400.0)
+    night.ledger.mend_times(longest_wait_s=3600, lease_s=120)
+    for _ in range(4):
+        night.attempt()
+    assert night.delivery().outages == night.delivery().attempts
+
+
+def test_while_the_clock_is_doubtful_no_outage_ends(night: Night) -> None:
+    night.trusted = False
+    night.begin()
+    while night.clock.now < NIGHT + timedelta(days=9):
+        night.attempt()
+    assert night.state is JobState.DELIVERING
+    night.trusted = True
+    night.attempt()
+    assert night.state is JobState.FAILED
+
+
+def test_while_the_clock_is_doubtful_an_archive_that_is_down_is_asked_for_proof(night: Night) -> None:
+    night.trusted, night.up = False, True
+    night.shows = CountOutcome(code="connection_failed", text="PACS at 10.0.0.1:104 cannot be reached")
+    night.begin()
+    night.until(lambda: night.delivery().reason_code == "connection_failed")
+    while night.clock.now < NIGHT + timedelta(days=9):
+        night.attempt()
+    assert night.state is JobState.DELIVERING
+    night.trusted = True
+    night.attempt()
+    assert night.state is JobState.FAILED
 
 
 def test_a_refusal_for_good_fails_at_once_also_in_an_outage(night: Night) -> None:

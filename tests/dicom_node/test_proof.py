@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -350,6 +351,40 @@ def test_a_query_that_fails_is_tried_again(desk: ProofDesk) -> None:
     assert (desk.delivery().reason_code, archive.looks) == ("find_refused", 2)
 
 
+class Mute(FakeArchive):
+    """Accepts the context for C-FIND and answers none: it hangs up, or says nothing."""
+
+    def __init__(self, *, says_nothing: bool) -> None:
+        super().__init__(answer="same")
+        self._says_nothing = says_nothing
+        self.stopped = threading.Event()
+
+    def _on_find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        self.looks += 1
+        if self._says_nothing:
+            self.stopped.wait(20)
+        event.assoc.abort()
+        yield from ()
+
+
+@pytest.mark.parametrize("says_nothing", [True, False])
+def test_an_archive_that_stores_and_commits_and_answers_no_query_is_no_outage(
+    desk: ProofDesk, says_nothing: bool
+) -> None:
+    with Mute(says_nothing=says_nothing) as archive:
+        config = config_for(desk.root, archive, commitment=True, max_attempts=2)
+        config = config.model_copy(update={"node": config.node.model_copy(update={"dimse_timeout_s": 0.5})})
+        desk.finish_job(config, {"pet": SC, "mip": SC})
+        desk.run(archive, config)
+        desk.until(lambda: desk.state is JobState.FAILED)
+        archive.stopped.set()
+    pet, mip = desk.ledger.deliveries(desk.job_id)
+    assert (pet.state, pet.reason_code, pet.committed_at is not None) == (FAILED, "find_unanswered", True)
+    assert "given up after 2 looks" in pet.reason
+    assert (mip.state, mip.reason_code) == (COMMITTED, "find_unanswered")
+    assert archive.looks == 4
+
+
 def test_a_node_that_stops_while_a_report_is_due_takes_it_up_at_its_next_start(desk: ProofDesk) -> None:
     with FakeArchive() as archive:
         deliveries = desk.prove(archive, wait_s=0.0)
@@ -526,6 +561,10 @@ def test_what_a_request_for_commitment_leads_to(
         ({"state": COMMITTED, "checks": 1}, {"count": 0}, COMMITTED, VISIBLE, 15.0),
         ({"checks": 2}, {"count": 0}, FAILED, VISIBLE, None),
         ({"checks": 2}, {"code": "connection_failed"}, SENT, VISIBLE, 10.0),
+        ({"checks": 2}, {"code": "no_response"}, SENT, VISIBLE, 10.0),  # of a DICOMweb service: it may be down
+        ({"checks": 1}, {"code": "find_unanswered"}, SENT, VISIBLE, 15.0),
+        ({"checks": 2}, {"code": "find_unanswered"}, FAILED, VISIBLE, None),
+        ({"kind": "gsps", "checks": 2}, {"code": "find_unanswered"}, SENT, SENT, None),
         ({"state": COMMITTED}, {"code": "not_offered", "permanent": True}, COMMITTED, COMMITTED, None),
         ({}, {"code": "association_rejected", "permanent": True}, FAILED, VISIBLE, None),
         ({}, {"code": "interrupted"}, SENT, VISIBLE, 0.0),

@@ -54,7 +54,7 @@ def test_more_answers_than_any_series_has_are_not_listened_to(monkeypatch: pytes
 def test_answers_that_do_not_end_in_time_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query, "_MOST_S", -1.0)
     outcome, _ = count()
-    assert (outcome.code, outcome.permanent) == ("no_response", False)
+    assert (outcome.code, outcome.permanent) == ("find_unanswered", False)
 
 
 def test_a_stop_ends_the_counting() -> None:

@@ -127,10 +127,7 @@ def test_the_association_is_released_and_no_thread_stays(files: list[Path]) -> N
     assert not scp.seen.saw_abort
 
 
-@pytest.mark.parametrize("sender", ["stream", "plain"])
-def test_no_other_thread_looks_for_the_responses(
-    files: list[Path], sender: Way, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_other_thread_looks_for_the_responses(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     real = DIMSEServiceProvider.get_msg
 
@@ -146,7 +143,7 @@ def test_no_other_thread_looks_for_the_responses(
     sent: list[int] = []
     monkeypatch.setattr(DIMSEServiceProvider, "get_msg", get_msg)
     with RawScp() as scp:
-        outcome = send_series(files, scp.peer(), calling_ae="SYNPET", timeouts=PATIENT, on_sent=on_sent, sender=sender)
+        outcome = send_series(files, scp.peer(), calling_ae="SYNPET", timeouts=PATIENT, on_sent=on_sent)
     assert outcome.ok
     assert not {1, 2} & set(looked)
 

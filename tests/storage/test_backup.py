@@ -101,6 +101,29 @@ def test_the_oldest_backups_go_and_other_files_stay(file: Path, tmp_path: Path) 
     assert (folder / "ledger-by-hand.sqlite").exists()
 
 
+def test_ten_backups_of_one_day_push_out_no_other_day(file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "backups"
+    for day in range(5):
+        make_backup(file, folder, keep=3, now=NOW + timedelta(days=day))
+    today = [NOW + timedelta(days=4, minutes=n) for n in range(1, 11)]
+    for now in today:
+        make_backup(file, folder, keep=3, now=now)
+    others = [NOW + timedelta(days=2), NOW + timedelta(days=3)]
+    assert [backup_time(path) for path in backups(folder)] == [*others, *today[-3:]]
+    make_backup(file, folder, keep=3, now=NOW + timedelta(days=5))
+    assert {backup_time(path).date() for path in backups(folder)} == {
+        (NOW + timedelta(days=day)).date() for day in (3, 4, 5)
+    }
+
+
+def test_a_backup_before_some_work_outlives_the_one_after_it_on_the_same_day(file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "backups"
+    before_work, after_work = NOW, NOW + timedelta(hours=1)
+    for now in (NOW - timedelta(days=1), before_work, after_work):
+        make_backup(file, folder, keep=2, now=now)
+    assert [backup_time(path) for path in backups(folder)] == [NOW - timedelta(days=1), before_work, after_work]
+
+
 def test_a_damaged_ledger_pushes_no_backup_out(file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "backups"
     make_backup(file, folder, keep=1, now=NOW)

@@ -15,6 +15,7 @@ from storage.ledger import Ledger
 from storage.moves import DELIVERY_MOVES, check_delivery_move
 from storage.records import DeliveryState, Job, JobState
 from storage.schema import compact, spread
+from tests.storage.conftest import Clock
 
 Make = Callable[..., Job]
 
@@ -133,3 +134,20 @@ def test_three_thousand_slices_do_not_bloat_the_ledger(ledger: Ledger, deliverin
 def test_the_statuses_that_did_not_succeed_are_read_back(statuses: dict[str, str]) -> None:
     bad = {uid: status for uid, status in statuses.items() if status != "0x0000"}
     assert spread(compact(statuses, len(statuses) + 1)) == bad
+
+
+def test_an_outage_is_as_old_as_before_when_its_beginning_is_shifted_with_the_clock(
+    ledger: Ledger, clock: Clock, delivering: Make
+) -> None:
+    job = delivering("waits", "sends", "fine")
+    began = clock.now
+    for _ in range(2):
+        send(ledger, DeliveryState.PENDING, outage=True, next_attempt=clock.now)
+    ledger.claim_delivery("s", lease_s=60)  # "fine" comes first: it was never tried
+    ledger.claim_delivery("s", lease_s=60)
+    assert ledger.shift_outages(86400.0) == 2
+    now = {one.state: one.failing_since for one in ledger.deliveries(job.id)[:2]}
+    assert now == dict.fromkeys((DeliveryState.PENDING, DeliveryState.SENDING), began + timedelta(days=1))
+    assert ledger.deliveries(job.id)[2].failing_since is None
+    assert ledger.shift_outages(-86400.0) == 2
+    assert {one.failing_since for one in ledger.deliveries(job.id)[:2]} == {began}
