@@ -9,7 +9,8 @@ of them, all at once. Ours runs as in the node: receiver processes, durable befo
 sends them to one `storescp +B`; its start-up, measured with one slice, is taken off. Busy: receiving with and without
 a process beside it that computes without a pause at the priority of the engine.
 
-"The disk alone" writes the same files as durably, without a network: no durable receiver can be faster.
+"The disk alone" writes the same files as durably, without a network: no durable receiver can be faster. "Bare loop" is
+the least that Python can do (benchmarks/bare_loop.py). `--folder /dev/shm` measures without a disk.
 
 Rounds are interleaved, so that a busy machine disturbs all alike: read the ratios. TCP_NODELAY is set everywhere.
 Memory is what the receiver's processes have resident at most, sampled; pages that two share count twice. It takes
@@ -105,9 +106,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="names from the table")
     parser.add_argument("--sending", action="store_true")
     parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--folder", type=Path, help="on the disk to be measured (default: where temporary files are)")
     asked = parser.parse_args()
     configure_logging(Config.model_validate({"log": {"level": "error"}}).log)
-    with TemporaryDirectory(prefix="intake-") as folder:
+    with TemporaryDirectory(prefix="intake-", dir=asked.folder) as folder:
         files = write_series(Path(folder) / "ct", asked.slices)
         if asked.sending:
             compare_senders(Path(folder), files, asked.rounds, asked.only)
