@@ -63,6 +63,10 @@ def main() -> None:
     chosen = options.parse_args()
     if chosen.power and not chosen.every_call:
         options.error("--power goes with --every-call")
+    if chosen.power_cut and chosen.every_call:
+        options.error("--power-cut goes without --every-call, --power goes with it")
+    if chosen.no_sync and not chosen.power_cut:
+        options.error("--no-sync goes with --power-cut")
     with tempfile.TemporaryDirectory() as folder:
         if chosen.every_call:
             found = kill_at_every_call(Path(folder), power=chosen.power)
@@ -117,7 +121,7 @@ def own_disk(folder: Path) -> Iterator[Power]:
 
 
 def kill_at_random(
-    folder: Path, rounds: int, dice: random.Random, power: Power | None, *, sync: bool
+    folder: Path, rounds: int, dice: random.Random, power: Power | None = None, *, sync: bool = True
 ) -> dict[str, object]:
     """Kill the node once in each round; what is wrong at the end."""
     bundle = write_tiny_bundle(folder / "bundle")

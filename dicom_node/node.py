@@ -153,8 +153,6 @@ class Node:
             text = f"{error.strerror} for {error.filename}; it must be a folder that the node's user can write"
             raise NodeError(f"[storage].root = {root}: {text}") from error
         self.spool = Spool(root, min_free_bytes=config.intake.min_free_bytes, sync=config.intake.sync)
-        if taken_up := self.spool.take_up_whole():
-            log.warning("spool.taken_up", instances=taken_up, reason="the node or its machine ended while they came")
         self.spool.clean_temp()
         self._check_ledger()
         self.ledger = open_ledger(config.ledger_url)

@@ -7,9 +7,11 @@ removed for being old, or given up for the age of an outage, before the clock ha
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 
 import structlog
 
@@ -25,7 +27,7 @@ log = structlog.get_logger()
 
 JUMP_S = 60.0  # NTP steers by less; a leap second is nothing
 STEADY_S = 86400.0  # so long a clock must have been steady before anything is removed for its age
-LONG_SILENCE = timedelta(days=7)  # the ledger has an event of every hour of work: a week without one may be a clock
+LONG_SILENCE = timedelta(days=7)  # a node that was off for a week may have a wrong clock
 
 
 class ClockWatch:
@@ -78,6 +80,8 @@ class Upkeep:
     ) -> None:
         self._config, self._ledger, self._spool, self._clock = config, ledger, spool, clock
         self._watch = ClockWatch(clock, steady)
+        self._alive = config.storage.root / "node.alive"
+        self._steady, self._looked = steady, steady()
         self._owed_s = 0.0  # by how much the beginnings of outages are still to be shifted
         waits = [max(one.max_retry_s, one.first_retry_s, one.commitment_timeout_s) for one in config.destinations]
         self._longest_wait_s = max([LONGEST_RETRY_S, config.engine.retry_s, *waits])
@@ -88,30 +92,48 @@ class Upkeep:
         return self._watch.trusted
 
     def compare_clocks(self) -> None:
-        """Before this life of the node writes its first event: is the time that of the ledger?
+        """Before this life of the node does anything: is it later than in its last life, and not much later?
 
-        How long an outage had lasted by the latest event is right whichever clock was wrong, then or now; time
+        How long an outage had lasted at the end of that life is right whichever clock was wrong, then or now; time
         without the node makes no outage older, because nobody tried.
         """
-        latest = next(iter(self._ledger.search_events(limit=1)), None)
-        if latest is not None:
-            ahead = self._clock() - latest.time
+        last = self._last_alive()
+        if last is not None:
+            ahead = self._clock() - last
             self._owed_s += ahead.total_seconds()
             if not -timedelta(seconds=JUMP_S) < ahead < LONG_SILENCE:
                 self._watch.doubt()
-                reason = f"the latest event of the ledger is of {latest.time.isoformat(timespec='seconds')}"
+                reason = f"this node was last at work on {last.isoformat(timespec='seconds')}"
                 log.warning("node.clock_doubtful", reason=f"{reason}; nothing is removed for its age for a day")
+
+    def _last_alive(self) -> datetime | None:
+        """When a node last swept; of a spool that was never swept, the ledger's latest event."""
+        try:
+            return datetime.fromtimestamp(self._alive.stat().st_mtime, UTC)
+        except FileNotFoundError:
+            latest = next(iter(self._ledger.search_events(limit=1)), None)
+            return latest.time if latest is not None else None
+
+    def _stay_alive(self) -> None:
+        """Events do not tell when a node was at work: `pull` and `doctor` write some, too."""
+        now_s = self._clock().timestamp()
+        with suppress(OSError):  # the disk is full: it is tried again in a minute
+            self._alive.touch(mode=0o600)
+            os.utime(self._alive, (now_s, now_s))
 
     def sweep(self) -> None:
         """Take back what dead workers and senders held."""
+        looked = self._steady()
         jumped = self._watch.look()
         if jumped:
             text = f"the machine's clock was set {'forward' if jumped > 0 else 'back'} by {abs(jumped):.0f} s"
             log.warning("node.clock_jumped", seconds=round(jumped))
             self._owed_s += jumped
         if self._owed_s:
-            self._ledger.shift_outages(self._owed_s)
+            self._ledger.shift_outages(self._owed_s, recent_s=looked - self._looked)
             self._owed_s = 0.0
+        self._looked = looked
+        self._stay_alive()
         if jumped:
             self._ledger.note("", "clock_jumped", text, details={"seconds": round(jumped)})
         engine = self._config.engine

@@ -14,11 +14,13 @@ from storage.schema import DeliveryRow, JobRow
 class ClockLedger(LedgerBase):
     """Finds times that no correct clock has written."""
 
-    def shift_outages(self, seconds: float) -> int:
+    def shift_outages(self, seconds: float, *, recent_s: float = 0.0) -> int:
         """Move the beginning of each outage as the clock was moved, so that it is as old as before. Returns how many.
 
-        `seconds` is negative for a clock that was set back.
+        `seconds` is negative for a clock that was set back. It was moved in the last `recent_s` seconds: an outage that
+        began in them may be of the new clock already, and is rather too young than too old.
         """
+        now = self._clock()
         states = [state.value for state in (*WAITING_STATES, DeliveryState.SENDING)]
         failing = DeliveryRow.state.in_(states) & DeliveryRow.failing_since.is_not(None)
         with self._write() as session:
@@ -26,9 +28,11 @@ class ClockLedger(LedgerBase):
             jobs = select(JobRow.id).where(JobRow.id.in_(holding)).order_by(JobRow.seq)
             session.scalars(jobs.with_for_update()).all()
             rows = session.scalars(select(DeliveryRow).where(failing).with_for_update()).all()
+            recent = now - timedelta(seconds=recent_s)
             for row in rows:
                 assert row.failing_since is not None
-                row.failing_since += timedelta(seconds=seconds)
+                if seconds > 0 or not recent <= row.failing_since <= now:
+                    row.failing_since = min(row.failing_since + timedelta(seconds=seconds), now)
             return len(rows)
 
     def mend_times(self, *, longest_wait_s: float, lease_s: float) -> int:

@@ -1,12 +1,12 @@
 """Files that appear whole and stay: temp beside the target, write, fsync, rename, fsync of the folder.
 
-A temp file begins with a dot and ends in `.tmp`; whoever lists a folder skips it, whoever starts removes it.
+A temp file begins with a dot and ends in `.tmp`; whoever lists a folder skips it, whoever starts removes it (but for
+whole instances in `incoming`: storage.incoming_file).
 """
 
 from __future__ import annotations
 
 import errno
-import filecmp
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -21,13 +21,22 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # disk, quota, fil
 
 
 def is_temp(path: Path) -> bool:
-    """True for what `write_file`, `link_file` and `remove_tree` leave behind when they are killed."""
+    """True for what is being written or removed, or was when its process was killed."""
     return path.name.endswith(TEMP_SUFFIX)
 
 
 def fsync_folder(folder: Path) -> None:
     """Make the names in a folder durable: a rename is only then."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's bytes durable that another process may have written."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
     finally:
@@ -70,8 +79,9 @@ def move(source: Path, target: Path) -> None:
     with full_disk_is_no_space(target):
         source.rename(target)
     fsync_folder(target.parent)
-    if source.parent != target.parent and source.parent.is_dir():
-        fsync_folder(source.parent)
+    if source.parent != target.parent:
+        with suppress(FileNotFoundError):  # it was the last one there, and the folder is removed
+            fsync_folder(source.parent)
 
 
 def link_file(source: Path, target: Path) -> None:
@@ -94,11 +104,6 @@ def remove_tree(folder: Path) -> None:
         folder.rename(trash)
         fsync_folder(folder.parent)
         shutil.rmtree(trash)
-
-
-def same_bytes(one: Path, other: Path) -> bool:
-    """Compare contents, not only sizes and times."""
-    return filecmp.cmp(one, other, shallow=False)
 
 
 @contextmanager

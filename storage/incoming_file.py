@@ -17,7 +17,7 @@ from pathlib import Path
 
 from xxhash import xxh3_64
 
-from storage.durable import fsync_folder, full_disk_is_no_space, make_folder, same_bytes, temp_beside
+from storage.durable import fsync_folder, full_disk_is_no_space, make_folder, temp_beside
 
 PREAMBLE_BYTES = 128  # of a DICOM file, for whoever writes it (PS3.10 section 7.1): the seal stands there
 _SEAL = struct.Struct("<16sQ8s64s32x")  # magic, length of what follows the preamble, its XXH3, SOP Instance UID
@@ -38,24 +38,33 @@ class IncomingFolder:
         self._lock = threading.Lock()
         self._slots: list[Path] = []
         self._made = 0
+        self._is_over = False  # its last instance may still be on its way
 
     def open(self, sop_instance_uid: str) -> IncomingFile:
         """A file for an instance; the UID is checked. Raises `NoSpace`, keeping nothing."""
         target = self._folder / f"{sop_instance_uid}.dcm"
         with self._lock, full_disk_is_no_space(target):
-            make_folder(self._folder)
             try:
-                return IncomingFile(target, self._slot(), sync=self._sync)
-            except FileNotFoundError:  # somebody emptied the folder
-                self._slots = []
-                return IncomingFile(target, self._slot(), sync=self._sync)
+                return self._opened(target)
+            except FileNotFoundError:  # somebody emptied or removed the folder
+                self._drop_slots()
+                return self._opened(target)
 
     def close(self) -> None:
         """The association is over: remove what it did not use, and the folder when it is empty then. Never raises."""
         with self._lock:
+            self._is_over = True
             self._drop_slots()
             with suppress(OSError):  # not empty, or gone
                 self._folder.rmdir()
+
+    def _opened(self, target: Path) -> IncomingFile:
+        make_folder(self._folder)
+        if not self._slots:
+            self._make_slots()
+        file = IncomingFile(target, self._slots[-1], sync=self._sync)
+        self._slots.pop()
+        return file
 
     def _drop_slots(self) -> None:
         slots, self._slots = self._slots, []
@@ -63,27 +72,25 @@ class IncomingFolder:
             with suppress(OSError):  # gone; whatever else stays until the next start
                 slot.unlink()
 
-    def _slot(self) -> Path:
-        """An empty file whose name is durable: one at first, and more at once the more instances come."""
-        if not self._slots:
-            self._made = min(2 * self._made or 1, _MOST_SLOTS)
-            try:
-                for _ in range(self._made):
-                    slot = temp_beside(self._folder / "slot")
-                    os.close(os.open(slot, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-                    self._slots.append(slot)
-                if self._sync:
-                    fsync_folder(self._folder)
-            except OSError:
-                self._drop_slots()
-                raise
-        return self._slots.pop()
+    def _make_slots(self) -> None:
+        """Empty files whose names are durable: one at first, and more at once the more instances come."""
+        self._made = 1 if self._is_over else min(2 * self._made or 1, _MOST_SLOTS)
+        try:
+            for _ in range(self._made):
+                slot = temp_beside(self._folder / "slot")
+                os.close(os.open(slot, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+                self._slots.append(slot)
+            if self._sync:
+                fsync_folder(self._folder)
+        except OSError:
+            self._drop_slots()
+            raise
 
 
 class IncomingFile:
     """A file that is being written in a slot; `commit` makes it durable and names it, `discard` leaves nothing.
 
-    The order is write, fsync, rename: a name that can be read after a power cut has all its bytes.
+    The order is write, seal, fsync, rename: a name that can be read after a power cut has all its bytes.
     """
 
     def __init__(self, target: Path, slot: Path, *, sync: bool) -> None:
@@ -150,7 +157,7 @@ def give_name(slot: Path, target: Path) -> Path:
     for place in places(target):
         if place.exists():
             with suppress(FileNotFoundError):  # the assembler takes it away at this moment
-                if same_bytes(slot, place):
+                if same_instance(slot, place):
                     slot.unlink()
                     return place
                 continue
@@ -158,6 +165,19 @@ def give_name(slot: Path, target: Path) -> Path:
             slot.rename(place)
         return place
     raise AssertionError("places are endless")
+
+
+def same_instance(one: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes but for the preamble, which earlier versions left empty."""
+    if one.stat().st_size != other.stat().st_size:
+        return False
+    with one.open("rb") as mine, other.open("rb") as theirs:
+        mine.seek(PREAMBLE_BYTES)
+        theirs.seek(PREAMBLE_BYTES)
+        while piece := mine.read(_CHUNK):
+            if piece != theirs.read(_CHUNK):
+                return False
+    return True
 
 
 def own_name_of(path: Path) -> str | None:

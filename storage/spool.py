@@ -1,6 +1,6 @@
 """The spool: folders with whole files only. The files are the record of the instances; the ledger has no row for them.
 
-    inbox/incoming/<association>/<sop_instance_uid>.dcm     acknowledged to the sender, not looked at yet
+    inbox/incoming/<association>/<sop_instance_uid>.dcm     whole, not looked at yet (and slots: storage.incoming_file)
     inbox/series/<series_uid>/<sop_instance_uid>.dcm        sorted by the assembler; `sender.json`: who sent it
     inbox/segmentations/<study_uid>/<sop_instance_uid>.dcm  SEG objects, for every job of their study
     work/<job_id>/ct/<sop_instance_uid>.dcm                 the input of a job
@@ -33,6 +33,7 @@ from typing import Any
 import structlog
 
 from storage.durable import (
+    fsync_file,
     fsync_folder,
     full_disk_is_no_space,
     is_temp,
@@ -40,11 +41,10 @@ from storage.durable import (
     make_folder,
     move,
     remove_tree,
-    same_bytes,
     write_file,
 )
 from storage.errors import BadUid, NoSpace, NotFound, StorageError
-from storage.incoming_file import IncomingFile, IncomingFolder, give_name, own_name_of, places
+from storage.incoming_file import IncomingFile, IncomingFolder, give_name, own_name_of, places, same_instance
 
 log = structlog.get_logger(__name__)
 
@@ -163,7 +163,7 @@ class Spool:
         """
         aged = []
         for folder in self._incoming.iterdir():
-            with self._fenced(folder):
+            with self._fenced(folder), suppress(FileNotFoundError):  # its association ended, and it was empty
                 for path in _whole(folder):
                     with suppress(FileNotFoundError):
                         aged.append((path.stat().st_mtime_ns, path.name, path))
@@ -369,26 +369,13 @@ class Spool:
 
     # ---- upkeep
 
-    def take_up_whole(self) -> int:
-        """Name the files that are whole and that a kill or a power cut left without their names; how many.
-
-        Only at start-up, before `clean_temp`, which removes what is not whole.
-        """
-        found = 0
-        for folder in self._incoming.iterdir():
-            with self._fenced(folder), suppress(NotADirectoryError):
-                slots = [path for path in folder.iterdir() if is_temp(path) and path.is_file()]
-                for slot, name in [(slot, own_name_of(slot)) for slot in slots]:
-                    if name is not None:
-                        give_name(slot, folder / f"{check_uid(name.removesuffix('.dcm'))}.dcm")
-                        found += 1
-        return found
-
     def clean_temp(self) -> int:
-        """Remove what a kill left half done; only at start-up, before anything writes. Returns how many."""
-        removed = 0
+        """Remove what a kill or a power cut left half done; only at start-up, before anything writes. Returns how many.
+
+        Instances that are whole and have not their own names yet get them.
+        """
+        removed = self._settle_slots()
         for top in (
-            self._incoming,
             self._series,
             self._segmentations,
             self._quarantine,
@@ -398,7 +385,7 @@ class Spool:
             self._jobs,
         ):
             for path in [p for p in self._walk(top) if is_temp(p)]:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
                 removed += 1
         for folder in (*self._incoming.iterdir(), *self._series.iterdir(), *self._segmentations.iterdir()):
             with self._fenced(folder):
@@ -467,6 +454,30 @@ class Spool:
 
     # ---- inside
 
+    def _settle_slots(self) -> int:
+        """Name what is whole and remove the rest; how many were removed. What cannot be read stays, and is told."""
+        taken_up = removed = 0
+        for folder in self._incoming.iterdir():
+            with self._fenced(folder), suppress(FileNotFoundError, NotADirectoryError):
+                for slot in [path for path in folder.iterdir() if is_temp(path)]:
+                    try:
+                        name = own_name_of(slot)
+                        if name is None:
+                            slot.unlink()
+                            removed += 1
+                        else:
+                            if self._sync:
+                                fsync_file(slot)  # a kill may have come before its own sync ended
+                            give_name(slot, folder / name)
+                            taken_up += 1
+                    except FileNotFoundError:  # `dicom-node pull` ends it now, or a receiver of a killed node
+                        continue
+                    except (OSError, StorageError) as error:
+                        log.error("spool.slot_not_settled", file=str(slot.relative_to(self.root)), reason=str(error))
+        if taken_up:
+            log.warning("spool.taken_up", instances=taken_up, reason="the node or its machine ended while they came")
+        return removed
+
     def _leftovers(self, now: datetime, is_final: Callable[[str], bool]) -> list[Path]:
         """What a killed run or removal left beside jobs and results (`<job_id>.tmp`, `<job_id>.old`, `.<token>.tmp`).
 
@@ -510,7 +521,7 @@ class Spool:
         """Move an incoming file to `target`, unless that or one of the same name `elsewhere` is there already."""
         for there in (target, *elsewhere):
             if there.exists():
-                if same_bytes(path, there):
+                if same_instance(path, there):
                     self.drop(path)
                     return Adopted.SAME
                 self.quarantine(path, "different_content")

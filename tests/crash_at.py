@@ -4,8 +4,8 @@
 
 Prints one line of JSON: how many calls there are, how many were tried, and what was wrong after which.
 `os._exit` in the middle is what kill -9 is: nothing is flushed, no `finally` runs. With `--power` it is a power cut at
-its worst: names that were not synced since are what they were before, bytes that were not synced are gone. (The
-ledger's file is SQLite's own: what it committed it synced.)
+its worst: names that were given or changed and not synced since are what they were before, bytes that were not synced
+are gone. (What was removed stays removed. The ledger's file is SQLite's own: what it committed it synced.)
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ class Disk:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._made: set[Path] = set()
         self._renamed: list[tuple[Path, Path]] = []
         self._written: set[Path] = set()
         self._rename, self._truncate = os.rename, os.truncate
 
     def did(self, name: str, args: tuple[Any, ...]) -> None:
         """A call that worked."""
-        if name in ("rename", "replace"):
+        if name == "mkdir" or (name == "open" and len(args) > 1 and args[1] & os.O_CREAT):
+            if (made := Path(args[0])).is_relative_to(self._root):
+                self._made.add(made)
+        elif name in ("rename", "replace"):
             source, target = Path(args[0]), Path(args[1])
             if target.is_relative_to(self._root):
                 self._renamed.append((source, target))
@@ -49,12 +53,14 @@ class Disk:
             path = Path(f"/proc/self/fd/{args[0]}").readlink()
             if name == "fsync":
                 self._written.discard(path)
+                self._made = {made for made in self._made if made.parent != path}
                 self._renamed = [(a, b) for a, b in self._renamed if path not in (a.parent, b.parent)]
             elif path.is_relative_to(self._root):
                 self._written.add(path)
 
     def cut(self) -> None:
         """Now."""
+        made = {path for path in self._made if not path.name.startswith("ledger.")}
         for path in self._written:
             if path.is_file():
                 self._truncate(path, 0)
@@ -62,6 +68,8 @@ class Disk:
             if target.exists() and not source.exists():
                 source.parent.mkdir(parents=True, exist_ok=True)  # that it was removed is not on the disk either
                 self._rename(target, source)
+        for path in made:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def arm(at: int, disk: Disk | None) -> None:

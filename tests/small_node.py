@@ -134,7 +134,6 @@ class SmallNode:
         self.config = small_config(root, **tables)
         self.now_s = 1000.0
         self.spool = Spool(root, min_free_bytes=self.config.intake.min_free_bytes)
-        self.spool.take_up_whole()
         self.spool.clean_temp()
         self.ledger: Ledger = open_ledger(self.config.ledger_url, clock=clock)
         self.registry = AssociationRegistry(limit=9, clock=lambda: self.now_s)

@@ -21,6 +21,7 @@ from dicom_node.cli.common import (
     DEFAULT_CONFIG,
     AsJson,
     ConfigPath,
+    check_user,
     console,
     fail,
     opened_ledger,
@@ -69,6 +70,7 @@ def doctor(
     What `check` proves comes first. Then a small generated CT is sent to the node, and its result to one destination.
     """
     loaded = load_config(config)
+    check_user(loaded)
     chosen = _destination(loaded, destination)
     if retire and chosen is None:
         raise fail("--retire takes back what was sent: name its --destination", code=2)

@@ -36,7 +36,7 @@ REJECTIONS = (
     (CALLED_AE_NOT_RECOGNIZED, "the called AE title is not ours (`require_called_ae`)"),
     (
         CALLING_AE_NOT_RECOGNIZED,
-        "no peer has the calling AE title (`unknown_peers`), or not at that address; or it is ours",
+        "no peer has the calling AE title (`unknown_peers`), or not at that address; or it is ours, without a test",
     ),
     (LOCAL_LIMIT_EXCEEDED, "`max_associations` are open"),
     (NO_REASON_TRANSIENT, "an error inside the node, which its log explains"),

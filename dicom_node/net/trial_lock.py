@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 _LOCK = "doctor.lock"
@@ -33,10 +33,8 @@ def is_locked(file: Path) -> bool:
 @contextmanager
 def sending_a_test(root: Path) -> Iterator[None]:
     """A test study is sent to the node of this storage root; waits for another one that is. Raises OSError."""
-    descriptor = os.open(root / _LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(root / _LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        with suppress(PermissionError):  # another user's
-            os.fchmod(descriptor, 0o644)  # empty, and the node's user must be able to open what root made
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

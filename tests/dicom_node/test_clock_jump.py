@@ -16,6 +16,7 @@ from small_node import FolderPacs, SmallNode
 
 from dicom_node.upkeep import STEADY_S, ClockWatch, Upkeep
 from storage.errors import NoSpace
+from storage.ledger import open_ledger
 from storage.records import JobState
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -298,7 +299,7 @@ def test_a_shift_that_the_ledger_did_not_take_is_made_up_for(lab: Lab, monkeypat
     began = lab.node.ledger.deliveries(outage.job.id)[0].failing_since
     assert began is not None
 
-    def full(_seconds: float) -> int:
+    def full(_seconds: float, *, recent_s: float) -> int:
         raise NoSpace("the disk is full")
 
     lab.machine.wall += DAY
@@ -319,3 +320,30 @@ def test_a_series_is_quiet_by_the_steady_clock(lab: Lab) -> None:
     lab.machine.wall -= 2 * DAY
     lab.node.step_to_queued()
     assert [job.state for job in lab.node.jobs()] == [JobState.QUEUED]
+
+
+@pytest.mark.parametrize("jump", [-10 * DAY, 10 * DAY])
+def test_an_outage_that_begins_between_a_jump_and_the_next_look_is_young(lab: Lab, jump: timedelta) -> None:
+    lab.machine.pass_time(20)
+    lab.machine.wall += jump
+    lab.machine.pass_time(10)
+    outage = Outage(lab)
+    lab.machine.pass_time(10)
+    lab.upkeep.sweep()
+    began = lab.node.ledger.deliveries(outage.job.id)[0].failing_since
+    assert began is not None
+    assert timedelta() <= lab.machine.wall - began <= timedelta(seconds=10)
+
+
+def test_what_another_command_writes_while_the_node_is_off_makes_no_outage_older(lab: Lab) -> None:
+    outage = Outage(lab)
+    outage.last(2 * DAY)
+    lab.close()
+    lab.machine.pass_time(20 * 86400)
+    ledger = open_ledger(lab.node.config.ledger_url, clock=lab.machine)
+    ledger.note("", "pull_started", "by hand", details={})
+    ledger.close()
+    lab.start()
+    lab.node.deliver()
+    assert outage.state is JobState.DELIVERING
+    assert not lab.upkeep.clock_trusted

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from storage.incoming_file import PREAMBLE_BYTES, IncomingFolder, own_name_of
-from storage.spool import Spool
+from storage.spool import Adopted, Spool
 
 TOKEN = "ab12"
 
@@ -60,7 +62,7 @@ def test_what_the_assembler_takes_at_that_moment_is_stored_again(spool: Spool, m
         other.unlink()
         raise FileNotFoundError
 
-    monkeypatch.setattr("storage.incoming_file.same_bytes", taken_away)
+    monkeypatch.setattr("storage.incoming_file.same_instance", taken_away)
     assert spool.store_incoming(TOKEN, "1.2.3", (b"whole",)) == first
     assert content(first) == b"whole"
 
@@ -122,8 +124,7 @@ def test_an_instance_whose_own_name_was_lost_is_named_again(spool: Spool) -> Non
     power_cut(path)
     assert spool.incoming() == []
     again = Spool(spool.root, min_free_bytes=0)
-    assert again.take_up_whole() == 1
-    again.clean_temp()
+    assert again.clean_temp() == 0
     assert again.incoming() == [path]
     assert content(path) == b"whole"
 
@@ -133,7 +134,7 @@ def test_a_duplicate_whose_own_name_was_lost_is_no_second_file(spool: Spool) -> 
     whole = path.read_bytes()
     power_cut(path)
     path.write_bytes(whole)
-    assert spool.take_up_whole() == 1
+    assert spool.clean_temp() == 0
     assert inbox(spool) == ["1.2.3.dcm", TOKEN]
 
 
@@ -152,9 +153,90 @@ TORN: dict[str, Callable[[bytes], bytes]] = {
 def test_a_torn_file_is_no_instance(spool: Spool, how: str) -> None:
     slot = power_cut(spool.store_incoming(TOKEN, "1.2.3", (os.urandom(20_000),)), TORN[how])
     assert own_name_of(slot) is None
-    assert spool.take_up_whole() == 0
     assert spool.clean_temp() == 1
     assert inbox(spool) == []
+
+
+def test_what_is_taken_up_is_synced_before_it_has_its_name(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill may have come between the seal and the end of its sync: the bytes are in the cache alone."""
+    power_cut(spool.store_incoming(TOKEN, "1.2.3", (b"whole",)))
+    done = synced(monkeypatch)
+    assert spool.clean_temp() == 0
+    assert done == ["file"]
+
+
+def test_a_slot_that_cannot_be_read_stays_and_the_others_are_taken_up(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [spool.store_incoming(TOKEN, f"1.2.{number}", (b"whole",)) for number in range(3)]
+    spool.close_incoming(TOKEN)
+    broken = paths[1].rename(paths[1].with_name(".0broken.tmp"))
+    power_cut(paths[2])
+
+    def own_name(slot: Path) -> str | None:
+        if slot == broken:
+            raise OSError(errno.EIO, "Input/output error")
+        return own_name_of(slot)
+
+    monkeypatch.setattr("storage.spool.own_name_of", own_name)
+    spool.clean_temp()
+    assert inbox(spool) == [broken.name, "1.2.0.dcm", "1.2.2.dcm", TOKEN]
+
+
+def test_a_slot_that_is_named_meanwhile_by_another_process_ends_no_start(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = power_cut(spool.store_incoming(TOKEN, "1.2.3", (b"whole",)))
+
+    def own_name(_slot: Path) -> str | None:
+        slot.rename(slot.with_name("1.2.3.dcm"))
+        return own_name_of(slot)
+
+    spool.close_incoming(TOKEN)
+    monkeypatch.setattr("storage.spool.own_name_of", own_name)
+    spool.clean_temp()
+    assert inbox(spool) == ["1.2.3.dcm", TOKEN]
+
+
+def test_an_instance_of_an_earlier_version_without_a_seal_is_the_same(spool: Spool) -> None:
+    path = spool.store_incoming(TOKEN, "1.2.3", (b"whole",))
+    path.write_bytes(bytes(PREAMBLE_BYTES) + content(path))
+    assert spool.store_incoming(TOKEN, "1.2.3", (b"whole",)) == path
+    assert spool.adopt(path, "1.2") is Adopted.NEW
+    assert spool.adopt(spool.store_incoming("cd34", "1.2.3", (b"whole",)), "1.2") is Adopted.SAME
+    assert spool.adopt(spool.store_incoming("cd34", "1.2.3", (b"other",)), "1.2") is Adopted.DIFFERENT
+
+
+def test_too_many_open_files_leave_no_slot_behind(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool.store_incoming(TOKEN, "1.2.3", (b"whole",))
+    real = os.open
+
+    def full(path: Any, flags: int, *mode: int) -> int:
+        if not flags & os.O_CREAT and str(path).endswith(".tmp"):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, flags, *mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        for _ in range(3):
+            with pytest.raises(OSError, match="Too many"):
+                spool.open_incoming(TOKEN, "1.2.4")
+    spool.close_incoming(TOKEN)
+    assert inbox(spool) == ["1.2.3.dcm", TOKEN]
+
+
+def test_an_instance_that_begins_as_its_association_ends_leaves_no_slot(tmp_path: Path) -> None:
+    folder = IncomingFolder(tmp_path / TOKEN)
+    for number in range(3):
+        folder.open(f"1.2.{number}").commit()
+    folder.close()
+    folder.open("1.2.9").commit()
+    assert sorted(path.name for path in (tmp_path / TOKEN).iterdir()) == [
+        "1.2.0.dcm",
+        "1.2.1.dcm",
+        "1.2.2.dcm",
+        "1.2.9.dcm",
+    ]
 
 
 def test_the_seal_says_nothing_of_the_sender(spool: Spool) -> None:

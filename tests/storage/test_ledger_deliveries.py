@@ -145,9 +145,11 @@ def test_an_outage_is_as_old_as_before_when_its_beginning_is_shifted_with_the_cl
         send(ledger, DeliveryState.PENDING, outage=True, next_attempt=clock.now)
     ledger.claim_delivery("s", lease_s=60)  # "fine" comes first: it was never tried
     ledger.claim_delivery("s", lease_s=60)
+    clock.now += timedelta(days=1)
     assert ledger.shift_outages(86400.0) == 2
     now = {one.state: one.failing_since for one in ledger.deliveries(job.id)[:2]}
     assert now == dict.fromkeys((DeliveryState.PENDING, DeliveryState.SENDING), began + timedelta(days=1))
     assert ledger.deliveries(job.id)[2].failing_since is None
+    clock.now -= timedelta(days=1)
     assert ledger.shift_outages(-86400.0) == 2
     assert {one.failing_since for one in ledger.deliveries(job.id)[:2]} == {began}

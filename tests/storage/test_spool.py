@@ -355,15 +355,14 @@ def test_a_kill_while_storing_leaves_only_whole_files_and_all_that_were_acknowle
     child.send_signal(signal.SIGKILL)
     acknowledged += child.communicate(timeout=60)[0].split()
     spool = Spool(tmp_path, min_free_bytes=0)
+    spool.clean_temp()
+    assert [path for path in tmp_path.rglob("*") if durable.is_temp(path)] == []
     files = {path.name: path for path in spool.incoming()}
     assert set(acknowledged) <= set(files)
     assert len(files) - len(acknowledged) in (0, 1)  # one may be stored and not yet acknowledged
     for name, path in files.items():
         number = int(name.split(".")[1])
         assert content(path) == bytes([number % 256]) * 800_000
-    spool.clean_temp()
-    assert [path for path in tmp_path.rglob("*") if durable.is_temp(path)] == []
-    assert len(spool.incoming()) == len(files)
 
 
 def test_a_start_removes_what_a_kill_left_and_nothing_else(spool: Spool) -> None:
