@@ -17,7 +17,12 @@ from pathlib import Path
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
 from pynetdicom.presentation import build_context
 
+from dicom_node.net import command as cmd
+
 MAX_PDU = 131072
+IS_RESPONSE = cmd.element(cmd.COMMAND_FIELD, struct.pack("<H", cmd.C_STORE_RSP))
+NO_DATA_SET = cmd.element(cmd.DATA_SET_TYPE, struct.pack("<H", cmd.NO_DATA_SET))
+SUCCESS = cmd.element(cmd.STATUS, struct.pack("<H", 0))
 
 
 class BareLoop(socketserver.BaseRequestHandler):
@@ -26,41 +31,38 @@ class BareLoop(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         folder, sync = self.server.folder, self.server.sync  # type: ignore[attr-defined]
-        buffer = memoryview(bytearray(MAX_PDU + 12))
-        kind, length = self._header()
+        buffer = memoryview(bytearray(MAX_PDU))
+        _, length = self._header()
         self.request.sendall(accepted(self._exactly(length)))
         file, count = -1, 0
         while True:
             kind, length = self._header()
-            if kind != 4:  # a release, or worse
+            if kind != cmd.P_DATA:  # a release, or worse
                 self._exactly(length)
                 self.request.sendall(b"\x06\0\0\0\0\x04\0\0\0\0")
                 return
-            pdv, context_id, control = struct.unpack(">IBB", self._exactly(6))
+            pdv, context_id, control = cmd.PDV_HEADER.unpack(self._exactly(cmd.PDV_HEADER.size))
             if pdv + 4 != length:
                 raise SystemExit("more than one fragment in a PDU")
-            if control & 1:  # a command set is one fragment here
-                message_id = self._exactly(length - 6).partition(b"\0\0\x10\x01\x02\0\0\0")[2][:2]
+            left = length - cmd.PDV_HEADER.size
+            if control & cmd.COMMAND:  # a command set is one fragment here
+                message_id = cmd.elements(self._exactly(left))[cmd.MESSAGE_ID]
                 count += 1
                 path = folder / f"{self.client_address[1]}-{count}.dcm"
                 file = os.open(path.with_suffix(".tmp"), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
                 continue
-            left = length - 6
             got = self.request.recv_into(buffer[:left], left, socket.MSG_WAITALL)
             os.write(file, buffer[:got])
-            if control & 2:
+            if control & cmd.LAST:
                 if sync:
                     os.fsync(file)
                 os.close(file)
                 path.with_suffix(".tmp").rename(path)
-                command = struct.pack("<HHIH", 0, 0x0100, 2, 0x8001) + struct.pack("<HHI", 0, 0x0120, 2) + message_id
-                command += struct.pack("<HHIH", 0, 0x0800, 2, 0x0101) + struct.pack("<HHIH", 0, 0x0900, 2, 0)
-                command = struct.pack("<HHII", 0, 0, 4, len(command)) + command
-                head = struct.pack(">BBIIBB", 4, 0, len(command) + 6, len(command) + 2, context_id, 3)
-                self.request.sendall(head + command)
+                told = cmd.command_set([IS_RESPONSE, cmd.element(cmd.RESPONDED_TO, message_id), NO_DATA_SET, SUCCESS])
+                self.request.sendall(cmd.pdu_of(context_id, cmd.COMMAND | cmd.LAST, told))
 
     def _header(self) -> tuple[int, int]:
-        kind, length = struct.unpack(">BxI", self._exactly(6))
+        kind, length = cmd.PDU_HEADER.unpack(self._exactly(cmd.PDU_HEADER.size))
         return kind, length
 
     def _exactly(self, count: int) -> bytes:

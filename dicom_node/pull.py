@@ -209,14 +209,14 @@ class Puller:
             return self._retrieval.move(study_uid, series.series_uid)
         token = self._registry.open(calling_ae=self._peer.ae_title, address=self._peer.host, peer=self._peer.name)
         assert token is not None  # one at a time
-        store = Store(self._config, self._spool, self._ledger, self._registry)
         try:
             with self._fetched.open(token):
+                store = Store(self._config, self._spool, self._ledger, self._registry)
                 outcome = self._retrieval.get(study_uid, series.series_uid, store, token)
                 if outcome.ok:
                     self._fetched.mark_whole(token)
         finally:
-            store.over(token)
+            self._spool.close_incoming(token)
             self._registry.close(token, aborted=False)
         return outcome
 

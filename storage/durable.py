@@ -27,16 +27,16 @@ def is_temp(path: Path) -> bool:
 
 def fsync_folder(folder: Path) -> None:
     """Make the names in a folder durable: a rename is only then."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _fsync(folder, os.O_DIRECTORY)
 
 
 def fsync_file(path: Path) -> None:
     """Make a file's bytes durable that another process may have written."""
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    _fsync(path, 0)
+
+
+def _fsync(path: Path, kind: int) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | kind)
     try:
         os.fsync(handle)
     finally:

@@ -59,7 +59,6 @@ class IncomingFolder:
                 self._folder.rmdir()
 
     def _opened(self, target: Path) -> IncomingFile:
-        make_folder(self._folder)
         if not self._slots:
             self._make_slots()
         file = IncomingFile(target, self._slots[-1], sync=self._sync)
@@ -74,6 +73,7 @@ class IncomingFolder:
 
     def _make_slots(self) -> None:
         """Empty files whose names are durable: one at first, and more at once the more instances come."""
+        make_folder(self._folder)
         self._made = 1 if self._is_over else min(2 * self._made or 1, _MOST_SLOTS)
         try:
             for _ in range(self._made):

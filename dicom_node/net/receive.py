@@ -311,7 +311,7 @@ class Receiver:
                     del self._bad_uids[key]
         if token is None:
             return
-        self._store.over(token)
+        self._store.spool.close_incoming(token)
         # the peer's closing of the connection may be seen before pynetdicom tells of the release that came first, and
         # it tells of a release in the middle of a message as of any other
         association = self._book.close(token, aborted=not assoc.pdu_reader.released)

@@ -119,10 +119,6 @@ class Store:
         """An instance begins to arrive on the association `token`; `size` is its length in bytes where it is known."""
         return Arrival(self, token, calling_ae, announced, size=size)
 
-    def over(self, token: str) -> None:
-        """The association ended: nothing more arrives on it."""
-        self.spool.close_incoming(token)
-
     def keeps(self, sop_class_uid: str) -> bool:
         """Whether instances of this class are kept; others are dropped."""
         return sop_class_uid in self._kept

@@ -195,6 +195,10 @@ def test_a_clock_that_was_set_back_makes_no_result_the_fault_of_an_outage_that_o
 def test_while_the_clock_is_doubtful_no_outage_ends(night: Night) -> None:
     night.trusted = False
     night.begin()
+    assert_given_up_when_the_clock_is_trusted_again(night)
+
+
+def assert_given_up_when_the_clock_is_trusted_again(night: Night) -> None:
     while night.clock.now < NIGHT + timedelta(days=9):
         night.attempt()
     assert night.state is JobState.DELIVERING
@@ -208,12 +212,7 @@ def test_while_the_clock_is_doubtful_an_archive_that_is_down_is_asked_for_proof(
     night.shows = CountOutcome(code="connection_failed", text="PACS at 10.0.0.1:104 cannot be reached")
     night.begin()
     night.until(lambda: night.delivery().reason_code == "connection_failed")
-    while night.clock.now < NIGHT + timedelta(days=9):
-        night.attempt()
-    assert night.state is JobState.DELIVERING
-    night.trusted = True
-    night.attempt()
-    assert night.state is JobState.FAILED
+    assert_given_up_when_the_clock_is_trusted_again(night)
 
 
 def test_a_refusal_for_good_fails_at_once_also_in_an_outage(night: Night) -> None:
