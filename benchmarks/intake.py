@@ -7,7 +7,7 @@
 Receiving: `dcmsend` sends the same slices of 512x512 to each receiver in turn; with several senders each has its share
 of them, all at once. Ours runs as in the node: receiver processes, durable before each Success. Sending: each sender
 sends them to one `storescp +B`; its start-up, measured with one slice, is taken off. Busy: receiving with and without
-a process beside it that computes without a pause at the priority of the engine.
+the engine beside it, which does one job after the other on a phantom; it gives way as in the node, or never.
 
 "The disk alone" writes the same files as durably, without a network: no durable receiver can be faster. "Bare loop" is
 the least that Python can do (benchmarks/bare_loop.py). `--folder /dev/shm` measures without a disk.
@@ -27,11 +27,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -43,13 +45,15 @@ from pydicom import Dataset, dcmwrite
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from dicom_node.config import Config, PeerConfig
-from dicom_node.engine.child import _NICE
+from dicom_node.config import Config, EngineConfig, PeerConfig
+from dicom_node.engine import EngineStopped
+from dicom_node.engine.local import LocalEngine
 from dicom_node.log import configure_logging
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receivers import ReceiverPool
 from dicom_node.net.scu import send_series
 from dicom_node.net.sending import Way
+from pipeline.types import PipelineOptions, Progress, Stage
 from storage.durable import is_temp
 from storage.incoming_file import IncomingFolder
 from storage.ledger import open_ledger
@@ -237,7 +241,14 @@ def write_alone(folder: Path, files: Sequence[Path], threads: int, figures: Figu
 
 
 @contextmanager
-def our_node(folder: Path, processes: int, *, sync: bool = True, reader: str = "stream") -> Iterator[Receiver]:
+def our_node(
+    folder: Path,
+    processes: int,
+    *,
+    sync: bool = True,
+    reader: str = "stream",
+    registry: AssociationRegistry | None = None,
+) -> Iterator[Receiver]:
     """The node's receiving side as it runs in the node."""
     config = Config.model_validate(
         {
@@ -250,7 +261,7 @@ def our_node(folder: Path, processes: int, *, sync: bool = True, reader: str = "
     )
     folder.mkdir()
     ledger = open_ledger(config.ledger_url)
-    registry = AssociationRegistry(limit=config.node.max_associations, clock=time.monotonic)
+    registry = registry or AssociationRegistry(limit=config.node.max_associations, clock=time.monotonic)
     pool = ReceiverPool(config, ledger, registry)
     inbox = folder / "inbox"
     name = "ours" + ("" if sync else ", no sync") + (", plain" if reader == "plain" else "")
@@ -343,33 +354,60 @@ def orthanc(folder: Path) -> Iterator[Receiver | None]:
 
 def compare_with_a_job(folder: Path, files: Sequence[Path], rounds: int, processes: int) -> None:
     shares = shared_out(folder / "shares", files, 1)
-    figures = {"ours": Figures(), "ours, a job runs": Figures()}
-    with our_node(folder / "ours", processes) as receiver:
+    registry = AssociationRegistry(limit=64, clock=time.monotonic)
+    ways = {
+        "ours, a job runs": LocalEngine(
+            job_timeout_s=RUN_S, images_come=registry.images_come, give_way_s=EngineConfig().give_way_s
+        ),
+        "ours, it never gives way": LocalEngine(job_timeout_s=RUN_S),
+    }
+    figures = {"ours": Figures()} | {name: Figures() for name in ways}
+    phantom = get_context("spawn").Process(target=write_phantom, args=(folder / "phantom",))
+    phantom.start()
+    phantom.join()
+    ct = sorted((folder / "phantom").iterdir())
+    with our_node(folder / "ours", processes, registry=registry) as receiver:
         for _ in range(rounds):
             receive(receiver, shares, len(files), figures["ours"])
-            with computing():
-                receive(receiver, shares, len(files), figures["ours, a job runs"])
+            for name, engine in ways.items():
+                with jobs(engine, ct, folder / "result"):
+                    receive(receiver, shares, len(files), figures[name])
     show(f"{len(files)} slices from 1 sender, median of {rounds} rounds", figures, "ours")
 
 
+def write_phantom(folder: Path) -> None:
+    """In a process of its own: what it imports would count as the receivers' memory."""
+    from training.phantom import PhantomSpec, make_phantom
+    from training.phantom.dicom import write_ct_series
+
+    write_ct_series(make_phantom(PhantomSpec()), folder)
+
+
 @contextmanager
-def computing() -> Iterator[None]:
-    """A process that computes, with as many threads as it likes, at the engine's priority."""
-    process = get_context("spawn").Process(target=_compute, daemon=True)
-    process.start()
-    time.sleep(2.0)  # its imports
+def jobs(engine: LocalEngine, ct: Sequence[Path], result: Path) -> Iterator[None]:
+    """The engine does one job after the other, as in the node; ready means that the networks of one have begun."""
+    over, computing = threading.Event(), threading.Event()
+
+    def work() -> None:
+        options = PipelineOptions(bundle="phantom", device="cpu")
+        while not over.is_set():
+            shutil.rmtree(result, ignore_errors=True)
+            with suppress(EngineStopped):
+                engine.run("busy", ct, options, result, datetime.now(UTC), on_progress=follow, should_stop=over.is_set)
+
+    def follow(progress: Progress) -> None:
+        if progress.stage is Stage.SYNTHESIS:
+            computing.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
     try:
+        if not computing.wait(RUN_S):
+            raise SystemExit("the job did not begin to compute")
         yield
     finally:
-        process.kill()
-        process.join()
-
-
-def _compute() -> None:
-    os.nice(_NICE)
-    values = np.random.default_rng(1).random((1024, 1024), dtype=np.float32)
-    while True:
-        values = np.tanh(values @ values)
+        over.set()
+        thread.join()
 
 
 # ---- sending
@@ -522,13 +560,13 @@ def resident_mb(pids: Sequence[int]) -> float:
 
 def show(title: str, figures: dict[str, Figures], beside: str) -> None:
     """A table; `x` is how many times the rate of `beside`, the median of the rounds' ratios."""
-    print(f"\n{title}\n{'':20} {'images/s':>9} {'x ' + beside:>18} {'CPU ms/image':>13} {'resident MB':>12}")
+    print(f"\n{title}\n{'':24} {'images/s':>9} {'x ' + beside:>18} {'CPU ms/image':>13} {'resident MB':>12}")
     for name, one in figures.items():
         reference = figures[beside].per_second if beside in figures else []
         ratios = [mine / theirs for mine, theirs in zip(one.per_second, reference, strict=False)]
         ratio = f"{median(ratios):.2f}" if ratios else "-"
         resident = f"{median(one.resident_mb):.0f}" if one.resident_mb else "-"
-        print(f"{name:20} {median(one.per_second):9.0f} {ratio:>18} {median(one.cpu_ms):13.2f} {resident:>12}")
+        print(f"{name:24} {median(one.per_second):9.0f} {ratio:>18} {median(one.cpu_ms):13.2f} {resident:>12}")
     sys.stdout.flush()
 
 

@@ -79,7 +79,7 @@ class Assembler:
         self._follow_ledger()
         for series in list(self._series.values()):
             self._keep_job(series)
-        self._finish_duplicates()
+        self._finish_known()
         for study_uid in {s.study_uid for s in self._series.values()}:
             self._fenced(study_uid, partial(self._consider, study_uid))
             self._give_up(study_uid)
@@ -295,10 +295,14 @@ class Assembler:
         tokens = set().union(*(s.tokens for s in members))
         return silent_s > limit_s or not any(self._registry.is_open(t, idle_limit_s=limit_s) for t in tokens)
 
-    def _finish_duplicates(self) -> None:
+    def _finish_known(self) -> None:
         """The same series again after its job: say so, and keep nothing."""
-        for series in [s for s in self._series.values() if s.only_duplicates]:
-            if not self._quiet([series], self._config.intake.quiet_period_s) or series.earlier is None:
+        for series in [s for s in self._series.values() if not s.headers]:
+            if not self._quiet([series], self._config.intake.quiet_period_s):
+                continue
+            if series.job is None and not series.duplicates:  # all of it had other content, and is in quarantine
+                self._forget(series)
+            if series.earlier is None or not series.only_duplicates:
                 continue
             series.job = series.job or self._ledger.open_job(series.info())
             text = f"all {series.duplicates} instances are those of job {series.earlier.id}"

@@ -289,6 +289,18 @@ def test_other_content_under_a_known_uid_is_put_aside(intake: Intake, tmp_path: 
     assert event.details["reason"] == "different_content"
 
 
+def test_a_series_of_which_nothing_was_kept_is_not_waited_for(intake: Intake, tmp_path: Path) -> None:
+    paths = small_ct(tmp_path / "ct", series_uid=generate_uid())
+    intake.put(paths)
+    intake.pass_time(STUDY_QUIET_S)
+    for path, uid in zip(paths, uids(paths), strict=True):
+        changed = path.read_bytes()[:-2] + b"\x07\x07"
+        intake.spool.store_incoming("bb" * 28, uid, (changed[PREAMBLE_BYTES:],))
+    intake.pass_time(STUDY_QUIET_S)
+    assert intake.assembler.receiving == 0
+    assert intake.job().state is QUEUED
+
+
 # -- what cannot be used
 
 
