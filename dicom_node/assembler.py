@@ -163,7 +163,9 @@ class Assembler:
         series.calling_ae, series.address = sender_of(token)
         uid = header.sop_instance_uid
         if uid not in series.headers and self._too_many(series):
-            self._spool.drop(path)
+            self._spool.quarantine(path, "too_many_instances")  # it was acknowledged: nothing that was is thrown away
+            key = (token, "too_many_instances", header.study_uid, header.accession)
+            faults.setdefault(key, []).append(f"{uid}: its series has {series.count} instances already")
             return
         known = [job.id for job in (series.job, series.succeeds) if job is not None]
         adopted = self._spool.adopt(path, series.series_uid, known=known)
@@ -384,7 +386,7 @@ class Assembler:
             code, text = UNANNOUNCED, refused
         elif self._too_many(series):
             limit = self._config.intake.max_instances_per_series
-            code, text = "too_large", f"more than {limit} instances; the rest was dropped"
+            code, text = "too_large", f"more than {limit} instances; the rest is in quarantine"
         elif self._has_gaps(series):
             waited = f"waited {self._config.intake.incomplete_after_s:.0f} s for them"
             code, text = "missing_slices", f"{gaps_text(series.geometry, series.missing_parts)}; {waited}"

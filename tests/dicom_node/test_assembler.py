@@ -355,7 +355,7 @@ def test_a_hostile_header_puts_its_file_aside(
     assert "\n" not in event.text
 
 
-def test_more_instances_than_allowed_are_dropped_and_the_series_rejected(tmp_path: Path) -> None:
+def test_more_instances_than_allowed_are_put_aside_and_the_series_rejected(tmp_path: Path) -> None:
     with running_intake(tmp_path, config(intake={"max_instances_per_series": 5}), listen=False) as intake:
         intake.put(small_ct(tmp_path / "ct", 8))
         intake.assembler.tick()
@@ -364,6 +364,11 @@ def test_more_instances_than_allowed_are_dropped_and_the_series_rejected(tmp_pat
         job = intake.job()
         assert (job.state, job.reason_code, job.instances) == (REJECTED, "too_large", 6)
         assert intake.spool.incoming() == []
+        (event,) = intake.ledger.search_events(code="quarantined")
+        assert (event.details["reason"], event.details["instances"]) == ("too_many_instances", 2)
+        assert (
+            len(list((tmp_path / "spool" / "quarantine" / "too_many_instances").iterdir())) == 2
+        )  # acknowledged: kept
 
 
 def test_an_unexpected_error_with_one_study_leaves_the_others_alone(
