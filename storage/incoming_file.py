@@ -10,30 +10,37 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from xxhash import xxh3_64
 
 from storage.durable import fsync_folder, full_disk_is_no_space, make_folder, temp_beside
+from storage.errors import NoSpace
 
 PREAMBLE_BYTES = 128  # of a DICOM file, for whoever writes it (PS3.10 section 7.1): the seal stands there
 _SEAL = struct.Struct("<16sQ8s64s32x")  # magic, length of what follows the preamble, its XXH3, SOP Instance UID
 _MAGIC = b"dicom-node seal1"
 _MOST_SLOTS = 16  # made at once
 _CHUNK = 1 << 20
+_LOOK_EVERY = 16 << 20  # bytes of an instance after which the room on the disk is asked for again: others write, too
 
 
 class IncomingFolder:
     """Where the instances of one association are written, one at a time. Its end may be told by another thread.
 
-    `sync` False leaves every sync out: for measuring only.
+    `need_room` gets how many bytes come, returns how many may, and raises `NoSpace` when those are fewer. `sync` False
+    leaves every sync out: for measuring only.
     """
 
-    def __init__(self, folder: Path, *, sync: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, need_room: Callable[[int], int] = lambda _bytes: sys.maxsize, sync: bool = True
+    ) -> None:
         self._folder = folder
+        self._need_room = need_room
         self._sync = sync
         self._lock = threading.Lock()
         self._slots: list[Path] = []
@@ -43,12 +50,13 @@ class IncomingFolder:
     def open(self, sop_instance_uid: str) -> IncomingFile:
         """A file for an instance; the UID is checked. Raises `NoSpace`, keeping nothing."""
         target = self._folder / f"{sop_instance_uid}.dcm"
+        room = self._need_room(0)
         with self._lock, full_disk_is_no_space(target):
             try:
-                return self._opened(target)
+                return self._opened(target, room)
             except FileNotFoundError:  # somebody emptied or removed the folder
                 self._drop_slots()
-                return self._opened(target)
+                return self._opened(target, room)
 
     def close(self) -> None:
         """The association is over: remove what it did not use, and the folder when it is empty then. Never raises."""
@@ -58,10 +66,10 @@ class IncomingFolder:
             with suppress(OSError):  # not empty, or gone
                 self._folder.rmdir()
 
-    def _opened(self, target: Path) -> IncomingFile:
+    def _opened(self, target: Path, room: int) -> IncomingFile:
         if not self._slots:
             self._make_slots()
-        file = IncomingFile(target, self._slots[-1], sync=self._sync)
+        file = IncomingFile(target, self._slots[-1], room=room, need_room=self._need_room, sync=self._sync)
         self._slots.pop()
         return file
 
@@ -93,10 +101,13 @@ class IncomingFile:
     The order is write, seal, fsync, rename: a name that can be read after a power cut has all its bytes.
     """
 
-    def __init__(self, target: Path, slot: Path, *, sync: bool) -> None:
-        """Raises FileNotFoundError when the slot is gone."""
+    def __init__(self, target: Path, slot: Path, *, room: int, need_room: Callable[[int], int], sync: bool) -> None:
+        """`room` bytes may come, as of now. Raises FileNotFoundError when the slot is gone."""
         self._target = target
         self._slot = slot
+        self._room = room
+        self._need_room = need_room
+        self._look_at = min(room, _LOOK_EVERY)  # where the room is asked for before more is written
         self._sync = sync
         self._hash, self._length = xxh3_64(), 0
         self._handle = os.open(slot, os.O_WRONLY | os.O_CLOEXEC)
@@ -105,6 +116,8 @@ class IncomingFile:
 
     def write(self, piece: bytes | memoryview) -> None:
         """Append what follows the preamble. Raises `NoSpace`; the caller then discards."""
+        if self._length + len(piece) > self._look_at:
+            self._look_for_room(len(piece))
         try:
             written = os.write(self._handle, piece)
             while written < len(piece):  # a signal or an almost full disk: go on with the rest
@@ -122,6 +135,7 @@ class IncomingFile:
         `<uid>~2.dcm`. Raises `NoSpace`, keeping nothing.
         """
         try:
+            self._need_room(0)  # others came at the same time
             with full_disk_is_no_space(self._target):
                 uid = self._target.stem.encode("ascii")
                 os.pwrite(self._handle, _SEAL.pack(_MAGIC, self._length, self._hash.digest(), uid), 0)
@@ -142,6 +156,18 @@ class IncomingFile:
             self._slot.unlink(missing_ok=True)
             with suppress(OSError):  # not empty, or gone
                 self._slot.parent.rmdir()
+
+    def _look_for_room(self, n_bytes: int) -> None:
+        """For `n_bytes` more: in what there was at the beginning, and in what is left now.
+
+        The first is how an instance of known size is judged. The second is for many at once, who were all told of the
+        same room.
+        """
+        total = self._length + n_bytes
+        if total > self._room:
+            raise NoSpace(f"{self._target.name} is larger than the {self._room} bytes that its disk could take")
+        self._need_room(n_bytes)
+        self._look_at = min(self._room, total + _LOOK_EVERY)
 
     def _close(self) -> None:
         if self._handle >= 0:

@@ -108,11 +108,24 @@ class Spool:
 
     def free_bytes(self) -> int:
         """What the disk has left for this user."""
-        return shutil.disk_usage(self.root).free
+        found = os.statvfs(self.root)
+        return found.f_bavail * found.f_frsize
 
     def room_for(self, n_bytes: int) -> bool:
         """Whether `n_bytes` more leave the watermark free."""
-        return self.free_bytes() - n_bytes >= self.min_free_bytes
+        return self._room() >= n_bytes
+
+    def need_room(self, n_bytes: int) -> int:
+        """How many bytes more leave the watermark free. Raises `NoSpace` when that is less than `n_bytes`."""
+        room = self._room()
+        if room < n_bytes:
+            raise NoSpace(
+                f"the disk of {self.root} has no room for {n_bytes} bytes more: {self.min_free_bytes} must stay free"
+            )
+        return room
+
+    def _room(self) -> int:
+        return self.free_bytes() - self.min_free_bytes
 
     # ---- the inbox
 
@@ -120,14 +133,14 @@ class Spool:
         """The file of an instance that is being received; when its `commit` returns, Success may be said.
 
         What is written follows the preamble. Raises `NoSpace` (below the watermark, or the disk is full) and `BadUid`,
-        keeping nothing. `close_incoming` when the association is over.
+        keeping nothing; the file raises `NoSpace` when it would grow past the watermark. `close_incoming` when the
+        association is over.
         """
         check_uid(sop_instance_uid)
-        if not self.room_for(0):
-            raise NoSpace(f"the disk of {self.root} has less than {self.min_free_bytes} bytes free")
         folder = self._receiving.get(association)
         if folder is None:
-            folder = IncomingFolder(self._incoming / check_token(association), sync=self._sync)
+            path = self._incoming / check_token(association)
+            folder = IncomingFolder(path, need_room=self.need_room, sync=self._sync)
             self._receiving[association] = folder
         return folder.open(sop_instance_uid)
 

@@ -32,6 +32,7 @@ from storage.spool import Spool, check_uid
 log = structlog.get_logger(__name__)
 
 PLACEHOLDER_UID = "0.0"  # stands in a response for what was no UID
+_PIECE = 16 << 20  # bytes of an instance in memory that are written at once: the room on the disk is asked for between
 
 
 class Book(Protocol):
@@ -246,7 +247,8 @@ def answer_store(event: Event, store: Store, token: str, calling_ae: str, fault:
         fault=fault,
     )
     arrival = store.arrival(token, calling_ae, announced, size=len(data))
-    arrival.write(data)
+    for at in range(0, len(data), _PIECE):
+        arrival.write(data[at : at + _PIECE])
     answer = arrival.end()
     if answer.status == Status.SUCCESS:
         return Status.SUCCESS

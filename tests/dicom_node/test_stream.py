@@ -35,6 +35,7 @@ from tls_tools import Authority
 from wire_tools import CAPTURE, CONTEXTS, CT, ECHO, READERS, VERIFICATION, Outcome, Wire, wire
 
 from dicom_node.net.pace import Pace, TooSlow
+from storage.spool import Spool
 
 DATA = b"\x08\x00\x60\x00CS\x02\x00CT"
 MEGABYTE = 1_000_000
@@ -159,6 +160,16 @@ def test_every_pdu_size_brings_the_same_bytes(tmp_path: Path, reader: str, max_p
     assert outcome.files["1.2.3.dcm"].endswith(data)
 
 
+@pytest.mark.parametrize("reader", READERS)
+def test_an_instance_of_many_pieces_comes_whole(tmp_path: Path, reader: str) -> None:
+    data = bytes(range(256)) * 150_000
+    with wire(tmp_path, reader) as running:
+        outcome = running.in_turn([ct(data=data)], lambda message: message.in_pdus(262144))
+    assert status_of(outcome.responses[0]) == 0
+    assert outcome.files["1.2.3.dcm"].endswith(data)
+    assert outcome.stored_bytes == len(data)
+
+
 # -- refusals and what is dropped
 
 
@@ -194,6 +205,20 @@ def test_no_room_is_answered_the_same(tmp_path: Path) -> None:
             assert "store_refused" in running.intake.event_codes()
     assert outcomes[0] == outcomes[1]
     assert status_of(outcomes[0].responses[0]) == 0xA700
+
+
+@pytest.mark.parametrize("more", [1000, 5_000_000 - 1, 5_000_000])  # bytes that the watermark still lets come
+def test_a_near_watermark_is_answered_the_same(tmp_path: Path, more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Spool, "free_bytes", lambda _: 10**9 + more)
+    messages = [ct(1, data=bytes(5_000_000)), ct(2, "1.2.4", bytes(500)), echo_message(ECHO, 3)]
+    outcomes = []
+    for reader in READERS:
+        with wire(tmp_path / reader, reader, intake={"min_free_bytes": 10**9}) as running:
+            outcomes.append(running.in_turn(messages, lambda message: message.in_pdus(65536)))
+            assert "store_refused" in running.intake.event_codes()
+    assert outcomes[0] == outcomes[1]
+    assert [status_of(response) for response in outcomes[0].responses] == [0xA700, 0, 0]
+    assert list(outcomes[0].files) == ["1.2.4.dcm"]
 
 
 def test_an_empty_data_set_is_refused_the_same(plain: Wire, stream: Wire) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from storage.errors import NoSpace
 from storage.incoming_file import PREAMBLE_BYTES, IncomingFolder, own_name_of
 from storage.spool import Adopted, Spool
 
@@ -84,6 +85,75 @@ def test_pieces_of_any_size_come_together(tmp_path: Path) -> None:
     for piece in (b"a", memoryview(b"bc"), b"", b"d" * 100_000):
         file.write(piece)
     assert content(file.commit()) == b"abc" + b"d" * 100_000
+
+
+# -- room on the disk
+
+MIB = 1 << 20
+
+
+def test_the_room_is_asked_for_at_the_beginning_every_16_mib_and_before_the_commit(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def need_room(n_bytes: int) -> int:
+        asked.append(n_bytes)
+        return 10**12
+
+    file = IncomingFolder(tmp_path, need_room=need_room, sync=False).open("1.2")
+    for _ in range(40):
+        file.write(bytes(MIB))
+    file.commit()
+    assert asked == [0, MIB, MIB, 0]
+
+
+def test_an_instance_of_an_ordinary_size_asks_twice(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def need_room(n_bytes: int) -> int:
+        asked.append(n_bytes)
+        return 10**12
+
+    folder = IncomingFolder(tmp_path, need_room=need_room, sync=False)
+    for number in range(3):
+        file = folder.open(f"1.{number}")
+        for _ in range(9):
+            file.write(bytes(60_000))
+        file.commit()
+    assert asked == [0, 0] * 3
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000, 5000])
+def test_an_instance_has_the_room_that_there_was_when_it_began_however_it_is_cut(tmp_path: Path, step: int) -> None:
+    folder = IncomingFolder(tmp_path, need_room=lambda _bytes: 1000, sync=False)
+
+    def write(length: int) -> None:
+        file = folder.open(f"1.{length}")
+        try:
+            for at in range(0, length, step):
+                file.write(bytes(min(step, length - at)))
+            file.commit()
+        finally:
+            file.discard()
+
+    write(1000)
+    with pytest.raises(NoSpace, match="larger than the 1000 bytes"):
+        write(1001)
+
+
+def test_room_that_others_took_meanwhile_ends_an_instance_in_the_middle(tmp_path: Path) -> None:
+    rooms = iter([10**9, MIB - 1])
+
+    def need_room(n_bytes: int) -> int:
+        room = next(rooms)
+        if room < n_bytes:
+            raise NoSpace("taken")
+        return room
+
+    file = IncomingFolder(tmp_path, need_room=need_room, sync=False).open("1.2")
+    for _ in range(16):
+        file.write(bytes(MIB))
+    with pytest.raises(NoSpace, match="taken"):
+        file.write(bytes(MIB))
 
 
 # -- one commit of the disk for each instance, and what a power cut leaves
