@@ -47,7 +47,7 @@ from dicom_node.net.status import (
     rejection,
 )
 from dicom_node.net.store import PLACEHOLDER_UID, Book, Notes, Store, answer_store, fault_of, names_instance
-from dicom_node.net.stream import PduReader
+from dicom_node.net.stream import PduReader, announced_pdu
 from dicom_node.net.thinning import without_numbers
 from dicom_node.net.trial_lock import a_test_is_sent
 from storage.spool import Spool
@@ -88,7 +88,7 @@ class Receiver:
         self._book = book
         self._store = Store(config, spool, notes, book, clock=clock)
         self._commitments = CommitmentScp(config, spool, notes) if config.gives_commitment else None
-        self._ae = build_ae(config.node)
+        self._ae = build_ae(config.node, max_pdu=announced_pdu(config))
         self._servers: list[Any] = []
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()

@@ -298,13 +298,16 @@ def _address_of(assoc: Any) -> str:
     return plain_address(assoc.requestor.address)
 
 
-def build_ae(node: NodeConfig) -> AE:
-    """The application entity of `[node]`; admission and the association limit are ours (see `receive`)."""
+def build_ae(node: NodeConfig, *, max_pdu: int) -> AE:
+    """The application entity of `[node]`; `max_pdu` is what it announces.
+
+    Admission and the association limit are ours (see `receive`).
+    """
     quiet_pynetdicom()
     ae = AE(ae_title=node.ae_title)
     ae.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
     ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
-    ae.maximum_pdu_size = node.max_pdu
+    ae.maximum_pdu_size = max_pdu
     ae.acse_timeout = node.acse_timeout_s
     ae.dimse_timeout = node.dimse_timeout_s
     ae.network_timeout = node.network_timeout_s

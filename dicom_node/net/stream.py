@@ -54,6 +54,7 @@ _ABORT = b"\x07\x00\x00\x00\x00\x04\x00\x00\x02\x00"  # A-ABORT, source: service
 _MAX_NEGOTIATION = 1024 * 1024  # bytes of an A-ASSOCIATE-RQ: 128 contexts with every transfer syntax have 50 kB
 _MAX_PASSED = 16 * 1024 * 1024  # bytes of a message that pynetdicom gets: a report on 5,000 instances has 1 MB
 _MAX_DRAINED = 16 * 1024 * 1024  # bytes that a peer may still send after an A-ABORT before we close
+_MAX_COLLECTED = 16 * 1024 * 1024  # bytes of a PDU that the plain reader collects: the largest that `max_pdu` may name
 _SLACK = 1024 * 1024  # a peer that exceeds a maximum a little is served: others serve it, too
 _BUFFER = 256 * 1024
 _AHEAD = cmd.PDU_HEADER.size + cmd.PDV_HEADER.size  # what follows a fragment that ends its PDU and is not the last
@@ -106,7 +107,7 @@ class PduReader:
         self._store = store
         self._token_of = token_of
         self._streams = intake.reader == "stream"
-        self._max_pdu = (node.max_pdu or intake.max_instance_bytes) + _SLACK
+        self._max_pdu = (announced_pdu(config) or intake.max_instance_bytes) + _SLACK
         self._passing = Passing(intake.max_instance_bytes + _SLACK, self._context_for)
         self._send_s = node.network_timeout_s
         self._pace = Pace(silence_s=node.network_timeout_s, min_bytes_per_s=intake.min_bytes_per_s)
@@ -208,10 +209,14 @@ class PduReader:
         kind, length = cmd.PDU_HEADER.unpack(header)
         if not 1 <= kind <= 7:
             raise Malformed(f"PDU type 0x{kind:02X}")
-        limit = self._max_pdu if kind == cmd.P_DATA else _MAX_NEGOTIATION
-        if length > limit:
+        if length > _MAX_NEGOTIATION and length > (limit := self._most(kind)):
             raise Malformed(f"a PDU of type 0x{kind:02X} claims {length} bytes: at most {limit} are read")
         return header, kind, length
+
+    def _most(self, kind: int) -> int:
+        """Bytes of a PDU of this type that are read: nobody sends much before we let it in."""
+        let_in = self._dul.state_machine.current_state == _ESTABLISHED
+        return self._max_pdu if kind == cmd.P_DATA and let_in else _MAX_NEGOTIATION
 
     def _pass_on(self, raw: bytes) -> None:
         """Give pynetdicom a PDU, as its own reader would, or an association request that it can read."""
@@ -435,6 +440,16 @@ class PduReader:
         if (thinned := self._store.thinned(code, f"{address} {without_numbers(reason)}")) is not None:
             log.warning(f"association.{code}", calling_ae=caller, address=address, reason=reason, **thinned)
             self._store.note(code, f"{caller}: {reason}: aborted", thinned)
+
+
+def announced_pdu(config: Config) -> int:
+    """The longest P-DATA-TF PDU that peers are told to send (PS3.8 annex D.1.1); 0: of any length.
+
+    The plain reader collects each in memory, and so has a limit where none is configured.
+    """
+    if config.intake.reader == "plain":
+        return config.node.max_pdu or _MAX_COLLECTED
+    return config.node.max_pdu
 
 
 def store_response(request: Request, answer: Answer) -> bytes:

@@ -21,6 +21,7 @@ from pydicom.uid import CTImageStorage, generate_uid
 from raw_sender import associate_request
 
 from dicom_node.config import PeerConfig
+from dicom_node.net.receivers import ReceiverPool
 from dicom_node.net.scu import send_series
 from storage.records import JobState
 
@@ -32,7 +33,9 @@ _SPOOL_FILE = re.compile(
     r"|(work|outbox)/[0-9a-f]+(/.*)?|quarantine/[a-z_]+(/[0-9.~]+\.dcm)?|references/[0-9a-f]+\.json"
     r"|inbox|inbox/[a-z]+|work|outbox|quarantine|references|commitments?(/.*)?|fetched(/.*)?|[a-z]+"
 )
-_BAD_NEWS = ("store.failed", "association.admission_failed", "ledger.note_failed", "assembler.step_failed")
+_LISTENS = "0A"  # a state in /proc/net/tcp
+NODE = {"acse_timeout_s": 4, "network_timeout_s": 10, "max_connections_per_address": 0, "max_associations": 200}
+BAD_NEWS = ("store.failed", "association.admission_failed", "ledger.note_failed", "assembler.step_failed")
 
 NASTY = (
     "a\nnode.started fake=line",
@@ -58,6 +61,7 @@ class Siege:
 
     intake: Intake
     folder: Path
+    pool: ReceiverPool | None = None  # the receiver is in processes of its own
     logs: list[dict[str, object]] = field(default_factory=list)
     resident: int = 0
     outside: frozenset[str] = frozenset()
@@ -71,16 +75,30 @@ class Siege:
 
     def watch_memory(self) -> None:
         """From here on: the peak of what is resident counts from now."""
-        self.resident = forget_peak()
+        self.resident = sum(forget_peak(pid) for pid in self._pids())
+
+    def _pids(self) -> Sequence[int | str]:
+        """The processes that receive."""
+        return ["self"] if self.pool is None else self.pool.pids
+
+    def _growth(self) -> int:
+        return sum(peak_bytes(pid) for pid in self._pids()) - self.resident
+
+    def _is_quiet(self) -> bool:
+        """No association is open, nor a connection that waits for one."""
+        if self.intake.registry.open_tokens():
+            return False
+        if self.pool is None:
+            return not any(server.active_associations for server in self.intake.receiver._servers)
+        return all(_connections(pid, self.intake.port) == 0 for pid in self.pool.pids)
 
     def assert_unharmed(self) -> None:
         """What the module's first lines say."""
-        growth = peak_bytes() - self.resident
+        growth = self._growth()
         intake = self.intake
-        intake.wait(lambda: not intake.registry.open_tokens())
-        intake.wait(lambda: not any(server.active_associations for server in intake.receiver._servers))
-        assert intake.receiver.alive
-        bad_news = [line for line in self.logs if line["event"] in _BAD_NEWS]
+        intake.wait(self._is_quiet)
+        assert (self.pool or intake.receiver).alive
+        bad_news = [line for line in self.logs if line["event"] in BAD_NEWS]
         self.logs.clear()
         assert not bad_news, bad_news
         assert self._outside() == self.outside
@@ -88,7 +106,7 @@ class Siege:
         strange = [str(path.relative_to(spool)) for path in spool.rglob("*")]
         assert [path for path in strange if not _SPOOL_FILE.fullmatch(path)] == []
         self.good_study()
-        growth = max(growth, peak_bytes() - self.resident)
+        growth = max(growth, self._growth())
         assert growth < MOST_GROWTH, f"{growth >> 20} MiB more"
         self.watch_memory()
 
@@ -131,17 +149,38 @@ class Siege:
 
 
 @contextlib.contextmanager
-def besieged(folder: Path, *, reader: str = "stream") -> Iterator[Siege]:
+def besieged(
+    folder: Path, *, reader: str = "stream", max_pdu: int = 262144, max_instance_bytes: int = 4_000_000
+) -> Iterator[Siege]:
     """A receiver in this process, so that an exception in any of its threads fails the test."""
     folder.mkdir(parents=True, exist_ok=True)
-    node = {"acse_timeout_s": 4, "network_timeout_s": 10, "max_connections_per_address": 0, "max_associations": 200}
-    with (
-        structlog.testing.capture_logs() as logs,
-        running_intake(folder, config(node=node, intake={"reader": reader, "max_instance_bytes": 4_000_000})) as intake,
-    ):
-        siege = Siege(intake, folder, logs)
+    limits = {"max_instance_bytes": max_instance_bytes}
+    cfg = config(node={**NODE, "max_pdu": max_pdu}, intake={"reader": reader, **limits})
+    with structlog.testing.capture_logs() as logs, running_intake(folder, cfg) as intake:
+        siege = Siege(intake, folder, logs=logs)
         siege.begin()
         yield siege
+
+
+@contextlib.contextmanager
+def besieged_processes(folder: Path, *, processes: int = 2) -> Iterator[Siege]:
+    """Receiver processes, as the node has them. What they log goes to this process's stderr."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = config(
+        node={**NODE, "receiver_processes": processes},
+        storage={"root": str(folder / "spool")},
+        intake={"max_instance_bytes": 4_000_000},
+        log={"level": "warning"},
+    )
+    with running_intake(folder, cfg, listen=False) as intake:
+        pool = ReceiverPool(cfg, intake.ledger, intake.registry, on_lost=intake.spool.drop_halves)
+        intake.port = pool.start(port=0)
+        try:
+            siege = Siege(intake, folder, pool)
+            siege.begin()
+            yield siege
+        finally:
+            pool.stop()
 
 
 @contextlib.contextmanager
@@ -154,15 +193,26 @@ def _hung_up_on() -> Iterator[None]:
             raise
 
 
-def forget_peak() -> int:
-    """The peak becomes what is resident now, in bytes (proc_pid_clear_refs(5))."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
+def _connections(pid: int, port: int) -> int:
+    """How many connections to `port` a process has open."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            inodes.add(str(descriptor.readlink()))
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    at_port = [row for row in rows if row[1].endswith(f":{port:04X}") and row[3] != _LISTENS]
+    return sum(f"socket:[{row[9]}]" in inodes for row in at_port)
 
 
-def peak_bytes() -> int:
-    """The most that was resident of this process since `forget_peak`: no batch hides it by freeing in time."""
-    status = Path("/proc/self/status").read_text()
+def forget_peak(pid: int | str = "self") -> int:
+    """The peak of a process becomes what is resident now, in bytes (proc_pid_clear_refs(5))."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return peak_bytes(pid)
+
+
+def peak_bytes(pid: int | str = "self") -> int:
+    """The most that was resident of a process since `forget_peak`: no batch hides it by freeing in time."""
+    status = Path(f"/proc/{pid}/status").read_text()
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
 

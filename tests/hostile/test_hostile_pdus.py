@@ -7,30 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 from hostile_tools import CT, MOST_GROWTH, VERIFICATION, Siege, besieged, mutated, peak_bytes
+from hostile_words import ECHO, PDUS, REQUEST, STORE, TINY, next_to_nothing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from raw_sender import (
-    ABORT,
-    RELEASE_RP,
-    RELEASE_RQ,
-    Message,
-    associate_request,
-    command,
-    echo_message,
-    p_data,
-    store_message,
-    us,
-)
+from raw_sender import RELEASE_RQ, associate_request, p_data
 
-DATA = b"\x08\x00\x60\x00CS\x02\x00CT" + b"\x10\x00\x10\x00PN\x04\x00TEST"
-REQUEST = associate_request([VERIFICATION, CT])
-STORE = store_message(3, 1, CT, "1.2.3.4", DATA).in_pdus()
-ECHO = echo_message(1, 2).in_pdus()
-STORE_BEGUN = p_data(store_message(3, 1, CT, "1.2.3.4", DATA).pdvs()[0])
-REPORT_BEGUN = Message(5, command(field=(0x0100, us(0x0100)), message=(0x0110, us(1)), data=(0x0800, us(1)))).in_pdus()
-ACCEPT = b"\x02" + REQUEST[1:]
-REJECT = b"\x03\x00\x00\x00\x00\x04\x00\x01\x01\x01"
-PDUS = (REQUEST, ACCEPT, REJECT, STORE, ECHO, RELEASE_RQ, RELEASE_RP, ABORT)
 bounded = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
@@ -106,22 +87,9 @@ def test_items_that_nest_and_repeat_in_a_request(siege: Siege) -> None:
         siege.send(struct.pack(">BxL", 1, len(body)) + body, RELEASE_RQ)
 
 
-TINY = {
-    "empty fragments of a command": (1, 3, 0),
-    "fragments of a byte of a command": (1, 3, 1),
-    "empty fragments of a data set": (0, 3, 0),
-    "fragments of a byte of a data set": (0, 3, 1),
-    "empty fragments of a data set that is no instance": (0, 5, 0),
-    "fragments of a byte of a data set that is no instance": (0, 5, 1),
-}
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_fragments_that_are_next_to_nothing(siege: Siege, name: str) -> None:
-    kind, context_id, length = TINY[name]
-    fragment = struct.pack(">LBB", length + 2, context_id, kind) + bytes(length)
-    begin = b"" if kind else STORE_BEGUN if context_id == 3 else REPORT_BEGUN
-    siege.send(begin, p_data(fragment * 40_000), associate=[VERIFICATION, CT, VERIFICATION])
+    siege.send(*next_to_nothing(*TINY[name]), associate=[VERIFICATION, CT, VERIFICATION])
 
 
 def test_memory_that_was_needed_and_freed_is_seen(siege: Siege) -> None:
