@@ -25,7 +25,7 @@ from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
 from pynetdicom.presentation import PresentationContext
 
 from dicom_node.config import NodeConfig, PeerConfig
-from dicom_node.net import checkpoint
+from dicom_node.net import checkpoint, readable
 from dicom_node.net.scp import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicom_node.net.security import SecurityError, client_context, tell_failure, why
 
@@ -98,6 +98,7 @@ class _Requestor(AE):
     def _create_socket(self, *args: Any, **kwargs: Any) -> Any:
         made = super()._create_socket(*args, **kwargs)
         self.raw_socket = made.socket
+        readable.install(made)
         return made
 
 

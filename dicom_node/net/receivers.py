@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -342,6 +343,7 @@ def serve(config: Config, listening: tuple[Listener, ...], connection: Connectio
     """The whole life of a receiver process; it ends with a `stop` or when the node's process is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the node tells us; a terminal's Ctrl-C reaches us, too
         signal.signal(number, signal.SIG_IGN)
+    _allow_descriptors()
     configure_logging(config.log)
     for listener in listening:
         listener.socket.setblocking(False)
@@ -355,6 +357,13 @@ def serve(config: Config, listening: tuple[Listener, ...], connection: Connectio
         receiver.stop()
     # at once, whatever a thread waits for: when the node was killed, the next one must find the port and spool free
     os._exit(0 if stopping else 1)
+
+
+def _allow_descriptors() -> None:
+    """As many as the system lets this user have: the usual 1,024 are for programs that use `select`."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # then it is as it was
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Node:

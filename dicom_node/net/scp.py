@@ -77,6 +77,7 @@ _POLLS_PER_COLLECTION = 300  # every 30 s at 10 turns a second
 _BACKLOG = 128  # connections that the kernel holds for us; pynetdicom's 5 drops those of a busy router
 _BIND_S, _BIND_AGAIN_S = 5.0, 0.05
 _CONNECTIONS_PER_ASSOCIATION = 4  # sockets that may wait for their A-ASSOCIATE-RQ, per allowed association
+_NO_DESCRIPTOR, _DESCRIPTOR_AGAIN_S = (errno.EMFILE, errno.ENFILE), 0.1
 _ADDRESSES_REMEMBERED = 4096  # whether they are a peer's: asked of every open connection whenever one more comes
 
 
@@ -214,6 +215,7 @@ class _Server(ThreadedAssociationServer):
     on_tls_failure: Callable[[str, str], None] = staticmethod(lambda _address, _reason: None)
     poll: Callable[[], None] = staticmethod(lambda: None)
     _polls = 0
+    _starves = False  # no descriptor was left for the last connection
 
     def __init__(self, *args: Any, listening: socket.socket, **kwargs: Any) -> None:
         self._listening = listening
@@ -239,10 +241,23 @@ class _Server(ThreadedAssociationServer):
             gc.collect()
 
     def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
-        request, address = super().get_request()
+        try:
+            request, address = super().get_request()
+        except OSError as error:
+            if error.errno in _NO_DESCRIPTOR:
+                self._wait_for_descriptor()
+            raise
+        self._starves = False
         # without it a response waits 45 ms for the peer's delayed ACK (Nagle)
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return request, address
+
+    def _wait_for_descriptor(self) -> None:
+        """The connection stays with the kernel; the listening loop, which would come back at once, waits a moment."""
+        if not self._starves:
+            self._starves = True
+            self.on_limit("no file descriptor is left: new connections wait until one is (ulimit -n, LimitNOFILE)")
+        time.sleep(_DESCRIPTOR_AGAIN_S)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Connections that never ask for an association hold a thread each until the ACSE time-out."""

@@ -11,7 +11,6 @@ the same limits.
 
 from __future__ import annotations
 
-import select
 import socket
 import ssl
 import struct
@@ -27,6 +26,7 @@ from pynetdicom.association import Association
 
 from dicom_node.config import Config
 from dicom_node.net import command as cmd
+from dicom_node.net import readable
 from dicom_node.net.command import Malformed
 from dicom_node.net.negotiation import ASSOCIATE_RQ, readable_request
 from dicom_node.net.pace import Pace, TooSlow, sleep_unless
@@ -131,6 +131,7 @@ class PduReader:
             # a read wakes up for a look around; settimeout() would do it with one more system call for each read
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(_TICK_S))
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._send_s))
+        readable.install(self._dul.socket)
         self._dul._read_pdu_data = self.read
         self._dul.socket._shutdown_socket = self._shut_down
 
@@ -355,7 +356,7 @@ class PduReader:
         if self._left:
             return True
         pending = isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()
-        return bool(pending or select.select([self._socket], [], [], _LINGER_S)[0])
+        return bool(pending or readable.within(self._socket, _LINGER_S))
 
     def _exactly(self, length: int) -> bytes:
         """The next bytes, all of them."""
@@ -394,7 +395,7 @@ class PduReader:
         sock = self._socket
         if not isinstance(sock, ssl.SSLSocket):
             return sock.recv_into(view, len(view), socket.MSG_WAITALL)
-        if not sock.pending() and not select.select([sock], [], [], _TICK_S)[0]:
+        if not sock.pending() and not readable.within(sock, _TICK_S):
             raise BlockingIOError
         sock.settimeout(_TICK_S)  # the rest of a TLS record may be long in coming
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -117,7 +118,12 @@ def is_free(port: int) -> bool:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = Running(tmp_path_factory.mktemp("pool"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+    try:
+        running = Running(tmp_path_factory.mktemp("pool"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     yield running
     running.pool.stop()
 
@@ -155,6 +161,12 @@ def test_a_receiver_that_is_killed_is_replaced_and_the_other_goes_on(running: Ru
     with RawSender(running.port, CONTEXTS) as again:
         assert send(again, "1.2.5") == 0
         again.release()
+
+
+def test_a_receiver_may_have_as_many_descriptors_as_the_system_allows(running: Running) -> None:
+    for pid in running.pool.pids:
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        assert soft == hard
 
 
 def test_the_association_limit_holds_over_all_processes(running: Running) -> None:
