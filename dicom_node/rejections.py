@@ -17,6 +17,7 @@ import structlog
 from dicom_node.config import Config
 from dicom_node.delivery import outbox_files
 from dicom_node.lineage import result_uids, superseded_by
+from dicom_node.trial import is_test
 from pipeline.errors import OutputError
 from pipeline.outputs.rejection_note import (
     RejectedSeries,
@@ -81,13 +82,14 @@ def reject(
     ledger.reject_result(job.id, (), destinations=destinations, code=code, text=text)
     deliveries = ledger.deliveries(job.id)
     known = {(d.destination, d.encoding) for d in deliveries if d.kind == REJECTION and d.state not in OPEN_AGAIN}
+    test = is_test(ledger, job)
     notes, unnamed = [], []
     for delivery in arrived(deliveries, ledger.events(job.id), destinations):
         encoding = note_encoding(delivery, reason)
         if (delivery.destination, encoding) in known:
             continue
         try:
-            series_uid = _note(spool, job, delivery, reason, description, clock)
+            series_uid = _note(spool, job, delivery, reason, description, clock, test=test)
         except OutputError as error:
             unnamed.append(f"no note about {delivery.kind} ({delivery.encoding}): {error.text}")
             continue
@@ -147,6 +149,8 @@ def _note(
     reason: RejectionReason,
     description: str,
     clock: Callable[[], datetime],
+    *,
+    test: bool,
 ) -> str:
     """The series UID of the note, which lies in the outbox when this returns. Raises OutputError."""
     encoding = note_encoding(delivery, reason)
@@ -157,7 +161,9 @@ def _note(
     if rejected.series_uid != delivery.series_uid:  # files or names of another run of the job
         text = f"what is kept is series {rejected.series_uid}, the ledger says that {delivery.series_uid} was sent"
         raise OutputError("result_unreadable", text)
-    note = encode_rejection_note(rejected, reason=reason, description=description, created=clock(), encoding=encoding)
+    note = encode_rejection_note(
+        rejected, reason=reason, description=description, created=clock(), encoding=encoding, test=test
+    )
     make_folder(path.parent)
     temp = write_temp(path, (note.instances[0].data,))
     try:

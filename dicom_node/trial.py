@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dicom_node.config import DestinationConfig
 from storage.ledger import Ledger
-from storage.records import Job
+from storage.records import Event, Job
 
 ANNOUNCED = "test_announced"  # the event's code
 UNANNOUNCED = "unannounced_test"  # reason code of a series that is refused
@@ -35,17 +35,26 @@ def announce(ledger: Ledger, study_uid: str, destination: str) -> None:
 
 def trial_of(ledger: Ledger, job: Job, ae_title: str) -> Trial | None:
     """Of which test study a job is, or None. `ae_title` is the node's own."""
-    announced = [event for event in ledger.events_of_study(job.info.study_uid) if event.code == ANNOUNCED]
+    announced = _announcements(ledger, job.info.study_uid)
     if announced:
         return Trial(destination=str(announced[-1].details.get("destination") or ""))
     return Trial() if job.info.calling_ae == ae_title or LABELED in job.details else None
+
+
+def is_test(ledger: Ledger, job: Job) -> bool:
+    """Whether a job is of a test study of ours: announced here, or, in a restored ledger, labeled in its instances."""
+    return bool(_announcements(ledger, job.info.study_uid)) or LABELED in job.details
+
+
+def _announcements(ledger: Ledger, study_uid: str) -> list[Event]:
+    return [event for event in ledger.events_of_study(study_uid) if event.code == ANNOUNCED]
 
 
 def unannounced(ledger: Ledger, study_uid: str, *, calling_ae: str, labeled: bool, ae_title: str) -> str:
     """Why a series is refused that has a test's sender or labels and was not announced; "" for any other."""
     if calling_ae != ae_title and not labeled:
         return ""
-    if any(event.code == ANNOUNCED for event in ledger.events_of_study(study_uid)):
+    if _announcements(ledger, study_uid):
         return ""
     if labeled:
         return "a test study of `dicom-node doctor` that this ledger knows no announcement of: it goes nowhere"

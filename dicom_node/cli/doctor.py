@@ -40,7 +40,6 @@ MATRIX = 128
 COVERAGE = (0.58, 0.74)  # of the body's height: pelvis to chest, which every gate knows
 SPACING_MM = (5.0, 4.0, 4.0)
 PURPOSE = "TEST - dicom-node doctor"
-COMMENTS = "TEST: a generated phantom of dicom-node doctor, not a patient"
 _REMEDIES = {
     "disk": "make room, or correct [storage].root",
     "ledger": "the message above; docs/operation.md",
@@ -189,6 +188,8 @@ def _label(files: Sequence[Path], accession: str) -> str:
     from pydicom import dcmread
     from pydicom.uid import generate_uid
 
+    from pipeline.outputs.attributes import TEST_PATIENT_COMMENTS
+
     study_uid, series_uid, frame_of_reference_uid = generate_uid(), generate_uid(), generate_uid()
     for path in files:
         ds = dcmread(path)
@@ -197,7 +198,7 @@ def _label(files: Sequence[Path], accession: str) -> str:
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
         ds.AccessionNumber = accession
         ds.SeriesDescription = "TEST - PHANTOM CT"
-        ds.PatientComments = ds.ImageComments = COMMENTS
+        ds.PatientComments = ds.ImageComments = TEST_PATIENT_COMMENTS
         ds.QualityControlImage = "YES"  # PS3.3 C.7.6.1: of a phantom
         ds.save_as(path)
     return str(study_uid)

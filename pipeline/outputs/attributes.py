@@ -26,6 +26,9 @@ from pipeline.outputs.header import (
 )
 from pipeline.types import OutputOptions, SourceSeries
 
+# Of every object of a test study, the generated CT too: tools find a study whose objects disagree on its patient
+TEST_PATIENT_COMMENTS = "TEST: a generated phantom of dicom-node doctor, not a patient"
+
 UTF_8, DEFAULT_REPERTOIRE = "ISO_IR 192", "ISO_IR 6"
 TAKEN_SERIES_NUMBER_STEP = 100
 
@@ -97,7 +100,8 @@ class Moment:
 def copy_patient_and_study(ds: Dataset, source: SourceSeries, options: OutputOptions) -> None:
     """Write the Patient, General Study and Patient Study modules (PS3.3 C.7.1.1, C.7.2.1, C.7.2.2) into `ds`.
 
-    Weight and size are copied, never invented. Raises OutputError where the study has no usable UID.
+    Weight and size are copied, never invented; comments are written for a test study alone. Raises OutputError where
+    the study has no usable UID.
     """
     header = source.header
     study_uid = clean("UI", source.study_uid)
@@ -110,6 +114,8 @@ def copy_patient_and_study(ds: Dataset, source: SourceSeries, options: OutputOpt
         number = clean_value(header, keyword)
         if number and low <= float(number) <= high and not (keyword == "PatientSize" and options.omit_patient_size):
             setattr(ds, keyword, number)
+    if options.test:  # the one text that also reports, presentation states and notes have a place for
+        ds.PatientComments = TEST_PATIENT_COMMENTS
     _copy_deidentification(ds, header)
     offset = clean_value(header, "TimezoneOffsetFromUTC")
     if _utc_offset(offset) is not None:

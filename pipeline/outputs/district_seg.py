@@ -37,7 +37,7 @@ from pipeline.outputs.codes import (
 )
 from pipeline.outputs.companions import CONTENT_CREATOR, equipment, one_instance, stand_in, write_common_modules
 from pipeline.outputs.header import clean
-from pipeline.outputs.modules import Uids, contributing_equipment, described
+from pipeline.outputs.modules import TEST_COMMENTS, Uids, contributing_equipment, described
 from pipeline.outputs.pet_series import AXIAL
 from pipeline.outputs.picture import DISTRICT_COLORS
 from pipeline.types import (
@@ -202,6 +202,8 @@ def _write_modules(
     copy_position_reference(ds, source)
     ds.ContentDate, ds.ContentTime = now.date, now.time
     ds.BodyPartExamined = body_part_examined(source)
+    if options.test:
+        ds.ImageComments = TEST_COMMENTS
     copy_lossy_history(ds, source)
 
 

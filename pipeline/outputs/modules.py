@@ -27,7 +27,7 @@ MODEL_NAME = "dicom-node synthetic PET"
 HASH_SHOWN = 12  # hexadecimal digits of a SHA-256 that people can still compare by eye
 
 IMAGE_COMMENTS = "SYNTHETIC PET PREDICTED FROM CT BY AI - NOT ACQUIRED - NOT FOR DIAGNOSIS"
-TEST_COMMENTS = "TEST OF THE NODE ON A GENERATED PHANTOM - NO PATIENT; "
+TEST_COMMENTS = "TEST OF THE NODE ON A GENERATED PHANTOM - NO PATIENT"
 LONG_STRING = 64  # characters of VR LO (PS3.5 table 6.2-1)
 
 
@@ -74,11 +74,15 @@ def result_dataset(
     ds.ContentDate, ds.ContentTime = now.date, now.time
     ds.AcquisitionNumber = 1
     silent = _not_evaluated(not_evaluated)
-    test = TEST_COMMENTS if options.test else ""
-    ds.ImageComments = f"{test}{IMAGE_COMMENTS}{silent}"
+    ds.ImageComments = f"{image_comments(options)}{silent}"
     ds.DerivationDescription = f"{derivation_description(provenance)}{silent}"
     copy_lossy_history(ds, source)
     return ds
+
+
+def image_comments(options: OutputOptions) -> str:
+    """ImageComments (0020,4000): what the image is, and before it that it is a test."""
+    return f"{TEST_COMMENTS}; {IMAGE_COMMENTS}" if options.test else IMAGE_COMMENTS
 
 
 def described(description: str, options: OutputOptions) -> str:

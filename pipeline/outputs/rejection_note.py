@@ -28,7 +28,7 @@ from pipeline.outputs.attributes import copy_patient_and_study, institution_name
 from pipeline.outputs.companions import one_instance, stand_in
 from pipeline.outputs.explicit import part10
 from pipeline.outputs.header import HEADER_FAULTS, clean
-from pipeline.outputs.modules import MANUFACTURER, MODEL_NAME
+from pipeline.outputs.modules import MANUFACTURER, MODEL_NAME, described
 from pipeline.provenance import UID_NAMESPACE, software_version
 from pipeline.types import EncodedSeries, OutputOptions, SourceInstance, SourceSeries
 
@@ -132,7 +132,13 @@ def series_from_json(text: str) -> RejectedSeries:
 
 
 def encode_rejection_note(
-    rejected: RejectedSeries, *, reason: RejectionReason, description: str, created: datetime, encoding: str = "kos"
+    rejected: RejectedSeries,
+    *,
+    reason: RejectionReason,
+    description: str,
+    created: datetime,
+    encoding: str = "kos",
+    test: bool = False,
 ) -> EncodedSeries:
     """The note of one series: one Key Object Selection Document (PS3.3 A.35.4, C.17.6, TID 2010).
 
@@ -142,16 +148,18 @@ def encode_rejection_note(
         description: a sentence for a person, without patient data: Key Object Description.
         created: aware time of the rejection; part of the UIDs, so that a note written anew has new ones.
         encoding: what the ledger calls this note beside its kind.
+        test: of a generated test study: the note says so, and that is part of its UIDs.
 
     Raises:
         OutputError: the series has no usable study UID (bad_study_uid), or `created` is naive (naive_time).
     """
-    source = rejected.source
+    source, options = rejected.source, OutputOptions(test=test)
+    key = f"{rejected.series_uid}|{reason}|{created.isoformat()}" + ("|test" if test else "")
     now = local_moment(source, created.astimezone() if created.tzinfo else created)
     references = [_reference(rejected, uid) for uid in rejected.sop_instance_uids]
 
     def uid(what: str) -> str:
-        return f"2.25.{uuid5(UID_NAMESPACE, f'{rejected.series_uid}|{reason}|{created.isoformat()}|{what}').int}"
+        return f"2.25.{uuid5(UID_NAMESPACE, f'{key}|{what}').int}"
 
     content = hd.ko.KeyObjectSelection(
         document_title=reason.document_title,
@@ -167,14 +175,14 @@ def encode_rejection_note(
         sop_instance_uid=uid("rejection"),
         instance_number=1,
         manufacturer=MANUFACTURER,
-        series_description=SERIES_DESCRIPTION,
+        series_description=described(SERIES_DESCRIPTION, options),
     )
-    copy_patient_and_study(ds, source, OutputOptions())
+    copy_patient_and_study(ds, source, options)
     del ds.ContributingEquipmentSequence  # highdicom writes itself in, with a time of its own
     ds.SyntheticData = "YES"
     ds.ManufacturerModelName = MODEL_NAME
     ds.SoftwareVersions = clean("LO", software_version())
-    if institution := institution_name(source, OutputOptions()):
+    if institution := institution_name(source, options):
         ds.InstitutionName = institution
     ds.InstanceCreationDate, ds.InstanceCreationTime = now.date, now.time
     ds.SeriesDate, ds.SeriesTime = now.date, now.time
