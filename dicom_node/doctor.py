@@ -1,51 +1,28 @@
 """The whole path with a test study: sent to the running node, followed through the ledger, looked for in the archive.
 
 The study is announced (`dicom_node.trial`) before it is sent, so that its result goes to one destination and no other.
-Each step is a value: what was found, in which time, and what to do when it failed. The first failure is the last step.
+Each step is a value (`dicom_node.steps`). The first failure ends the trip; only what may have arrived is still retired.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from dicom_node.config import Config, DestinationConfig, PeerConfig
-from dicom_node.lineage import RECALLED_AT
 from dicom_node.net.link import timeouts_of
 from dicom_node.net.scu import send_series
 from dicom_node.net.trial_lock import is_locked, sending_a_test
 from dicom_node.proof import count_instances
-from dicom_node.rejections import reject
+from dicom_node.retire import retire
+from dicom_node.steps import Step, StepFailed, taken, waited, was_tried
 from dicom_node.trial import announce
-from pipeline.outputs.rejection_note import RejectionReason
-from storage.ledger import Ledger, utc_now
+from storage.ledger import Ledger
 from storage.records import PROOF_STATES, REJECTION, Delivery, DeliveryState, Job, JobState
-from storage.spool import Spool
 
-POLL_S = 0.25
 ENDED_BADLY = frozenset({JobState.REJECTED, JobState.FAILED, JobState.CANCELLED})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """One line of the report."""
-
-    name: str
-    ok: bool
-    text: str
-    seconds: float = 0.0
-    remedy: str = ""
-
-
-class _Failed(Exception):
-    """A step did not succeed: what was found, and what to do."""
-
-    def __init__(self, text: str, remedy: str) -> None:
-        super().__init__(text)
-        self.remedy = remedy
 
 
 def node_runs_on(root: Path) -> bool:
@@ -87,25 +64,27 @@ class Trip:
         self._job_id = ""
 
     def steps(self, *, retire: bool) -> Iterator[Step]:
-        """Go all the way, one step after the other; with `retire` take the result back from the archive at the end."""
+        """Go all the way, one step after the other; the first that fails is the last.
+
+        With `retire` the result is taken back from the archive at the end, also when a step before has failed: some
+        of it may have arrived.
+        """
         actions = [("send", self._send), ("assembly", self._assemble), ("synthesis", self._synthesize)]
         if self._destination is not None:
             actions += [("delivery", self._deliver), ("proof", self._prove)]
-            actions += [("retire", self._retire)] if retire else []
         else:
             actions.append(("delivery", self._stay))
         for name, action in actions:
             self._on_step(name)
-            began = time.monotonic()
-            try:
-                text, failed, remedy = action(), False, ""
-            except _Failed as failure:
-                text, failed, remedy = str(failure), True, failure.remedy
-            yield Step(name=name, ok=not failed, text=text, seconds=time.monotonic() - began, remedy=remedy)
-            if failed:
-                return
+            step = taken(name, action)
+            yield step
+            if not step.ok:
+                break
+        if retire:
+            self._on_step("retire")
+            yield taken("retire", self._retire)
 
-    # ---- the steps: each returns what it found, or raises _Failed
+    # ---- the steps: each returns what it found, or raises StepFailed
 
     def _send(self) -> str:
         study = self._study
@@ -113,7 +92,9 @@ class Trip:
         with sending_a_test(self._config.storage.root):
             outcome = send_series(study.files, self._node, calling_ae=self._config.node.ae_title)
         if not outcome.ok:
-            raise _Failed(f"{outcome.code}: {outcome.text}", f"the log of the node; dicom-node why {study.accession}")
+            raise StepFailed(
+                f"{outcome.code}: {outcome.text}", f"the log of the node; dicom-node why {study.accession}"
+            )
         return f"{outcome.stored} instances were answered with Success; accession {study.accession}"
 
     def _assemble(self) -> str:
@@ -151,7 +132,7 @@ class Trip:
 
     def _stay(self) -> str:
         if self._ledger.deliveries(self._job_id):
-            raise _Failed("a result that should stay here is on its way", "report this: it must not happen")
+            raise StepFailed("a result that should stay here is on its way", "report this: it must not happen")
         names = ", ".join(one.name for one in self._config.destinations) or "none is configured"
         return f"sent nowhere, as asked; --destination NAME proves the way on: {names}"
 
@@ -160,11 +141,11 @@ class Trip:
         self._until(self._delivery_ended, f"{destination.name} has not everything yet", self._show)
         deliveries = self._series()
         if not deliveries or any(one.destination != destination.name for one in deliveries):
-            raise _Failed("the result does not go where it should", "report this: it must not happen")
+            raise StepFailed("the result does not go where it should", "report this: it must not happen")
         for one in deliveries:
             if one.state not in PROOF_STATES and one.reason_code != "optional_refused":
                 again = "; the node goes on trying" if one.state is DeliveryState.PENDING else ""
-                raise _Failed(f"{one.kind} ({one.encoding}): {one.reason_code}: {one.reason}{again}", self._show)
+                raise StepFailed(f"{one.kind} ({one.encoding}): {one.reason_code}: {one.reason}{again}", self._show)
         left = sum(one.reason_code == "optional_refused" for one in deliveries)
         sent = sum(one.sent for one in deliveries)
         text = f"{sent} instances in {len(deliveries) - left} series are stored at {destination.name}"
@@ -175,7 +156,7 @@ class Trip:
         self._until(lambda: self._job.state not in (JobState.DELIVERING, JobState.HELD), "no proof yet", self._show)
         job = self._job
         if job.state is not JobState.DONE:
-            raise _Failed(f"{job.state.value}: {job.reason_code}: {job.reason}", self._show)
+            raise StepFailed(f"{job.state.value}: {job.reason_code}: {job.reason}", self._show)
         (pet,) = [one for one in self._series() if one.kind == "pet"]
         committed = "committed (Storage Commitment), " if pet.committed_at else ""
         node = self._config.node
@@ -185,37 +166,20 @@ class Trip:
         if counted.code == "not_offered":
             return f"{committed}and not looked for: {destination.name} answers no query"
         if not counted.ok:
-            raise _Failed(f"{counted.code}: {counted.text}", f"may {node.ae_title} query {destination.name}?")
+            raise StepFailed(f"{counted.code}: {counted.text}", f"may {node.ae_title} query {destination.name}?")
         if counted.count != pet.instances:
             text = f"{destination.name} shows {counted.count} of {pet.instances} instances of the PET series"
-            raise _Failed(text, f"look there for accession {self._study.accession}")
+            raise StepFailed(text, f"look there for accession {self._study.accession}")
         return f"{committed}{destination.name} shows the PET series with its {pet.instances} instances"
 
     def _retire(self) -> str:
-        destination, title = self._wanted, RejectionReason.QUALITY.document_title
-        told = {"code": title.value, "meaning": title.meaning, "time": utc_now().isoformat()}
-        done = reject(
-            self._ledger,
-            Spool(self._config.storage.root, min_free_bytes=0),
-            self._job,
-            reason=RejectionReason.QUALITY,
-            description="TEST of the node on a generated phantom: retired",
-            code="test_retired",
-            text=f"the test study is retired at {destination.name}",
-            destinations={destination.name},
-            details={RECALLED_AT: {destination.name: told}},
-        )
-        if done.unnamed:
-            raise _Failed("; ".join(done.unnamed), self._show)
-        self._until(lambda: all(_ended(one) for one in self._notes()), "the notes are not there yet", self._show)
-        bad = [one for one in self._notes() if one.state not in PROOF_STATES]
-        if bad:
-            raise _Failed(
-                f"{bad[0].reason_code}: {bad[0].reason}", f"does {destination.name} take Key Object Selections?"
-            )
-        return (
-            f"{len(self._notes())} rejection notes ({title.value}) are stored: an archive that heeds IHE IOCM hides it"
-        )
+        if not self._job_id:
+            jobs = self._ledger.jobs_of_study(self._study.study_uid)
+            if not jobs:
+                again = f"if it becomes one: dicom-node doctor --retire-study {self._study.accession}"
+                return f"nothing to retire: the test study is no job; {again}"
+            self._job_id = jobs[0].id
+        return retire(self._config, self._ledger, self._job_id, timeout_s=self._timeout_s)
 
     # ---- what they ask
 
@@ -235,29 +199,18 @@ class Trip:
     def _series(self) -> list[Delivery]:
         return [one for one in self._ledger.deliveries(self._job_id) if one.kind != REJECTION]
 
-    def _notes(self) -> list[Delivery]:
-        return [one for one in self._ledger.deliveries(self._job_id) if one.kind == REJECTION]
-
     def _delivery_ended(self) -> bool:
-        """Each is stored, or its first attempt failed: whoever waits shall hear that now and not after the last one."""
-        return all(_ended(one) for one in self._series())
+        return all(was_tried(one) for one in self._series())
 
     def _not_used(self, job: Job) -> NoReturn:
-        raise _Failed(f"{job.state.value}: {job.reason_code}: {job.reason}", f"dicom-node why {self._study.accession}")
+        raise StepFailed(
+            f"{job.state.value}: {job.reason_code}: {job.reason}", f"dicom-node why {self._study.accession}"
+        )
 
     def _until(self, holds: Callable[[], bool], late: str, remedy: str) -> None:
-        until = time.monotonic() + self._timeout_s
-        while not holds():
-            if time.monotonic() > until:
-                raise _Failed(f"{late} after {self._timeout_s:g} s", remedy)
-            time.sleep(POLL_S)
+        if not waited(holds, self._timeout_s):
+            raise StepFailed(f"{late} after {self._timeout_s:g} s", remedy)
 
 
 def _has_result(job: Job) -> bool:
     return "result_series" in job.details
-
-
-def _ended(delivery: Delivery) -> bool:
-    """It was tried, with whatever success."""
-    waits = delivery.state in (DeliveryState.PENDING, DeliveryState.SENDING)
-    return not waits or (delivery.state is DeliveryState.PENDING and bool(delivery.reason_code))

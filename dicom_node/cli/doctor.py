@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -13,8 +13,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.live import Live
-from rich.table import Table
+from rich.text import Text
 
 from dicom_node.cli.check import Finding, Verdict, check_answering, elsewhere, on_this_machine, ourselves
 from dicom_node.cli.common import (
@@ -27,15 +26,16 @@ from dicom_node.cli.common import (
     opened_ledger,
     print_json,
     safe,
-    table,
 )
 from dicom_node.config import Config, DestinationConfig, load_config
+from dicom_node.steps import Step
 from dicom_node.trial import TEST_NAME
 
 if TYPE_CHECKING:
-    from dicom_node.doctor import Step, TestStudy
+    from dicom_node.doctor import TestStudy
     from training.phantom import Phantom
 
+NAME_WIDTH = 18  # of a step, in the lines that are printed
 MATRIX = 128
 COVERAGE = (0.58, 0.74)  # of the body's height: pelvis to chest, which every gate knows
 SPACING_MM = (5.0, 4.0, 4.0)
@@ -59,8 +59,22 @@ def doctor(
         typer.Option("--destination", "-d", help="The one of [[destinations]] that gets the result. Without: none."),
     ] = "",
     retire: Annotated[
-        bool, typer.Option("--retire", help="Afterwards ask that destination to hide it (rejection note, IHE IOCM).")
+        bool,
+        typer.Option(
+            "--retire",
+            help="At the end ask that destination to hide what it got of the test (rejection notes, IHE IOCM), also "
+            "when a step before has failed.",
+        ),
     ] = False,
+    retire_study: Annotated[
+        str,
+        typer.Option(
+            "--retire-study",
+            metavar="ACCESSION",
+            help="Send nothing: ask the archives to hide a test study of earlier, by the accession number that doctor "
+            "told. Other studies are refused.",
+        ),
+    ] = "",
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that a step may take.")] = 1800.0,
     as_json: AsJson = False,
 ) -> None:
@@ -70,20 +84,27 @@ def doctor(
     """
     loaded = load_config(config)
     check_user(loaded)
+    if retire_study and (destination or retire):
+        raise fail("--retire-study goes wherever that study went: leave --destination and --retire out", code=2)
     chosen = _destination(loaded, destination)
     if retire and chosen is None:
         raise fail("--retire takes back what was sent: name its --destination", code=2)
+    began = monotonic()
     done: list[Step] = []
-    with ExitStack() as open_:
-        shown = table("dicom-node doctor", "step", "", "seconds", "what was found, and what to do")
-        live = None if as_json else open_.enter_context(Live(shown, console=console, auto_refresh=False))
-        for step in _steps(loaded, config, chosen, retire=retire, timeout_s=timeout):
+    with _told_what_is_on(as_json) as on_step:
+        steps = (
+            _retired(loaded, config, retire_study, timeout, on_step)
+            if retire_study
+            else _steps(loaded, config, chosen, retire=retire, timeout_s=timeout, on_step=on_step)
+        )
+        for step in steps:
             done.append(step)
-            _add(shown, step)
-            if live is not None:
-                live.refresh()
+            if not as_json:
+                _print(step)
     if as_json:
         print_json([asdict(step) for step in done])
+    else:
+        console.print(safe(_summary(done, monotonic() - began)), soft_wrap=True)
     if not all(step.ok for step in done):
         raise typer.Exit(1)
 
@@ -98,17 +119,47 @@ def _destination(config: Config, name: str) -> DestinationConfig | None:
     return found
 
 
-def _add(shown: Table, step: Step) -> None:
-    mark = "[green]ok[/]" if step.ok else "[bold red]FAILED[/]"
-    text = safe(step.text if step.ok or not step.remedy else f"{step.text}\n-> {step.remedy}")
-    shown.add_row(safe(step.name), mark, f"{step.seconds:.1f}", text)
+@contextmanager
+def _told_what_is_on(as_json: bool) -> Iterator[Callable[[str], None]]:
+    """Whom to tell the step that begins: a terminal shows it, as some take minutes."""
+    if as_json:
+        yield lambda _: None
+        return
+    with console.status("checks ...") as status:
+        yield lambda name: status.update(f"{name} ...")
+
+
+def _print(step: Step) -> None:
+    """A line for each step as soon as it has ended: whoever waits, or reads a log of it, sees how far it is."""
+    mark = ("ok", "green") if step.ok else ("FAILED", "bold red")
+    line = Text.assemble(f"{mark[0]:<7}", style=mark[1])
+    line.append_text(Text.assemble(safe(f"{step.name:<{NAME_WIDTH}}"), f"{step.seconds:8.1f} s  ", safe(step.text)))
+    console.print(line, soft_wrap=True, highlight=False)
+    if step.remedy and not step.ok:
+        console.print(safe(f"{'':7}-> {step.remedy}"), soft_wrap=True, highlight=False)
+
+
+def _summary(done: Sequence[Step], seconds: float) -> str:
+    """How it went as a whole: the last line."""
+    failed = [step.name for step in done if not step.ok]
+    if not failed:
+        return f"all {len(done)} steps succeeded, in {seconds:.1f} s"
+    sent = any(step.name in ("send", "study") for step in done)
+    text = f"FAILED: {', '.join(failed)}; {len(done) - len(failed)} of {len(done)} steps succeeded, in {seconds:.1f} s"
+    return text if sent else f"{text}; no test study was sent"
 
 
 def _steps(
-    config: Config, path: Path, destination: DestinationConfig | None, *, retire: bool, timeout_s: float
+    config: Config,
+    path: Path,
+    destination: DestinationConfig | None,
+    *,
+    retire: bool,
+    timeout_s: float,
+    on_step: Callable[[str], None],
 ) -> Iterator[Step]:
     """What `check` looks at, then the study; nothing is sent when this machine or the destination is not ready."""
-    from dicom_node.doctor import Step, Trip
+    from dicom_node.doctor import Trip
 
     yield Step(name="config", ok=True, text=str(path))
     ready = True
@@ -118,32 +169,56 @@ def _steps(
     if not ready:
         return
     with tempfile.TemporaryDirectory(prefix="dicom-node-doctor-") as folder, opened_ledger(config) as ledger:
+        on_step("test study")
         began = monotonic()
         study = make_test_study(Path(folder))
         text = f"{len(study.files)} slices of {MATRIX} x {MATRIX}: {TEST_NAME}, accession {study.accession}"
+        if destination is not None and not retire:
+            text += f"; dicom-node doctor --retire-study {study.accession} takes its result back"
         yield Step(name="test study", ok=True, text=text, seconds=monotonic() - began)
-        trip = Trip(config, ledger, study, node=ourselves(config), destination=destination, timeout_s=timeout_s)
+        node = ourselves(config)
+        trip = Trip(config, ledger, study, node=node, destination=destination, timeout_s=timeout_s, on_step=on_step)
         yield from trip.steps(retire=retire)
 
 
-def _checks(config: Config, path: Path) -> Iterator[Step]:
-    from dicom_node.doctor import Step, node_runs_on
+def _retired(
+    config: Config, path: Path, accession: str, timeout_s: float, on_step: Callable[[str], None]
+) -> Iterator[Step]:
+    """A test study of earlier taken back; the node has to run, as it is the one that sends."""
+    from dicom_node.retire import retire_study
 
+    yield Step(name="config", ok=True, text=str(path))
+    node = _running(config, path)
+    yield node
+    if node.ok:
+        on_step("retire")
+        with opened_ledger(config) as ledger:
+            yield from retire_study(config, ledger, accession, timeout_s=timeout_s)
+
+
+def _running(config: Config, path: Path) -> Step:
+    from dicom_node.doctor import node_runs_on
+
+    if node_runs_on(config.storage.root):
+        return Step(name="node", ok=True, text=f"runs on {config.storage.root}")
+    text = f"no node runs on [storage].root = {config.storage.root}"
+    remedy = f"start it: dicom-node serve --config {path} (or systemctl start dicom-node)"
+    return Step(name="node", ok=False, text=text, remedy=remedy)
+
+
+def _checks(config: Config, path: Path) -> Iterator[Step]:
     yield from _timed(on_this_machine(config))
-    if not node_runs_on(config.storage.root):
-        text = f"no node runs on [storage].root = {config.storage.root}"
-        remedy = f"start it: dicom-node serve --config {path} (or systemctl start dicom-node)"
-        yield Step(name="node", ok=False, text=text, remedy=remedy)
+    node = _running(config, path)
+    if not node.ok:
+        yield node
         return
     remedy = "the node runs and does not answer on its port: its log says why"
     for step in _timed(iter([check_answering(config)])):
-        yield Step(name=step.name, ok=step.ok, text=step.text, seconds=step.seconds, remedy=remedy)
+        yield replace(step, remedy=remedy)
     yield from _timed(elsewhere(config))
 
 
 def _timed(findings: Iterator[Finding]) -> Iterator[Step]:
-    from dicom_node.doctor import Step
-
     began = monotonic()
     for finding in findings:
         seconds = monotonic() - began

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,17 @@ from fake_archive import FakeArchive
 from fake_pacs import RESULT_CLASSES, free_port
 from intake_tools import config, running_intake
 from pydicom import dcmread
-from pydicom.uid import KeyObjectSelectionDocumentStorage, generate_uid
+from pydicom.uid import (
+    Comprehensive3DSRStorage,
+    GrayscaleSoftcopyPresentationStateStorage,
+    KeyObjectSelectionDocumentStorage,
+    PositronEmissionTomographyImageStorage,
+    PseudoColorSoftcopyPresentationStateStorage,
+    SecondaryCaptureImageStorage,
+    SegmentationStorage,
+    generate_uid,
+)
+from pynetdicom.events import Event
 from tiny_bundle import write_tiny_bundle
 from tiny_study import write_tiny_study
 from tls_tools import Authority
@@ -49,6 +60,14 @@ port = {near}
 name = "far"
 ae_title = "PACS"
 port = {far}
+[[peers]]
+name = "picky"
+ae_title = "PACS"
+port = {picky}
+[[peers]]
+name = "blind"
+ae_title = "PACS"
+port = {blind}
 [[destinations]]
 name = "near"
 peer = "near"
@@ -56,6 +75,22 @@ peer = "near"
 name = "far"
 peer = "far"
 encoding = "pet"
+[[destinations]]
+name = "picky"
+peer = "picky"
+encoding = "pet"
+[[destinations]]
+name = "blind"
+peer = "blind"
+encoding = "pet"
+max_attempts = 2
+first_retry_s = 0.1
+max_retry_s = 0.1
+[output]
+seg = true
+uncertainty = true
+sr = true
+presentation_states = true
 [intake]
 quiet_period_s = 0.5
 study_quiet_period_s = 0.5
@@ -68,15 +103,39 @@ threads = 1
 """
 
 
+COMPANION_CLASSES = (
+    SegmentationStorage,
+    Comprehensive3DSRStorage,
+    GrayscaleSoftcopyPresentationStateStorage,
+    PseudoColorSoftcopyPresentationStateStorage,
+)
+
+
+def config_text(bundle: object, near: int = 1, far: int = 1, picky: int = 1, blind: int = 1) -> str:
+    return CONFIG.format(port=free_port(), near=near, far=far, picky=picky, blind=blind, bundle=bundle)
+
+
+class PickyArchive(FakeArchive):
+    """Takes PET images and rejection notes, and answers everything else with "cannot understand"."""
+
+    def _on_store(self, event: Event) -> int:
+        wanted = (PositronEmissionTomographyImageStorage, KeyObjectSelectionDocumentStorage)
+        return super()._on_store(event) if event.request.AffectedSOPClassUID in wanted else 0xC000
+
+
 @dataclass
 class House:
-    """A running node with two archives; `far` refuses every instance."""
+    """A running node and four archives. `far` refuses every instance, `picky` each that is no PET and no note; `blind`
+    shows nothing of what it has.
+    """
 
     path: Path
     config: Config
     node: Node
     near: FakeArchive
     far: FakeArchive
+    picky: FakeArchive
+    blind: FakeArchive
 
     def doctor(self, *words: str) -> tuple[int, dict[str, dict[str, Any]]]:
         result = RUNNER.invoke(app, ["doctor", "--json", "--config", str(self.path), "--timeout", "120", *words])
@@ -91,16 +150,17 @@ class House:
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("doctor")
     path = folder / "config.toml"
-    classes = [*RESULT_CLASSES, KeyObjectSelectionDocumentStorage]
+    classes = [*RESULT_CLASSES, *COMPANION_CLASSES, KeyObjectSelectionDocumentStorage]
     near, far = FakeArchive(classes=classes), FakeArchive(status_for=lambda _uid, _times: 0xC000)
-    with near, far, log_file(folder / "log"):
+    picky, blind = PickyArchive(classes=classes), FakeArchive(classes=classes, shown=lambda _stored, _look: 0)
+    with near, far, picky, blind, log_file(folder / "log"):
         bundle = write_tiny_bundle(folder / "bundle")
-        path.write_text(CONFIG.format(port=free_port(), near=near.port, far=far.port, bundle=bundle), encoding="utf-8")
+        path.write_text(config_text(bundle, near.port, far.port, picky.port, blind.port), encoding="utf-8")
         config = load_config(path)
         node = Node(config, drain_s=0)
         node.start()
         try:
-            yield House(path, config, node, near, far)
+            yield House(path, config, node, near, far, picky, blind)
         finally:
             node.stop()
 
@@ -119,17 +179,22 @@ def test_the_whole_path_is_proven_and_the_test_is_retired(house: House) -> None:
     notes = [one for one in deliveries if one.kind == REJECTION]
     assert len(notes) == len(deliveries) - len(notes) > 1
     assert len(house.near.instances - before) == sum(one.instances for one in deliveries)
-    check_labels(house.node.spool.result_folder(job.id))
+    check_labels(house.node.spool.ct_files(job.id), house.node.spool.result_folder(job.id))
 
 
-def check_labels(result: Path) -> None:
-    """One instance of each series, the rejection notes among them."""
-    found = [dcmread(min(folder.glob("*.dcm"))) for folder in sorted(result.iterdir()) if folder.is_dir()]
-    assert {str(ds.Modality) for ds in found} == {"PT", "OT", "KO"}
+def check_labels(ct: Sequence[Path], result: Path) -> None:
+    """Every object of the test study: its CT, both encodings of its PET, the companions and the rejection notes."""
+    found = [dcmread(path, stop_before_pixels=True) for path in (*ct, *sorted(result.rglob("*.dcm")))]
+    assert {str(ds.Modality) for ds in found} == {"CT", "PT", "OT", "SEG", "SR", "PR", "KO"}
+    pets = {ds.SOPClassUID for ds in found if ds.Modality == "PT"}
+    assert pets == {SecondaryCaptureImageStorage, PositronEmissionTomographyImageStorage}
     for ds in found:
-        assert str(ds.PatientName).startswith("TEST^")
-        assert str(ds.StudyDescription).startswith("TEST ")
-        assert str(ds.SeriesDescription).startswith("SYNTHETIC TEST " if ds.Modality != "KO" else "SYNTHETIC ")
+        assert str(ds.PatientName) == "TEST^DICOM-NODE DOCTOR", ds.Modality
+        assert str(ds.StudyDescription).startswith("TEST "), ds.Modality
+        assert str(ds.SeriesDescription).startswith("TEST " if ds.Modality == "CT" else "SYNTHETIC TEST "), ds.Modality
+        assert str(ds.PatientComments).startswith("TEST: a generated phantom"), ds.Modality
+        comments = str(ds.get("ImageComments", ""))  # documents and presentation states have none
+        assert "TEST" in comments if ds.Modality in ("CT", "PT", "OT", "SEG") else not comments, ds.Modality
 
 
 def test_without_a_destination_nothing_leaves_the_node(house: House) -> None:
@@ -149,6 +214,86 @@ def test_an_archive_that_refuses_is_named_with_its_reason_and_the_remedy(house: 
     assert not steps["delivery"]["ok"]
     assert "0xC000" in steps["delivery"]["text"]
     assert "jobs show" in steps["delivery"]["remedy"]
+
+
+def test_a_pet_that_arrived_is_retired_also_when_what_comes_after_it_is_refused(house: House) -> None:
+    code, steps = house.doctor("--destination", "picky", "--retire")
+    assert code == 1
+    assert list(steps)[-2:] == ["delivery", "retire"]
+    assert "0xC000" in steps["delivery"]["text"]
+    assert steps["retire"]["ok"], steps
+    assert steps["retire"]["text"].startswith("retired: pet (pet) at picky")
+    assert_the_pet_is_named_by_a_note(house, house.picky)
+
+
+def test_a_pet_that_the_archive_does_not_show_is_retired_all_the_same(house: House) -> None:
+    code, steps = house.doctor("--destination", "blind", "--retire")
+    assert code == 1
+    assert list(steps)[-2:] == ["proof", "retire"]
+    assert not steps["proof"]["ok"]
+    assert steps["retire"]["ok"], steps
+    assert_the_pet_is_named_by_a_note(house, house.blind)
+
+
+def assert_the_pet_is_named_by_a_note(house: House, archive: FakeArchive) -> None:
+    job = house.latest()
+    (pet,) = [one for one in house.node.ledger.deliveries(job.id) if one.kind == "pet"]
+    sent = {note.encoding for note in house.node.ledger.deliveries(job.id) if note.kind == REJECTION and note.sent}
+    assert "kos-quality-pet-pet" in sent
+    note = dcmread(house.node.spool.result_folder(job.id) / "rejection-kos-quality-pet-pet" / "0001.dcm")
+    (study,) = note.CurrentRequestedProcedureEvidenceSequence
+    assert [one.SeriesInstanceUID for one in study.ReferencedSeriesSequence] == [pet.series_uid]
+    assert str(note.SOPInstanceUID) in archive.instances
+    assert len(archive.received.series[pet.series_uid]) == pet.instances
+
+
+def test_an_archive_that_refuses_the_notes_too_is_told_with_what_is_not_retired(house: House) -> None:
+    code, steps = house.doctor("--destination", "far", "--retire")
+    assert code == 1
+    assert list(steps)[-2:] == ["delivery", "retire"]
+    assert not steps["retire"]["ok"]
+    assert "NOT retired: pet (pet) at far: " in steps["retire"]["text"]
+    assert f"dicom-node doctor --retire-study {house.latest().info.accession}" in steps["retire"]["remedy"]
+
+
+def test_a_test_of_earlier_is_retired_by_the_accession_number_that_was_told(house: House) -> None:
+    code, steps = house.doctor("--destination", "near")
+    assert code == 0, steps
+    job = house.latest()
+    assert f"dicom-node doctor --retire-study {job.info.accession}" in steps["test study"]["text"]
+    before = set(house.near.instances)
+    for _ in ("retired", "and told again"):
+        code, steps = house.doctor("--retire-study", job.info.accession)
+        assert (code, list(steps)) == (0, ["config", "node", "study", "retire"])
+        assert steps["retire"]["text"].startswith("retired: pet (sc) at near, ")
+        notes = [one for one in house.node.ledger.deliveries(job.id) if one.kind == REJECTION]
+        assert len(set(house.near.instances) - before) == len(notes) > 1
+
+
+def test_a_study_that_is_no_test_of_ours_is_not_retired(house: House) -> None:
+    job = house.node.ledger.open_job(SeriesInfo(study_uid="1.2.3", series_uid="1.2.3.4", accession="ACC1"))
+    house.node.ledger.move(job.id, JobState.REJECTED, code="not_ct", text="")
+    code, steps = house.doctor("--retire-study", "ACC1")
+    assert (code, list(steps)[-1], steps["study"]["ok"]) == (1, "study", False)
+    assert "is no test study of dicom-node doctor, nothing was done" in steps["study"]["text"]
+
+
+def test_each_step_is_a_line_with_its_time_and_the_last_says_how_it_went(house: House) -> None:
+    result = RUNNER.invoke(app, ["doctor", "--config", str(house.path)])
+    assert result.exit_code == 0, result.output
+    *lines, last = result.output.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [["ok", "config"], ["ok", "disk"]]
+    assert all(re.match(r"(ok|FAILED) .{18} +[0-9]+\.[0-9] s  ", line) for line in lines), lines
+    assert re.fullmatch(rf"all {len(lines)} steps succeeded, in [0-9.]+ s", last)
+
+
+def test_a_step_that_fails_is_told_with_the_remedy_below_it_and_in_the_last_line(house: House) -> None:
+    result = RUNNER.invoke(app, ["doctor", "--config", str(house.path), "--retire-study", "TEST0"])
+    assert result.exit_code == 1
+    failed, remedy, last = result.output.splitlines()[-3:]
+    assert re.match(r"FAILED study +[0-9.]+ s  no job of this ledger has the accession number 'TEST0'", failed)
+    assert remedy.startswith("       -> ")
+    assert last.startswith("FAILED: study; 2 of 3 steps succeeded, in ")
 
 
 def test_what_comes_under_our_own_title_unannounced_is_refused_with_the_reason(house: House, tmp_path: Path) -> None:
@@ -208,21 +353,25 @@ def until(holds: Callable[[], bool]) -> None:
 
 def test_a_node_that_does_not_run_is_told_with_how_to_start_it(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
-    text = CONFIG.format(port=free_port(), near=1, far=1, bundle=write_tiny_bundle(tmp_path / "bundle"))
-    path.write_text(text, encoding="utf-8")
+    path.write_text(config_text(write_tiny_bundle(tmp_path / "bundle")), encoding="utf-8")
     result = RUNNER.invoke(app, ["doctor", "--config", str(path)], env={"COLUMNS": "300"})
     assert result.exit_code == 1
     assert "no node runs on" in result.output
     assert "dicom-node serve --config" in result.output
-    assert "test study" not in result.output
+    assert result.output.splitlines()[-1].endswith("; no test study was sent")
+    later = RUNNER.invoke(app, ["doctor", "--config", str(path), "--retire-study", "TEST0"])
+    assert (later.exit_code, "no node runs on" in later.output) == (1, True)
 
 
 def test_a_destination_that_is_none_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
-    path.write_text(CONFIG.format(port=free_port(), near=1, far=1, bundle="phantom"), encoding="utf-8")
+    path.write_text(config_text("phantom"), encoding="utf-8")
     wrong = RUNNER.invoke(app, ["doctor", "--config", str(path), "--destination", "nowhere"])
-    assert (wrong.exit_code, "near, far" in wrong.output) == (2, True)
+    assert (wrong.exit_code, "near, far, picky, blind" in wrong.output) == (2, True)
     assert RUNNER.invoke(app, ["doctor", "--config", str(path), "--retire"]).exit_code == 2
+    for more in (["--retire"], ["--destination", "near"]):
+        both = RUNNER.invoke(app, ["doctor", "--config", str(path), "--retire-study", "TEST0", *more])
+        assert (both.exit_code, "--retire-study goes wherever that study went" in both.output) == (2, True)
 
 
 def test_a_running_node_is_seen_by_its_lock(house: House, tmp_path: Path) -> None:
