@@ -26,15 +26,27 @@ REASON = RejectionReason.QUALITY
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Told:
-    """What became of a test's series, in words: "pet (sc) at near"; `left` with the reason."""
+    """What became of a test's series: of each its name ("pet (sc)") and what there is to say of it (" at near")."""
 
-    retired: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
-    never_there: tuple[str, ...] = ()
+    retired: tuple[tuple[str, str], ...] = ()
+    in_doubt: tuple[tuple[str, str], ...] = ()  # retired, and perhaps never there
+    left: tuple[tuple[str, str], ...] = ()
+    never_there: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        parts = {"retired": self.retired, "NOT retired": self.left, "never arrived": self.never_there}
-        return "; ".join(f"{what}: {', '.join(series)}" for what, series in parts.items() if series)
+        parts = {
+            "retired": self.retired,
+            "retired in case it arrived": self.in_doubt,
+            "NOT retired": self.left,
+            "never arrived": self.never_there,
+        }
+        return "; ".join(f"{what}: {_listed(series)}" for what, series in parts.items() if series)
+
+
+def _listed(series: Sequence[tuple[str, str]]) -> str:
+    """Those of which the same is said, together."""
+    said = dict.fromkeys(text for _, text in series)
+    return ", ".join(", ".join(name for name, text in series if text == one) + one for one in said)
 
 
 def retire_study(config: Config, ledger: Ledger, accession: str, *, timeout_s: float) -> Iterator[Step]:
@@ -86,7 +98,7 @@ def retire(config: Config, ledger: Ledger, job_id: str, *, timeout_s: float) -> 
         released = f"dicom-node jobs release {job_id[:8]}; " if job.state is JobState.HELD else ""
         again = f"dicom-node doctor --retire-study {job.info.accession}"
         raise StepFailed(str(found), f"{released}does the archive take Key Object Selections? then again: {again}")
-    if not found.retired:
+    if not (found.retired or found.in_doubt):
         return f"nothing to retire: {found}"
     return f"{found}. {REASON.document_title.meaning}: an archive that heeds IHE IOCM hides what is retired"
 
@@ -120,19 +132,22 @@ def _reject(config: Config, ledger: Ledger, job: Job, places: Sequence[str]) -> 
 def told_of(deliveries: Sequence[Delivery], unnamed: Sequence[str] = ()) -> Told:
     """What the ledger says of each series of a test; `unnamed` are sentences about those that have no note."""
     notes = {(one.destination, one.encoding): one for one in deliveries if one.kind == REJECTION}
-    retired, left, never_there = [], list(unnamed), []
+    retired: list[tuple[str, str]] = []
+    in_doubt: list[tuple[str, str]] = []
+    never_there: list[tuple[str, str]] = []
+    left = [(text, "") for text in unnamed]
     for one in deliveries:
         if one.kind == REJECTION:
             continue
-        name = f"{one.kind} ({one.encoding}) at {one.destination}"
+        name, place = f"{one.kind} ({one.encoding})", f" at {one.destination}"
         note = notes.get((one.destination, note_encoding(one, REASON)))
         if note is not None and note.state in PROOF_STATES:
-            retired.append(name)
+            (retired if one.sent or one.state in PROOF_STATES else in_doubt).append((name, place))
         elif note is not None:
-            left.append(f"{name}: {_why(note)}")
-        elif not any(f"{one.kind} ({one.encoding})" in text for text in unnamed):
-            never_there.append(name)
-    return Told(retired=tuple(retired), left=tuple(left), never_there=tuple(never_there))
+            left.append((name, f"{place}: {_why(note)}"))
+        elif not any(name in text for text in unnamed):
+            never_there.append((name, place))
+    return Told(retired=tuple(retired), in_doubt=tuple(in_doubt), left=tuple(left), never_there=tuple(never_there))
 
 
 def _why(note: Delivery) -> str:

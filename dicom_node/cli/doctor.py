@@ -56,7 +56,7 @@ def doctor(
     config: ConfigPath = DEFAULT_CONFIG,
     destination: Annotated[
         str,
-        typer.Option("--destination", "-d", help="The one of [[destinations]] that gets the result. Without: none."),
+        typer.Option("--destination", "-d", help="The configured destination that gets the result. Without: none."),
     ] = "",
     retire: Annotated[
         bool,
@@ -81,6 +81,7 @@ def doctor(
     """Prove the whole path of the running node with a labelled TEST study, step by step. Exit code 1 when one fails.
 
     What `check` proves comes first. Then a small generated CT is sent to the node, and its result to one destination.
+    What it got there stays, unless --retire or, later, --retire-study asks for it to be hidden.
     """
     loaded = load_config(config)
     check_user(loaded)
