@@ -284,7 +284,7 @@ class _Server(ThreadedAssociationServer):
     def _secured(self, request: socket.socket, tls: ServerContext) -> ssl.SSLSocket | None:
         address, secured = self._arriving[request], request
         try:
-            secured = wrap(request, tls.current())
+            secured = wrap(request, tls.fresh())
             with self._lock:  # now it has the connection, and `request` has not
                 self._arriving[secured] = self._arriving.pop(request)
             shake_hands(secured, within_s=self.handshake_s)

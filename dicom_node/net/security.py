@@ -1,11 +1,13 @@
 """DICOM TLS by the BCP 195 profile (PS3.15 annex B.12): contexts, the handshake, and when certificates end.
 
 Both sides trust what `ca_file` holds: the CA's certificate, or the other side's own. No session is resumed, so that
-every association shows its certificate anew. A key with a pass phrase is refused: nobody is there to type it.
+every association shows its certificate anew (`ServerContext`). A key with a pass phrase is refused: nobody is there to
+type it.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import threading
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import structlog
 
@@ -115,16 +118,20 @@ def _cannot_be_used(path: Path, error: OSError, *, beside: Path | None = None) -
 
 
 class ServerContext:
-    """The context of `[tls]`, made anew when one of its files has changed. Safe for several threads."""
+    """Makes the contexts of `[tls]`; reads its files again when one of them has changed. Safe for several threads.
+
+    A context for each connection: OpenSSL resumes TLS 1.2 sessions out of its context's cache, which Python cannot
+    turn off. Making one takes 1 ms, a handshake with both its sides 3 to 4.
+    """
 
     def __init__(self, tls: TlsConfig) -> None:
         self._tls = tls
         self._lock = threading.Lock()
         self._seen: object = None
-        self._context: ssl.SSLContext | None = None
+        self._held: _Held | None = None
 
-    def current(self) -> ssl.SSLContext:
-        """For the next handshake. Files that cannot be used leave what was there, and the log says so once.
+    def fresh(self) -> ssl.SSLContext:
+        """For the next connection alone. Files that cannot be used leave what was there, and the log says so once.
 
         Raises `SecurityError` where there was nothing.
         """
@@ -132,17 +139,46 @@ class ServerContext:
             state = self._state()
             if state != self._seen:
                 self._seen = state
-                try:
-                    self._context = server_context(self._tls)
-                    log.info("tls.certificate_loaded", file=str(self._tls.cert_file))
-                except SecurityError as error:
-                    log.error("tls.certificate_not_loaded", reason=str(error))
-            if self._context is None:
+                self._read_again()
+            if self._held is None:
                 raise SecurityError("[tls]: its certificate cannot be used: see the log")
-            return self._context
+            return server_context(self._held.tls)
+
+    def _read_again(self) -> None:
+        try:
+            server_context(self._tls)  # its faults name the files
+            held = _Held(self._tls)
+            server_context(held.tls)  # as they were copied, perhaps in the middle of a change
+        except (SecurityError, OSError) as error:
+            log.error("tls.certificate_not_loaded", reason=str(error))
+        else:
+            self._held = held
+            log.info("tls.certificate_loaded", file=str(self._tls.cert_file))
 
     def _state(self) -> tuple[tuple[int, int, int], ...]:
         return tuple(_stat(path) for path in (self._tls.cert_file, self._tls.key_file, self._tls.ca_file) if path)
+
+
+class _Held:
+    """Copies in memory of the files of `[tls]`, for when what lies at their paths can no longer be used."""
+
+    def __init__(self, tls: TlsConfig) -> None:
+        copies: dict[str, Path] = {}
+        for key in ("cert_file", "key_file", "ca_file"):
+            path: Path | None = getattr(tls, key)
+            if path is not None:
+                file = _in_memory(path)
+                finalize(self, os.close, file)
+                copies[key] = Path(f"/proc/self/fd/{file}")
+        self.tls = tls.model_copy(update=copies)
+
+
+def _in_memory(path: Path) -> int:
+    """A file without a name that holds what `path` holds, as OpenSSL reads keys from paths only."""
+    data = path.read_bytes()
+    file = os.memfd_create("tls")
+    os.write(file, data)
+    return file
 
 
 def _stat(path: Path) -> tuple[int, int, int]:

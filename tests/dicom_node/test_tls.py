@@ -120,6 +120,28 @@ def test_both_versions_of_tls_are_spoken(tmp_path: Path, ca: Authority, version:
         assert "GCM" in name or "CHACHA" in name
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_no_session_is_resumed(tmp_path: Path, ca: Authority, version: ssl.TLSVersion) -> None:
+    context = ssl.create_default_context(cafile=str(ca.file))
+    context.minimum_version = context.maximum_version = version
+    context.load_cert_chain(ca.certificate("pacs"))
+    session: ssl.SSLSession | None = None
+    reused = []
+    with node(tmp_path, ca) as intake:
+        own = intake.config.tls.cert_file
+        assert own is not None
+        for number in range(6):
+            if number == 4:
+                own.write_text("half a file")  # what was there goes on, for one connection each, too
+            with (
+                socket.create_connection(("127.0.0.1", intake.receiver.ports[1])) as raw,
+                context.wrap_socket(raw, server_hostname="127.0.0.1", session=session) as spoken,
+            ):
+                reused.append(spoken.session_reused)
+                session = spoken.session
+    assert reused == [False] * 6
+
+
 def test_a_client_without_a_certificate_is_refused_where_one_is_required(tmp_path: Path, ca: Authority) -> None:
     with node(tmp_path, ca) as intake:
         outcome = ask(intake, ca)
@@ -339,7 +361,7 @@ def test_a_certificate_that_is_none_is_named(tmp_path: Path, text: str | None, w
     with pytest.raises(SecurityError, match=f"cert_file.*node.pem.*{why}"):
         server_context(TlsConfig(cert_file=path, client_certificates="none"))
     with pytest.raises(SecurityError):
-        ServerContext(TlsConfig(cert_file=path, client_certificates="none")).current()
+        ServerContext(TlsConfig(cert_file=path, client_certificates="none")).fresh()
 
 
 def test_the_end_of_a_certificate_is_read_and_told_in_time(tmp_path: Path, ca: Authority) -> None:
