@@ -51,6 +51,7 @@ def _is_loopback(host: str | None) -> bool:
         return False
 
 
+ANY_ADDRESS = "any"  # in a peer's allowed_addresses
 _TLS_FILES = ("cert_file", "key_file", "ca_file")
 _PEER_FILES = ("ca_file", "client_cert_file", "client_key_file")
 
@@ -86,6 +87,11 @@ class NodeConfig(_Table):
     require_called_ae: bool = True
     unknown_peers: Literal["reject", "accept"] = "reject"
 
+    @property
+    def associations_of_peers(self) -> int:
+        """How many of `max_associations` the peers together have for sure: half, where strangers are let in."""
+        return self.max_associations // 2 if self.unknown_peers == "accept" else self.max_associations
+
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, value: Any) -> Any:
@@ -111,8 +117,8 @@ class PeerConfig(_Table):
     port: Port = 104
     may: tuple[Literal["store", "echo", "commit"], ...] = ("store", "echo")
     we_may: tuple[Literal["find", "move", "get"], ...] = ()
-    allowed_addresses: tuple[str, ...] = Field(default=(), description="IP addresses or CIDR; empty: any")
-    max_associations: int = Field(default=0, ge=0, le=1000, description="0: only the node's limit")
+    allowed_addresses: tuple[str, ...] = Field(default=(), description='IP addresses, CIDR or "any"; empty: its host')
+    max_associations: int = Field(default=0, ge=0, le=1000, description="0: what leaves places to other peers")
     must_call_by_tls: bool = False
     tls: bool = False
     ca_file: Path | None = None
@@ -136,8 +142,11 @@ class PeerConfig(_Table):
     @field_validator("allowed_addresses")
     @classmethod
     def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if ANY_ADDRESS in value and len(value) > 1:
+            raise ValueError(f'"{ANY_ADDRESS}" stands alone')
         for address in value:
-            ip_network(address, strict=False)
+            if address != ANY_ADDRESS:
+                ip_network(address, strict=False)
         return value
 
 
@@ -576,7 +585,7 @@ class Config(_Table):
     def places_for_peers(self) -> int:
         """How many of `[node].max_associations` callers that are no peer cannot have: half, where any are let in."""
         strangers = self.peers and self.node.unknown_peers == "accept"
-        return self.node.max_associations // 2 if strangers else 0
+        return self.node.associations_of_peers if strangers else 0
 
     def peer(self, name: str) -> PeerConfig:
         """The peer with this name; a destination's peer, if it has one, always exists."""

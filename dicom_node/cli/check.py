@@ -14,6 +14,7 @@ import typer
 
 from dicom_node.cli.common import DEFAULT_CONFIG, AsJson, ConfigPath, console, opened_ledger, print_json, safe, table
 from dicom_node.config import Config, ConfigError, DestinationConfig, PeerConfig, load_config
+from dicom_node.net.peers import addresses_of
 from pipeline.errors import BundleError
 from storage.errors import StorageError
 from storage.ledger import utc_now
@@ -193,11 +194,18 @@ def check_callers(config: Config) -> Finding:
     if config.node.unknown_peers == "accept":
         text = '[node].unknown_peers = "accept": whoever reaches the port may send'
         return Finding(check="callers", verdict=Verdict.WARN, text=text)
-    anywhere = [peer.name for peer in config.peers if not peer.allowed_addresses]
+    callers = [peer for peer in config.peers if peer.may]
+    by_host = [f"{peer.name} ({peer.host})" for peer in callers if not peer.allowed_addresses and addresses_of(peer)]
+    unasked = [peer.name for peer in callers if not peer.allowed_addresses and not addresses_of(peer)]
+    in_words = [peer.name for peer in callers if peer.allowed_addresses and not addresses_of(peer)]
     text = "only [[peers]] may call"
-    if anywhere:
-        text += f"; from any address: {', '.join(anywhere)} (allowed_addresses narrows it)"
-    return Finding(check="callers", verdict=Verdict.OK, text=text)
+    if by_host:
+        text += f"; from its host alone: {', '.join(by_host)}"
+    if in_words:
+        text += f"; from any address: {', '.join(in_words)}"
+    if unasked:
+        text += f"; from any address, as host is a name: {', '.join(unasked)}: fill in allowed_addresses"
+    return Finding(check="callers", verdict=Verdict.WARN if unasked else Verdict.OK, text=text)
 
 
 def check_certificates(config: Config) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from dicom_node.conformance.markdown import name_of, named, table, text, yes
 from dicom_node.conformance.negotiation import DROPPED, Accepted, Proposed, accepted, asked, proposed, verification
 from dicom_node.conformance.sample import make_samples
 from dicom_node.conformance.services import commitment_for_peers, studies_from_archives
+from dicom_node.net.peers import addresses_of
 from dicom_node.net.scp import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicom_node.net.status import (
     ANSWERS,
@@ -189,7 +190,7 @@ def _proof_row(one: DestinationConfig) -> tuple[object, ...]:
 def _configuration(config: Config) -> list[str]:
     """PS3.2 N.6: AE titles, addresses and limits. Every key is in config.toml with its meaning."""
     node = config.node
-    peers = [(p.name, p.ae_title, ", ".join(p.may), ", ".join(p.allowed_addresses) or "any") for p in config.peers]
+    peers = [(p.name, p.ae_title, ", ".join(p.may), ", ".join(addresses_of(p)) or "any") for p in config.peers]
     return [
         "## 6 Configuration",
         "",
@@ -304,7 +305,7 @@ def _security(config: Config) -> list[str]:
             f"""DICOM TLS, by the BCP 195 RFC 8996, 9325 profile (PS3.15 annex B.12; TLS 1.2 and 1.3, client
             certificates none, optional or required): {_tls(config)}. The called AE title must be ours:
             {yes(node.require_called_ae)}. The calling AE title must be a peer's: {yes(node.unknown_peers == "reject")};
-            from its addresses, where it has any. Logs name no patient. Nothing is de-identified: results carry the
+            from its addresses. Logs name no patient. Nothing is de-identified: results carry the
             patient's name and ID as the CT does."""
         ),
         *(table(("DICOMweb destination", "encryption", "login"), rows) if rows else []),

@@ -11,17 +11,18 @@ from itertools import chain, count
 
 from pydantic import ValidationError
 
-from dicom_node.config import NodeConfig, PeerConfig
+from dicom_node.config import ANY_ADDRESS, NodeConfig, PeerConfig
 from dicom_node.net.status import CALLED_AE_NOT_RECOGNIZED, CALLING_AE_NOT_RECOGNIZED, Rejection, rejection
 
 _THIS_MACHINE = ("127.0.0.1", "::1")
+_LEFT_TO_OTHERS = 4  # a peer without a limit of its own leaves the others every fourth place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
     """An association request that is let in. `peer` is the configured name, empty for an unknown caller.
 
-    `max_associations` is the peer's own limit, 0 for none; of several tables that match it is the first's. `own`: it
+    `max_associations` is the peer's own limit (`places_of`); of several tables that match it is the first's. `own`: it
     calls by our own AE title, from this machine.
     """
 
@@ -61,29 +62,58 @@ def is_own(node: NodeConfig, address: str) -> bool:
     return is_loopback(address) or plain_address(address) == plain_address(node.host)
 
 
+def addresses_of(peer: PeerConfig) -> tuple[str, ...]:
+    """The addresses and networks that a peer may call from: `allowed_addresses`, or else its `host`; none: any.
+
+    A host name is not looked up: whether a caller is let in must not wait for a name server, nor hang on its word.
+    """
+    if peer.allowed_addresses:
+        return () if ANY_ADDRESS in peer.allowed_addresses else peer.allowed_addresses
+    return _address_in(peer.host)
+
+
+def _address_in(host: str) -> tuple[str, ...]:
+    """The host as the one address that it is, without a zone (RFC 4007); none where it is a name."""
+    try:
+        return (plain_address(str(ip_address(host.partition("%")[0]))),)
+    except ValueError:
+        return ()
+
+
 def address_allowed(peer: PeerConfig, address: str) -> bool:
-    """True when the peer names no addresses, or `address` is one of them or lies in one of its networks."""
-    if not peer.allowed_addresses:
-        return True
+    """True when the peer may call from any address, or `address` is one of its own or lies in one of its networks."""
+    addresses = addresses_of(peer)
+    return not addresses or _lies_in(address, addresses)
+
+
+def _lies_in(address: str, networks: Collection[str]) -> bool:
     try:
         source = ip_address(plain_address(address))
     except ValueError:
         return False
-    return any(source in ip_network(allowed, strict=False) for allowed in peer.allowed_addresses)
+    return any(source in ip_network(one, strict=False) for one in networks)
 
 
 def calls_from_a_peer(node: NodeConfig, peers: Sequence[PeerConfig], address: str) -> bool:
-    """True for an address that a peer calls from: in its `allowed_addresses`, or without those its `host`.
+    """True for an address that a peer calls from: where it may call from any, its `host` alone.
 
     This machine's own address counts, too: `dicom-node check`, which may be what a container's health is judged by.
-    A host name is not looked up: whether a caller gets a place must not wait for a name server, nor hang on its word.
     """
     source = plain_address(address)
     own = (*_THIS_MACHINE, plain_address(node.host))
-    return source in own or any(
-        address_allowed(peer, source) if peer.allowed_addresses else plain_address(peer.host) == source
-        for peer in peers
-    )
+    return source in own or any(_lies_in(source, addresses_of(peer) or _address_in(peer.host)) for peer in peers)
+
+
+def places_of(node: NodeConfig, peers: Sequence[PeerConfig], peer: PeerConfig) -> int:
+    """How many associations a peer may have at once; 0: as many as the node.
+
+    Without a `max_associations` of its own it leaves a quarter to the other peers: one that opens associations and
+    forgets them must not lock them out.
+    """
+    if peer.max_associations or not any(one.may for one in peers if one.name != peer.name):
+        return peer.max_associations
+    together = node.associations_of_peers
+    return max(1, together - max(1, together // _LEFT_TO_OTHERS))
 
 
 def peer_that_may(peers: Sequence[PeerConfig], what: str, *, calling_ae: str, address: str) -> PeerConfig | None:
@@ -112,6 +142,14 @@ def lines_to_admit(calling_ae: str, address: str, names: Collection[str]) -> tup
         'may = ["store", "echo"]',
         f"allowed_addresses = {json.dumps(list(peer.allowed_addresses))}",
     )
+
+
+def lines_to_allow(peer: PeerConfig, address: str) -> tuple[str, ...]:
+    """The lines of config.toml that let a peer call from `address` too; none where that is no address."""
+    addresses = [*addresses_of(peer), *_address_in(address)]
+    if len(addresses) == len(addresses_of(peer)):
+        return ()
+    return (f"# in the table of the peer {json.dumps(peer.name)}:", f"allowed_addresses = {json.dumps(addresses)}")
 
 
 def admit(
@@ -144,7 +182,7 @@ def admit(
             peer=matching[0].name,
             may_store=any("store" in peer.may for peer in matching),
             may_echo=any("echo" in peer.may for peer in matching),
-            max_associations=matching[0].max_associations,
+            max_associations=places_of(node, peers, matching[0]),
         )
     if placed:
         return rejection(
@@ -156,7 +194,9 @@ def admit(
         return rejection(
             "address_not_allowed",
             CALLING_AE_NOT_RECOGNIZED,
-            f"{shown(calling)} at {shown(address)}: not among the peer's allowed addresses",
+            f"{shown(calling)} at {shown(address)}: the peer {titled[0].name} may call from "
+            f"{', '.join(addresses_of(titled[0]))} alone",
+            lines_to_allow(titled[0], address),
         )
     if node.unknown_peers == "reject":
         return rejection(

@@ -23,6 +23,8 @@ from tls_tools import Authority
 from typer.testing import CliRunner
 
 from dicom_node.cli import app
+from dicom_node.cli.check import check_callers
+from dicom_node.config import load_config
 
 RUNNER = CliRunner()
 
@@ -70,6 +72,22 @@ def test_an_open_door_and_an_open_spool_are_warned_of(tmp_path: Path) -> None:
     assert code == 0
     assert found["callers"][0] == found["disk"][0] == "warn"
     assert "chmod 700" in found["disk"][1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "verdict", "text"),
+    [
+        ('host = "10.1.2.3"', "ok", "from its host alone: ct (10.1.2.3)"),
+        ('host = "10.1.2.3"\nallowed_addresses = ["10.1.0.0/16"]', "ok", "only [[peers]] may call"),
+        ('host = "10.1.2.3"\nallowed_addresses = ["any"]', "ok", "from any address: ct"),
+        ('host = "ct.invalid"', "warn", "from any address, as host is a name: ct: fill in allowed_addresses"),
+        ('host = "ct.invalid"\nmay = []', "ok", "only [[peers]] may call"),
+    ],
+)
+def test_who_may_call_from_where_is_told(tmp_path: Path, keys: str, verdict: str, text: str) -> None:
+    path = write_config(tmp_path, f'[[peers]]\nname = "ct"\nae_title = "CT"\n{keys}\n')
+    found = check_callers(load_config(path))
+    assert (found.verdict, found.text.removeprefix("only [[peers]] may call; ")) == (verdict, text)
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,28 @@ import pytest
 
 from dicom_node.config import Config, NodeConfig, PeerConfig
 from dicom_node.net.associations import AssociationRegistry, make_token, sender_of
-from dicom_node.net.peers import Admission, admit, calls_from_a_peer, lines_to_admit, plain_address, shown
+from dicom_node.net.peers import (
+    Admission,
+    address_allowed,
+    addresses_of,
+    admit,
+    calls_from_a_peer,
+    lines_to_admit,
+    places_of,
+    plain_address,
+    shown,
+)
 from dicom_node.net.scp import Limits
 from dicom_node.net.status import Rejection
 
 PEERS = (
-    PeerConfig(name="pacs", ae_title="PACS"),
+    PeerConfig(name="pacs", ae_title="PACS", allowed_addresses=("any",)),
     PeerConfig(name="near", ae_title="NEAR", allowed_addresses=("10.1.0.0/16", "192.168.0.7")),
-    PeerConfig(name="watch", ae_title="WATCH", may=("echo",)),
+    PeerConfig(name="watch", ae_title="WATCH", host="10.1.2.3", may=("echo",)),
     PeerConfig(name="near-too", ae_title="NEAR", allowed_addresses=("2001:db8::/32",), may=("echo",)),
 )
+
+ADDRESSES = ("10.1.2.3", "10.9.9.9", "127.0.0.1", "2001:db8::5", "fe80::1%2")
 
 
 def ask(calling: str, address: str = "10.1.2.3", called: str = "SYNPET", **node: object) -> Admission | Rejection:
@@ -26,7 +38,7 @@ def ask(calling: str, address: str = "10.1.2.3", called: str = "SYNPET", **node:
 
 def test_a_peer_that_must_use_tls_is_refused_in_the_clear() -> None:
     peers = (PeerConfig(name="pacs", ae_title="PACS", must_call_by_tls=True),)
-    asked = {"calling_ae": "PACS", "called_ae": "SYNPET", "address": "10.1.2.3"}
+    asked = {"calling_ae": "PACS", "called_ae": "SYNPET", "address": "127.0.0.1"}
     refused = admit(NodeConfig(), peers, **asked)
     assert isinstance(refused, Rejection)
     assert refused.code == "tls_required"
@@ -45,6 +57,8 @@ def test_nobody_can_be_asked_for_tls_where_there_is_none() -> None:
         ("STRANGER", "10.1.2.3", "SYNPET", "calling_ae_unknown", 3),
         ("NEAR", "10.2.2.3", "SYNPET", "address_not_allowed", 3),
         ("NEAR", "no address", "SYNPET", "address_not_allowed", 3),
+        ("WATCH", "10.1.2.4", "SYNPET", "address_not_allowed", 3),
+        ("WATCH", "127.0.0.1", "SYNPET", "address_not_allowed", 3),
         ("", "10.1.2.3", "SYNPET", "calling_ae_unknown", 3),
         ("pacs", "10.1.2.3", "SYNPET", "calling_ae_unknown", 3),
     ],
@@ -66,10 +80,58 @@ def test_a_refusal_has_the_standards_reason(
         ("NEAR", "::ffff:192.168.0.7", "near", True, True),
         ("NEAR", "2001:db8::5", "near-too", False, True),
         ("WATCH", "10.1.2.3", "watch", False, True),
+        ("WATCH", "::ffff:10.1.2.3", "watch", False, True),
     ],
 )
 def test_a_known_peer_may_what_its_table_says(calling: str, address: str, peer: str, store: bool, echo: bool) -> None:
-    assert ask(calling, address) == Admission(peer=peer, may_store=store, may_echo=echo)
+    assert ask(calling, address) == Admission(peer=peer, may_store=store, may_echo=echo, max_associations=24)
+
+
+@pytest.mark.parametrize(
+    ("keys", "open_to"),
+    [
+        ({"host": "10.1.2.3"}, {"10.1.2.3"}),
+        ({"host": "::ffff:10.1.2.3"}, {"10.1.2.3"}),
+        ({"host": "2001:db8::5"}, {"2001:db8::5"}),
+        ({"host": "fe80::1%eth0"}, {"fe80::1%2"}),
+        ({}, {"127.0.0.1"}),
+        ({"host": "10.1.2.3", "allowed_addresses": ("10.9.0.0/16",)}, {"10.9.9.9"}),
+        ({"host": "10.1.2.3", "allowed_addresses": ("10.1.2.3", "10.9.9.9")}, {"10.1.2.3", "10.9.9.9"}),
+        ({"host": "10.1.2.3", "allowed_addresses": ("any",)}, set(ADDRESSES)),
+        ({"host": "pacs.example"}, set(ADDRESSES)),
+        ({"host": "pacs.example", "allowed_addresses": ("10.1.2.3",)}, {"10.1.2.3"}),
+    ],
+)
+def test_a_peer_may_call_from_its_addresses_or_else_from_its_host(keys: dict[str, object], open_to: set[str]) -> None:
+    peer = PeerConfig.model_validate({"name": "pacs", "ae_title": "PACS", **keys})
+    assert {one for one in ADDRESSES if address_allowed(peer, one)} == open_to
+
+
+def test_any_address_stands_alone() -> None:
+    with pytest.raises(ValueError, match="stands alone"):
+        PeerConfig(name="pacs", ae_title="PACS", allowed_addresses=("any", "10.1.2.3"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "address"),
+    [
+        ({"host": "10.1.2.3"}, "10.9.9.9"),
+        ({"host": "10.1.2.3"}, "::ffff:10.9.9.9"),
+        ({"allowed_addresses": ("10.1.0.0/16", "2001:db8::/32")}, "fe80::1%2"),
+    ],
+)
+def test_a_peer_at_a_foreign_address_is_told_with_the_line_that_lets_it_in(
+    keys: dict[str, object], address: str
+) -> None:
+    asked = {"calling_ae": "PACS", "called_ae": "SYNPET", "address": address}
+    table = {"name": "pacs", "ae_title": "PACS", **keys}
+    refused = admit(NodeConfig(), [PeerConfig.model_validate(table)], **asked)
+    assert isinstance(refused, Rejection)
+    assert plain_address(address) in refused.text
+    assert "the peer pacs may call from 10.1." in refused.text
+    mended = PeerConfig.model_validate(table | tomllib.loads("\n".join(refused.config_lines)))
+    assert set(addresses_of(PeerConfig.model_validate(table))) < set(mended.allowed_addresses)
+    assert isinstance(admit(NodeConfig(), [mended], **asked), Admission)
 
 
 def test_strangers_are_welcome_only_where_the_configuration_says_so() -> None:
@@ -144,6 +206,30 @@ def test_a_peers_own_limit_leaves_the_others_their_places() -> None:
 
 
 @pytest.mark.parametrize(
+    ("own", "may", "unknown", "in_all", "places"),
+    [
+        (0, ("store",), "reject", 32, 24),
+        (0, ("store",), "reject", 4, 3),
+        (0, ("store",), "reject", 2, 1),
+        (0, ("store",), "reject", 1, 1),
+        (0, ("store",), "accept", 32, 12),
+        (0, ("store",), "accept", 1, 1),
+        (0, (), "reject", 32, 0),  # the other peer never calls
+        (30, ("store",), "reject", 32, 30),
+        (3, (), "reject", 32, 3),
+    ],
+)
+def test_a_peer_without_a_limit_leaves_places_to_others_that_may_call(
+    own: int, may: tuple[str, ...], unknown: str, in_all: int, places: int
+) -> None:
+    node = NodeConfig.model_validate({"max_associations": in_all, "unknown_peers": unknown})
+    pacs = PeerConfig(name="pacs", ae_title="PACS", max_associations=own)
+    other = PeerConfig.model_validate({"name": "other", "ae_title": "OTHER", "may": may})
+    assert places_of(node, [pacs, other], pacs) == places
+    assert places_of(node, [pacs], pacs) == own
+
+
+@pytest.mark.parametrize(
     ("address", "known"),
     [
         ("10.1.2.3", True),  # in allowed_addresses
@@ -151,6 +237,8 @@ def test_a_peers_own_limit_leaves_the_others_their_places() -> None:
         ("10.2.2.3", False),
         ("10.9.9.9", False),  # the host of a peer that calls from elsewhere
         ("10.9.9.8", True),  # the host of a peer without allowed_addresses
+        ("10.9.9.7", True),  # that of one that may call from any
+        ("10.9.9.6", False),
         ("2001:db8::1", True),
         ("2001:db9::1", False),
         ("127.0.0.1", True),  # `dicom-node check`
@@ -165,6 +253,7 @@ def test_a_peer_calls_from_its_allowed_addresses_or_else_from_its_host(address: 
     peers = (
         PeerConfig(name="near", ae_title="A", host="10.9.9.9", allowed_addresses=("10.1.0.0/16", "2001:db8::/32")),
         PeerConfig(name="far", ae_title="B", host="10.9.9.8"),
+        PeerConfig(name="anywhere", ae_title="D", host="10.9.9.7", allowed_addresses=("any",)),
         PeerConfig(name="named", ae_title="C", host="archive.example"),
     )
     assert calls_from_a_peer(NodeConfig(host="10.0.0.1"), peers, address) is known

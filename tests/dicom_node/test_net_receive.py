@@ -141,6 +141,32 @@ def test_a_foreign_address_is_rejected(tmp_path: Path) -> None:
         assert event.details["reason"] == "address_not_allowed"
 
 
+def test_a_peer_elsewhere_than_at_its_host_is_rejected_with_the_line_that_lets_it_in(
+    tmp_path: Path,
+) -> None:
+    peers = [{"name": "pacs", "ae_title": "PACS", "host": "10.1.2.3"}]
+    with running_intake(tmp_path, config(peers=peers)) as intake:
+        assert rejection(intake) == (1, 1, 3)
+        intake.wait(lambda: intake.event_codes() == ["association_rejected"])
+        (event,) = intake.ledger.search_events()
+    assert "'PACS' at '127.0.0.1': the peer pacs may call from 10.1.2.3 alone" in event.text
+    assert event.details["config_lines"][1] == 'allowed_addresses = ["10.1.2.3", "127.0.0.1"]'
+
+
+def test_a_peer_that_forgets_its_associations_leaves_the_others_their_places(tmp_path: Path) -> None:
+    peers = [{"name": "pacs", "ae_title": "PACS"}, {"name": "ct", "ae_title": "CT_1"}]
+    limits = config(node={"max_associations": 4}, peers=peers)
+    with running_intake(tmp_path, limits) as intake, ExitStack() as forgotten:
+        for _ in range(3):
+            forgotten.enter_context(intake.association())
+        assert rejection(intake) == (2, 3, 2)
+        intake.wait(lambda: intake.event_codes() == ["association_rejected"])
+        (event,) = intake.ledger.search_events()
+        assert "4 associations, or the peer's 3, are open" in event.text
+        with intake.association(calling_ae="CT_1") as assoc:
+            assert assoc.is_established
+
+
 def test_one_association_too_many_is_rejected_as_local_limit_exceeded(tmp_path: Path) -> None:
     with running_intake(tmp_path, config(node={"max_associations": 1})) as intake:
         with intake.association():
