@@ -190,6 +190,7 @@ class IntakeConfig(_Table):
     max_instance_bytes: int = Field(default=2_000_000_000, ge=1_000_000)
     min_bytes_per_s: int = Field(default=1000, ge=0, description="0: a sender may be as slow as it likes")
     max_bytes_per_s: int = Field(default=0, ge=0, description="of each peer; 0: no limit")
+    other_classes: Literal["drop", "refuse"] = "drop"
     reader: Literal["stream", "plain"] = "stream"
     sync: bool = True
 

@@ -10,7 +10,17 @@ from dicom_node.config import Config, DestinationConfig
 from dicom_node.conformance.acceptor import ct_images, negotiation
 from dicom_node.conformance.annexes import annexes
 from dicom_node.conformance.markdown import name_of, named, table, text, yes
-from dicom_node.conformance.negotiation import DROPPED, Accepted, Proposed, accepted, asked, proposed, verification
+from dicom_node.conformance.negotiation import (
+    DROPPED,
+    REFUSED,
+    Accepted,
+    Proposed,
+    accepted,
+    asked,
+    not_kept,
+    proposed,
+    verification,
+)
 from dicom_node.conformance.sample import make_samples
 from dicom_node.conformance.services import commitment_for_peers, studies_from_archives
 from dicom_node.net.peers import addresses_of
@@ -51,12 +61,11 @@ def statement(config: Config) -> str:
     """The whole document for one configuration. It holds no path, no secret and no patient."""
     options = pipeline_options(config).output
     samples = make_samples(options)
-    granted = accepted(config)
-    takes = [one for one in granted if one.use != DROPPED]
+    takes = [one for one in accepted(config) if one.use != DROPPED]
     sends = {one.name: proposed(samples.full.series, options, one) for one in config.destinations if one.peer}
     parts = (
         _cover(config),
-        _overview(takes, len(granted) - len(takes), sends, config),
+        _overview(takes, sends, config),
         _introduction(),
         _model(config),
         _services(takes, config),
@@ -84,24 +93,29 @@ def _cover(config: Config) -> list[str]:
     ]
 
 
-def _overview(takes: Sequence[Accepted], dropped: int, sends: Sends, config: Config) -> list[str]:
+def _overview(takes: Sequence[Accepted], sends: Sends, config: Config) -> list[str]:
     asks = [one for peer in config.peers for one in asked(peer)]
     out = [verification(), *chain.from_iterable(sends.values()), *(one for one in asks if one.role == "SCU")]
     as_scu = [one.sop_class_uid for one in out]
     as_scp = [one.sop_class_uid for one in takes if "SCP" in one.role]
     every = dict.fromkeys([*as_scp, *as_scu])
     rows = [(name_of(uid), f"`{uid}`", yes(uid in as_scu), yes(uid in as_scp)) for uid in every]
-    rest = f"every other Storage class: {dropped} of PS3.6, retired ones too, and private ones"
+    rest = f"every other Storage class: {len(not_kept(config))} of PS3.6, retired ones too, and private ones"
     web = [one.name for one in config.destinations if one.url]
     return [
         "## 1 Overview",
         "",
-        *table(("SOP class", "UID", "SCU", "SCP"), [*rows, (rest, "", "no", DROPPED)]),
+        *table(("SOP class", "UID", "SCU", "SCP"), [*rows, (rest, "", "no", _others(config))]),
         *text(
             f"""DICOMweb: {"STOW-RS and QIDO-RS user agent for " + ", ".join(web) if web else "not configured"}. No
             media, no workflow service, and no query, retrieve or print service for others."""
         ),
     ]
+
+
+def _others(config: Config) -> str:
+    """What becomes of a storage class that is not kept."""
+    return REFUSED if config.intake.other_classes == "refuse" else DROPPED
 
 
 def _introduction() -> list[str]:
@@ -144,10 +158,7 @@ def _services(takes: Sequence[Accepted], config: Config) -> list[str]:
         *table(
             ("SOP class", "our role", "what becomes of it"), [(name_of(t.sop_class_uid), t.role, t.use) for t in takes]
         ),
-        *text(
-            f"""Instances of any other Storage class are {DROPPED}, so that auto-routing does not stall; the ledger
-            counts them. A data set is kept as it came, byte for byte: nothing is coerced."""
-        ),
+        *text(f"""{_what_is_not_kept(config)} A data set is kept as it came, byte for byte: nothing is coerced."""),
         *ct_images(),
         "### 5.2 Statuses that we answer with",
         "",
@@ -175,6 +186,14 @@ def _services(takes: Sequence[Accepted], config: Config) -> list[str]:
         *commitment_for_peers(config),
         *studies_from_archives(config),
     ]
+
+
+def _what_is_not_kept(config: Config) -> str:
+    if config.intake.other_classes == "refuse":
+        return f"""Presentation contexts of any other Storage class are {REFUSED} (PS3.8 table 9-18, result 3); those of
+            the same association that are accepted are served."""
+    return f"""Instances of any other Storage class are {DROPPED}, so that auto-routing does not stall; the ledger
+            counts them."""
 
 
 def _range(first: int, last: int) -> str:
@@ -225,7 +244,7 @@ def _network(takes: Sequence[Accepted], sends: Sends, config: Config) -> list[st
             ],
         ),
         *_associations(config),
-        *_accepted_contexts(takes),
+        *_accepted_contexts(takes, config),
         *_proposed_contexts(sends, config),
         "### 7.5 Media",
         "",
@@ -255,7 +274,7 @@ def _associations(config: Config) -> list[str]:
     ]
 
 
-def _accepted_contexts(takes: Sequence[Accepted]) -> list[str]:
+def _accepted_contexts(takes: Sequence[Accepted], config: Config) -> list[str]:
     alike: dict[tuple[str, ...], list[str]] = {}
     for one in takes:
         alike.setdefault(one.transfer_syntaxes, []).append(one.sop_class_uid)
@@ -264,9 +283,8 @@ def _accepted_contexts(takes: Sequence[Accepted]) -> list[str]:
     for syntaxes, classes in alike.items():
         lines += [f"{named(classes)}:", ""]
         lines += table(("transfer syntax", "UID"), [(name_of(uid), f"`{uid}`") for uid in syntaxes])
-    return lines + text(
-        "Every other Storage class: Explicit VR Little Endian, Implicit VR Little Endian, else whatever was proposed."
-    )
+    native = "Explicit VR Little Endian, Implicit VR Little Endian, else whatever was proposed"
+    return lines + text(f"Every other Storage class: {native if _others(config) == DROPPED else REFUSED}.")
 
 
 def _proposed_contexts(sends: Sends, config: Config) -> list[str]:

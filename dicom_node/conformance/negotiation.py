@@ -19,13 +19,14 @@ from dicom_node.net.part10 import Part10
 from dicom_node.net.query import find_context
 from dicom_node.net.scp import STORAGE_COMMITMENT, VERIFICATION, contexts_for, is_storage_class
 from dicom_node.net.scu import echo_context, storage_contexts
-from dicom_node.net.store import kept_classes
+from dicom_node.net.store import accepted_classes, kept_classes
 from dicom_node.worker import new_deliveries
 from pipeline.outputs.rejection_note import KIND as REJECTION
 from pipeline.result import SeriesSummary
 from pipeline.types import EncodedSeries, OutputOptions
 
 STORED, DROPPED = "kept", "answered with Success and dropped"
+REFUSED = "rejected: abstract syntax not supported"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +58,21 @@ def accepted(config: Config) -> tuple[Accepted, ...]:
     """What a peer that may do everything is granted when it proposes everything there is."""
     asked = [build_context(uid, list(ALL_TRANSFER_SYNTAXES)) for uid in known_sop_classes()]
     granted = contexts_for(
-        asked, may_store=True, may_echo=True, may_report=config.asks_commitment, may_commit=config.gives_commitment
+        asked,
+        may_store=True,
+        may_echo=True,
+        may_report=config.asks_commitment,
+        may_commit=config.gives_commitment,
+        storage=accepted_classes(config),
     )
     kept = kept_classes(config)
     return tuple(_accepted(context, kept, config) for context in granted)
+
+
+def not_kept(config: Config) -> tuple[str, ...]:
+    """The storage classes of PS3.6 that the node has no use for: dropped, or refused."""
+    kept = kept_classes(config)
+    return tuple(uid for uid in known_sop_classes() if is_storage_class(uid) and uid not in kept)
 
 
 def _accepted(context: PresentationContext, kept: frozenset[UID], config: Config) -> Accepted:

@@ -46,7 +46,16 @@ from dicom_node.net.status import (
     Status,
     rejection,
 )
-from dicom_node.net.store import PLACEHOLDER_UID, Book, Notes, Store, answer_store, fault_of, names_instance
+from dicom_node.net.store import (
+    PLACEHOLDER_UID,
+    Book,
+    Notes,
+    Store,
+    accepted_classes,
+    answer_store,
+    fault_of,
+    names_instance,
+)
 from dicom_node.net.stream import PduReader, announced_pdu
 from dicom_node.net.thinning import without_numbers
 from dicom_node.net.trial_lock import a_test_is_sent
@@ -62,6 +71,7 @@ _AFFECTED_INSTANCE = Tag(0x0000, 0x1000)
 _MESSAGE_ID = Tag(0x0000, 0x0110)
 _MOVE_ORIGINATOR_AE = Tag(0x0000, 0x1030)
 _AWAITS_REQUEST = "Sta2"  # PS3.8 table 9-6: connected, waiting for the A-ASSOCIATE-RQ
+_CLASSES_TOLD = 10  # of those that one request proposes and that are refused
 _JOIN_S = 10.0
 _POLL_S = 0.1  # how soon the listening thread sees that it shall stop
 
@@ -260,9 +270,28 @@ class Receiver:
             may_echo=decision.may_echo,
             may_report=self._take_report is not None,
             may_commit=peer_that_may(self._config.peers, "commit", calling_ae=calling_ae, address=address) is not None,
+            storage=accepted_classes(self._config),
         )
         log.info("association.opened", association=token[:8], calling_ae=shown(calling_ae), address=address)
+        if decision.may_store:
+            self._note_refused_classes(assoc, token, shown(calling_ae), decision.peer or address)
         return decision
+
+    def _note_refused_classes(self, assoc: PynetAssociation, token: str, caller: str, sender: str) -> None:
+        """Tell of the storage classes that get no presentation context: one event a minute for a sender."""
+        accepted = accepted_classes(self._config)
+        refused = [] if accepted is None else sorted(_storage_classes_of(assoc).difference(accepted))
+        if not refused:
+            return
+        self._book.count_rejection("storage_class_refused")
+        if (thinned := self._store.thinned("storage_class_refused", sender)) is not None:
+            names = ", ".join(_class_name(uid) for uid in refused[:_CLASSES_TOLD])
+            names += f" and {len(refused) - _CLASSES_TOLD} more" if len(refused) > _CLASSES_TOLD else ""
+            log.info(
+                "association.storage_class_refused", association=token[:8], calling_ae=caller, classes=names, **thinned
+            )
+            text = f'{caller} got no presentation context for {names}: [intake].other_classes = "refuse"'
+            self._store.note("storage_class_refused", text, {"classes": len(refused), **thinned})
 
     def _reject(self, assoc: PynetAssociation, decision: Rejection) -> None:
         self._closed(assoc)
@@ -336,7 +365,7 @@ class Receiver:
             if thinned is None:
                 continue
             count += thinned.pop("repeated")
-            name = UID(sop_class_uid).name if UID(sop_class_uid).is_valid else shown(sop_class_uid)
+            name = _class_name(sop_class_uid)
             self._store.note(
                 "dropped_sop_class",
                 f"{count} instances of {name} from {shown(association.calling_ae)} were accepted and dropped: not CT",
@@ -420,9 +449,20 @@ class Receiver:
         return str(event.assoc.requestor.ae_title)
 
 
+def _class_name(sop_class_uid: str) -> str:
+    """The standard's name of a class, or a private one's UID."""
+    return UID(sop_class_uid).name if UID(sop_class_uid).is_valid else shown(sop_class_uid)
+
+
 def _would_store(assoc: PynetAssociation) -> bool:
     """Whether the requestor proposes a storage class."""
-    return any(is_storage_class(str(context.abstract_syntax)) for context in assoc.requestor.requested_contexts)
+    return bool(_storage_classes_of(assoc))
+
+
+def _storage_classes_of(assoc: PynetAssociation) -> set[str]:
+    """The storage classes that the requestor proposes."""
+    proposed = {str(context.abstract_syntax) for context in assoc.requestor.requested_contexts}
+    return {uid for uid in proposed if is_storage_class(uid)}
 
 
 def _raw_text(command: Dataset, tag: Any) -> str:

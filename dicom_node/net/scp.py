@@ -1,8 +1,9 @@
 """The acceptor: which presentation contexts we take, and a pynetdicom server set up for our use.
 
 Contexts are chosen per association from what was proposed, so that any storage class, public, retired or private,
-is taken: auto-routing must not stall on a series that we only drop. CT is taken in every transfer syntax that
-pydicom can decode here; the rest in whatever it comes, because nobody will decode it.
+is taken: auto-routing must not stall on a series that we only drop, unless a site says otherwise
+(`[intake].other_classes`). CT is taken in every transfer syntax that pydicom can decode here; the rest in whatever it
+comes, because nobody will decode it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -118,10 +119,12 @@ def contexts_for(
     may_echo: bool,
     may_report: bool = False,
     may_commit: bool = False,
+    storage: Collection[str] | None = None,
 ) -> list[PresentationContext]:
     """The contexts that an acceptor supports towards one requestor, one per proposed abstract syntax.
 
-    CT: `ct_transfer_syntaxes`. Any other storage class: native syntaxes first, then whatever was proposed.
+    CT: `ct_transfer_syntaxes`. Any other storage class of `storage` (None: any): native syntaxes first, then whatever
+    was proposed.
     Storage Commitment: a requestor that reports is its SCP and we are the SCU (PS3.4 J.3.3.1.3), also where it
     proposes no role (`may_report`); one that asks us is the SCU (`may_commit`).
     """
@@ -137,7 +140,7 @@ def contexts_for(
             accepted = ct_transfer_syntaxes() if may_store else ()
         elif abstract_syntax == STORAGE_COMMITMENT:
             accepted = (ImplicitVRLittleEndian, ExplicitVRLittleEndian) if may_report or may_commit else ()
-        elif is_storage_class(abstract_syntax):
+        elif is_storage_class(abstract_syntax) and (storage is None or abstract_syntax in storage):
             native = [uid for uid in (ExplicitVRLittleEndian, ImplicitVRLittleEndian) if uid in syntaxes]
             accepted = dict.fromkeys((*native, *syntaxes)) if may_store else ()
         else:

@@ -96,8 +96,13 @@ def names_instance(fault: str) -> bool:
 
 
 def kept_classes(config: Config) -> frozenset[UID]:
-    """The storage classes whose instances are kept; those of any other are answered with Success and dropped."""
+    """The storage classes whose instances are kept; those of any other are dropped, or refused."""
     return CT_CLASSES | ({SegmentationStorage} if config.pipeline.uses_segmentations else frozenset())
+
+
+def accepted_classes(config: Config) -> frozenset[UID] | None:
+    """The storage classes that get a presentation context; None: all of them."""
+    return kept_classes(config) if config.intake.other_classes == "refuse" else None
 
 
 class Store:

@@ -25,7 +25,15 @@ from dicom_node.config import Config, PeerConfig, load_config
 from dicom_node.conformance.annexes import OBJECTS
 from dicom_node.conformance.attributes import attributes_of
 from dicom_node.conformance.document import REJECTIONS, statement
-from dicom_node.conformance.negotiation import DROPPED, accepted, asked, known_sop_classes, proposed, verification
+from dicom_node.conformance.negotiation import (
+    DROPPED,
+    REFUSED,
+    accepted,
+    asked,
+    known_sop_classes,
+    proposed,
+    verification,
+)
 from dicom_node.conformance.sample import Samples, make_samples
 from dicom_node.net.commitment_scp import Verdict, send_report
 from dicom_node.net.move import Retrieval
@@ -143,9 +151,12 @@ def granted_one_by_one(port: int, sop_classes: Sequence[str]) -> set[tuple[str, 
     return set().union(*(granted(port, some) for some in in_requests(every)))
 
 
-@pytest.mark.parametrize(("asks", "gives", "role"), [(False, False, ""), (True, True, "SCU and SCP")])
+@pytest.mark.parametrize(
+    ("asks", "gives", "role", "others"),
+    [(False, False, "", "drop"), (True, True, "SCU and SCP", "drop"), (True, False, "SCU", "refuse")],
+)
 def test_a_running_node_accepts_what_the_statement_says_and_nothing_else(
-    tmp_path: Path, asks: bool, gives: bool, role: str
+    tmp_path: Path, asks: bool, gives: bool, role: str, others: str
 ) -> None:
     may = ["store", "echo", *(["commit"] if gives else [])]
     config = config_of(
@@ -153,6 +164,7 @@ def test_a_running_node_accepts_what_the_statement_says_and_nothing_else(
         peers=[{"name": "pacs", "ae_title": "PACS", "may": may}],
         pipeline={"districts": ["dicom_seg", "builtin"] if asks else ["builtin"]},
         destinations=[{"name": "pacs", "peer": "pacs", "commitment": asks}],
+        intake={"other_classes": others},
     )
     said = {one.sop_class_uid: one for one in accepted(config)}
     kept = [uid for uid, one in said.items() if one.use != DROPPED]
@@ -170,7 +182,15 @@ def test_a_running_node_accepts_what_the_statement_says_and_nothing_else(
     listed = {(uid, syntax) for uid in kept for syntax in said[uid].transfer_syntaxes}
     if SegmentationStorage in kept:  # not CT: whatever is proposed
         listed |= {(str(SegmentationStorage), str(syntax)) for syntax in ALL_TRANSFER_SYNTAXES}
-    assert one_by_one == listed | {(str(RTPlanStorage), str(syntax)) for syntax in ALL_TRANSFER_SYNTAXES}
+    dropped = {(str(RTPlanStorage), str(syntax)) for syntax in ALL_TRANSFER_SYNTAXES}
+    assert one_by_one == listed | (dropped if others == "drop" else set())
+    assert (set(said) == set(kept)) is (others == "refuse")
+
+
+def test_the_statement_says_what_becomes_of_classes_that_are_not_used(tmp_path: Path, shipped: str) -> None:
+    refusing = statement(config_of(tmp_path, intake={"other_classes": "refuse"}))
+    assert (DROPPED in shipped, REFUSED in shipped) == (True, False)
+    assert (DROPPED in refusing, REFUSED in refusing) == (False, True)
 
 
 def test_of_several_transfer_syntaxes_the_first_of_the_statement_is_chosen(tmp_path: Path) -> None:

@@ -20,12 +20,14 @@ from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import (
     BasicTextSRStorage,
     CTImageStorage,
+    EnhancedCTImageStorage,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     RLELossless,
     SecondaryCaptureImageStorage,
+    SegmentationStorage,
     generate_uid,
 )
 from pynetdicom import evt
@@ -299,6 +301,69 @@ def test_an_association_for_each_dropped_instance_is_one_event_a_minute(intake: 
         intake.clock.now += 61
     intake.wait(lambda: intake.event_codes().count("dropped_sop_class") == 2)
     assert sorted(event.details["instances"] for event in intake.ledger.search_events()) == [1, 3]
+
+
+NOT_SUPPORTED = 3  # PS3.8 table 9-18: abstract syntax not supported
+
+
+@pytest.mark.parametrize("districts", [["builtin"], ["dicom_seg", "builtin"]])
+def test_where_other_classes_are_refused_what_the_node_uses_is_accepted(tmp_path: Path, districts: list[str]) -> None:
+    seg = 0 if "dicom_seg" in districts else NOT_SUPPORTED
+    expected = {CTImageStorage: 0, EnhancedCTImageStorage: 0, VERIFICATION: 0, SegmentationStorage: seg}
+    expected |= dict.fromkeys((SecondaryCaptureImageStorage, RETIRED_STORAGE, PRIVATE_STORAGE), NOT_SUPPORTED)
+    refusing = config(intake={"other_classes": "refuse"}, pipeline={"districts": districts})
+    with running_intake(tmp_path, refusing) as intake, structlog.testing.capture_logs() as logs:
+        for _ in range(2):
+            with intake.association([(uid, ()) for uid in expected]) as assoc:
+                answered = [*assoc.accepted_contexts, *assoc.rejected_contexts]
+                assert {str(one.abstract_syntax): one.result for one in answered} == expected
+        intake.wait(lambda: intake.event_codes() == ["storage_class_refused"])
+        (event,) = intake.ledger.search_events()
+        assert "'PACS' got no presentation context for " in event.text
+        assert "Secondary Capture Image Storage" in event.text
+        assert ("Segmentation Storage" in event.text) is bool(seg)
+        assert intake.registry.counts()["rejected_storage_class_refused"] == 2
+    assert [line["event"] for line in logs].count("association.storage_class_refused") == 1
+
+
+def test_no_refusal_is_told_where_only_what_the_node_uses_is_proposed(tmp_path: Path) -> None:
+    with running_intake(tmp_path, config(intake={"other_classes": "refuse"})) as intake:
+        with intake.association([(CTImageStorage, ()), (VERIFICATION, ())]) as assoc:
+            assert len(assoc.accepted_contexts) == 2
+        assert intake.event_codes() == []
+        assert "rejected_storage_class_refused" not in intake.registry.counts()
+
+
+@pytest.mark.parametrize("reader", ["stream", "plain"])
+@pytest.mark.parametrize(
+    ("others", "command", "comes"),
+    [
+        ("refuse", ("dcmsend", "--no-halt"), True),
+        ("refuse", ("storescu", "--no-halt"), True),
+        ("refuse", ("dcmsend",), False),  # it stops at the first instance without a context: so "drop" is the default
+        ("drop", ("dcmsend",), True),
+    ],
+)
+def test_the_ct_of_a_mixed_study_comes_in_where_other_classes_are_refused_and_the_sender_goes_on(
+    tmp_path: Path, reader: str, others: str, command: tuple[str, ...], comes: bool
+) -> None:
+    if not shutil.which(command[0]):
+        pytest.skip("DCMTK is not installed")
+    study = tmp_path / "study"
+    ct = small_ct(study)
+    for number in range(2):
+        ds = photograph(SecondaryCaptureImageStorage)
+        ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+        ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+        ds.save_as(study / f"{number}-photograph.dcm", enforce_file_format=True)
+    with running_intake(tmp_path, config(intake={"other_classes": others, "reader": reader})) as intake:
+        to = ["-aet", "PACS", "-aec", "SYNPET", "127.0.0.1", str(intake.port)]
+        # "0-photograph" comes first, "1-photograph" last
+        sent = subprocess.run([*command, *to, *map(str, sorted(study.iterdir()))], capture_output=True, check=False)
+        intake.wait(lambda: intake.registry.counts()["open"] == 0)
+        kept = {path.stem for path in intake.spool.incoming()}
+    assert (sent.returncode == 0) is comes
+    assert kept == ({dcmread(path).SOPInstanceUID for path in ct} if comes else set())
 
 
 def test_a_query_class_is_not_accepted(intake: Intake) -> None:
