@@ -41,7 +41,7 @@ from dicom_node.notify import Notifier
 from dicom_node.proof import Prover
 from dicom_node.recover import adopt_unknown, cancel_again
 from dicom_node.rejections import reject_superseded
-from dicom_node.schedule import Schedule
+from dicom_node.schedule import Schedule, Ticker
 from dicom_node.scheduled_pulls import ScheduledPulls
 from dicom_node.upkeep import Upkeep
 from dicom_node.worker import Worker, pipeline_options
@@ -311,33 +311,6 @@ class Node:
     def _sign_of_life(self) -> None:
         if self.healthy:
             self._notifier.alive()
-
-
-class Ticker:
-    """A thread that calls a function again and again; what it raises is logged, and it goes on."""
-
-    def __init__(self, name: str, function: Callable[[], object], interval_s: float) -> None:
-        self._function, self._interval_s = function, interval_s
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self._thread.join()
-
-    def _loop(self) -> None:
-        while not self._stopping.wait(self._interval_s):
-            try:
-                self._function()
-            except Exception:
-                log.exception("node.tick_failed", part=self._thread.name)
 
 
 def _close_to_others(root: Path) -> None:

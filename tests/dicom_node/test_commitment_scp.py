@@ -31,7 +31,7 @@ from dicom_node.net.part10 import read_part10
 from dicom_node.net.receive import Receiver
 from dicom_node.net.status import Status
 from dicom_node.net.store import kept_classes
-from dicom_node.node import Ticker
+from dicom_node.schedule import Ticker
 from storage import asked as asked_module
 from storage.asked import Asked, AskedCommitments
 from storage.errors import NoSpace, StaleState

@@ -12,8 +12,8 @@ from fake_pacs import free_port
 from dicom_node.config import Config, NodeConfig, PeerConfig, StorageConfig
 from dicom_node.errors import NodeError
 from dicom_node.net.scu import echo
-from dicom_node.node import Node, Ticker
-from dicom_node.schedule import Schedule
+from dicom_node.node import Node
+from dicom_node.schedule import Schedule, Ticker
 from storage.errors import LedgerError
 
 
