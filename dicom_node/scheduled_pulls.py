@@ -2,7 +2,8 @@
 
 A run that was missed, because the node was down, is made up for at the next start; one that failed is tried again
 every hour. Every run asks for all days since those of the last one that succeeded, up to CATCH_UP_DAYS back. Which runs
-there were is in the ledger (`pull_run`, `pull_run_failed`), so that a restart repeats none.
+there were is in the ledger (`pull_run`, `pull_run_failed`), so that a restart repeats none. Those of the future are of
+a clock that was wrong: they are no reason to leave a day's out.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 import structlog
+from apscheduler.triggers.cron import CronTrigger
 
 from dicom_node.config import Config, ScheduledPull
 from dicom_node.net.query import SeriesFound, StudyFound
@@ -27,6 +29,8 @@ log = structlog.get_logger(__name__)
 RUN, RUN_FAILED = "pull_run", "pull_run_failed"
 AGAIN_AFTER = timedelta(hours=1)
 CATCH_UP_DAYS = 30
+_AHEAD = timedelta(hours=1)  # a run of later than this is of a clock that was wrong
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)  # of a pull that only ever ran in the future
 _NOT_FETCHED = frozenset({"present", "no_ct"})  # nothing was asked for: does not count for max_studies
 _HARMLESS = _NOT_FETCHED | {"fetched"}
 
@@ -46,22 +50,23 @@ class Past:
 def slot_before(at: str, now: datetime) -> datetime:
     """The latest moment at or before `now` (aware, local) when it was `at` o'clock."""
     hour, minute = at.split(":")
-    slot = now.replace(hour=int(hour), minute=int(minute), second=0, microsecond=0)
-    return slot if slot <= now else slot - timedelta(days=1)
+    daily = CronTrigger(hour=hour, minute=minute, timezone=now.tzinfo)
+    slot: datetime = daily.get_next_fire_time(None, now - timedelta(days=1) + datetime.resolution)
+    return slot
 
 
 def is_due(at: str, now: datetime, past: Past, started: datetime) -> bool:
     """Whether a run is owed now: since the last slot none succeeded, and none was tried within the hour.
 
     A pull that never ran begins with the first slot after the node has started with it: configuring it at noon does
-    not load the archive at noon.
+    not load the archive at noon. A run of the future counts for nothing.
     """
     slot = slot_before(at, now)
     if past.tried is None:
         return started < slot
-    if past.succeeded is not None and past.succeeded >= slot:
+    if past.succeeded is not None and slot <= past.succeeded <= now + _AHEAD:
         return False
-    return past.tried < slot or now - past.tried >= AGAIN_AFTER
+    return past.tried < slot or not timedelta() <= now - past.tried < AGAIN_AFTER
 
 
 def days_of(pull: ScheduledPull, slot: datetime, since: date | None = None) -> tuple[date, date]:
@@ -98,16 +103,19 @@ class ScheduledPulls:
     ) -> None:
         self._config, self._ledger, self._spool = config, ledger, spool
         self._clock, self._should_stop = clock, should_stop
-        self._started = clock()
-        self._past = {pull.name: self._remembered(pull) for pull in config.pulls}
+        self._started = now = clock()
+        self._past = {pull.name: self._remembered(pull, now) for pull in config.pulls}
         self._failed: dict[str, set[str]] = {pull.name: set() for pull in config.pulls}  # studies, in the last run
 
     def tick(self) -> None:
         """Never raises for an archive's trouble: that is told in the ledger."""
         for pull in self._config.pulls:
             now = self._clock()
-            if not self._should_stop() and is_due(pull.at, now, self._past[pull.name], self._started):
-                known = self._past[pull.name]
+            self._started = min(self._started, now)  # the clock was set back
+            known = self._past[pull.name]
+            if known.tried is not None and known.tried > now + _AHEAD:
+                known = self._past[pull.name] = self._remembered(pull, now)
+            if not self._should_stop() and is_due(pull.at, now, known, self._started):
                 first, last = days_of(pull, slot_before(pull.at, now), known.since)
                 done = self._run(pull, first, last)
                 self._past[pull.name] = Past(
@@ -116,20 +124,30 @@ class ScheduledPulls:
                     since=last + timedelta(days=1) if done else known.since or first,
                 )
 
-    def _remembered(self, pull: ScheduledPull) -> Past:
+    def _remembered(self, pull: ScheduledPull, now: datetime) -> Past:
+        """What the ledger knows by now; a run of the future is told in the log, and is not believed."""
+
         def events(code: str) -> list[Event]:
             found = self._ledger.search_events(code=code)  # newest first
             return [event for event in found if event.details.get("pull") == pull.name]
 
-        succeeded, failed = events(RUN), events(RUN_FAILED)
+        every = events(RUN), events(RUN_FAILED)
+        succeeded, failed = ([event for event in found if event.time <= now + _AHEAD] for found in every)
+        latest = max((event for found in every for event in found[:1]), key=lambda event: event.id, default=None)
+        if latest is not None and latest.time > now + _AHEAD:
+            reason = (
+                f"its last run was on {latest.time.isoformat(timespec='seconds')}: the clock was wrong then or is now"
+            )
+            log.warning("pull.run_of_the_future", pull=pull.name, reason=reason)
         since = None
         if succeeded:
             since = self._days_of_event(pull, succeeded[0])[1] + timedelta(days=1)
         elif failed:  # none ever succeeded: what the first one asked for is owed
             since = self._days_of_event(pull, failed[-1])[0]
+        tried = max((event.time for event in (*succeeded[:1], *failed[:1])), default=None)
         return Past(
             succeeded=succeeded[0].time if succeeded else None,
-            tried=max((event.time for event in (*succeeded[:1], *failed[:1])), default=None),
+            tried=tried or (_LONG_AGO if latest is not None else None),
             since=since,
         )
 

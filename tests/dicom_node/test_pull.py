@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
@@ -14,11 +15,14 @@ from ct_factory import write_ct
 from fake_retrieve import FIND, FakeRetrieve, Script
 from intake_tools import QUEUED, Intake, config, running_intake
 from pydicom.uid import generate_uid
+from structlog.testing import capture_logs
 
 from dicom_node.config import Config, ScheduledPull
 from dicom_node.pull import Puller, PullOptions, PullOutcome, Wanted
 from dicom_node.scheduled_pulls import Past, ScheduledPulls, days_of, is_due, portions, slot_before
+from storage.database import default_url
 from storage.fetched import FetchedTokens
+from storage.ledger import Ledger, open_ledger
 
 ACCESSION = Wanted(accession="ACC1")
 SLICES = 6
@@ -215,7 +219,12 @@ HOUR, DAY = timedelta(hours=1), timedelta(days=1)
         (Past(succeeded=NIGHT - DAY, tried=NIGHT - DAY), NIGHT, True),  # missed while the node was down
         (Past(succeeded=NIGHT, tried=NIGHT), NIGHT - DAY, False),  # done
         (Past(succeeded=NIGHT - DAY, tried=NIGHT - HOUR / 60), NIGHT - DAY, True),  # tried before the slot
-        (Past(succeeded=NIGHT + DAY, tried=NIGHT + DAY), NIGHT, False),  # the clock was set back
+        (Past(succeeded=NIGHT + HOUR / 2, tried=NIGHT + HOUR / 2), NIGHT, False),  # the clock was set back a little
+        (Past(succeeded=NIGHT + DAY, tried=NIGHT + DAY), NIGHT, True),  # it was a day ahead: that was no run of today
+        (Past(succeeded=NIGHT + 200 * DAY, tried=NIGHT + 200 * DAY), NIGHT, True),
+        (Past(succeeded=NIGHT - DAY, tried=NIGHT + 200 * DAY), NIGHT, True),  # it failed by that clock
+        (Past(succeeded=NIGHT - DAY, tried=NIGHT + HOUR / 2), NIGHT, True),
+        (Past(succeeded=NIGHT, tried=NIGHT + 200 * DAY), NIGHT, False),  # done before that
     ],
 )
 def test_a_run_is_owed_once_a_day(past: Past, started: datetime, due: bool) -> None:
@@ -343,6 +352,72 @@ def test_a_restart_does_not_forget_which_days_are_owed(
     run = runs(bench)[-1]
     owed, last = (f"{now.date() + number * DAY:%Y-%m-%d}" for number in (first, 2))
     assert (run.details["first_day"], run.details["last_day"]) == (owed, last)
+
+
+@contextmanager
+def by_clock(bench: Bench, clock: Clock) -> Iterator[Ledger]:
+    """The bench's ledger, which writes by this clock."""
+    real = bench.intake.ledger
+    bench.intake.ledger = open_ledger(default_url(bench.intake.spool.root), clock=clock)
+    yield bench.intake.ledger
+    bench.intake.ledger.close()
+    bench.intake.ledger = real
+
+
+def noted(ledger: Ledger, clock: Clock, code: str, time: datetime) -> None:
+    """What an earlier life wrote down at that time, of the day before it."""
+    clock.now = time
+    day = f"{time - DAY:%Y-%m-%d}"
+    ledger.note("", code, "told", details={"pull": "missed", "first_day": day, "last_day": day})
+
+
+@pytest.mark.parametrize("code", ["pull_run", "pull_run_failed"])
+def test_a_restart_believes_no_run_of_the_future_and_forgets_no_day_that_is_owed(bench: Bench, code: str) -> None:
+    clock = Clock(NIGHT)
+    with by_clock(bench, clock) as ledger, capture_logs() as logs:
+        noted(ledger, clock, "pull_run", NIGHT - 5 * DAY)
+        noted(ledger, clock, code, NIGHT + 200 * DAY)
+        for clock.now in (NIGHT + HOUR, NIGHT + 2 * HOUR):
+            scheduled(bench, clock).tick()
+        run = runs(bench)[2:]
+        assert [(one.code, one.details["first_day"], one.details["last_day"]) for one in run] == [
+            ("pull_run", "2023-12-29", "2024-01-02")
+        ]
+        assert [log["event"] for log in logs].count("pull.run_of_the_future") == 1
+
+
+def test_a_pull_whose_only_run_is_of_the_future_is_owed_at_once(bench: Bench) -> None:
+    clock = Clock(NIGHT)
+    with by_clock(bench, clock) as ledger, capture_logs() as logs:
+        noted(ledger, clock, "pull_run", NIGHT + 200 * DAY)
+        clock.now = NIGHT + HOUR
+        pulls = scheduled(bench, clock)
+        pulls.tick()
+        pulls.tick()
+        assert [(run.details["first_day"], run.details["last_day"]) for run in runs(bench)[1:]] == [
+            ("2024-01-02", "2024-01-02")
+        ]
+        assert [log["event"] for log in logs].count("pull.run_of_the_future") == 1
+
+
+def test_a_clock_that_was_ahead_and_is_set_right_under_a_running_node_stops_no_pull(bench: Bench) -> None:
+    clock = Clock(NIGHT - DAY - HOUR)
+    with by_clock(bench, clock), capture_logs() as logs:
+        pulls = scheduled(bench, clock)
+        for clock.now in (NIGHT - DAY, NIGHT + 200 * DAY, NIGHT, NIGHT + HOUR):
+            pulls.tick()
+        days = [run.details["last_day"] for run in runs(bench)]
+        assert days == ["2024-01-01", "2024-07-20", "2024-01-02"]
+        assert runs(bench)[-1].details["first_day"] == "2024-01-02"
+        assert [log["event"] for log in logs].count("pull.run_of_the_future") == 1
+
+
+def test_a_pull_that_has_never_run_begins_with_the_next_slot_of_the_clock_that_was_set_back(bench: Bench) -> None:
+    clock = Clock(NIGHT + 200 * DAY)
+    pulls = scheduled(bench, clock)
+    for clock.now in (NIGHT - HOUR, NIGHT):
+        pulls.tick()
+    assert [run.details["last_day"] for run in runs(bench)] == ["2024-01-02"]
 
 
 def test_what_the_limit_left_is_fetched_after_days_too(bench: Bench) -> None:
