@@ -12,7 +12,15 @@ from datetime import datetime, timedelta
 import structlog
 
 from dicom_node.config import Config, PeerConfig
-from dicom_node.net.commitment_scp import SORTED_WITHIN_S, Verdict, is_coming, judge, note_reported, send_report
+from dicom_node.net.commitment_scp import (
+    HANDED_OVER_S,
+    SORTED_WITHIN_S,
+    Verdict,
+    is_coming,
+    judge,
+    note_reported,
+    send_report,
+)
 from dicom_node.net.link import RequestOutcome, timeouts_of
 from dicom_node.net.peers import shown
 from dicom_node.net.store import Notes, kept_classes
@@ -65,7 +73,14 @@ class CommitmentReporter:
     def _is_due(self, request: Asked) -> bool:
         """A time that no pause explains comes of a clock that was set back: due now."""
         wait = request.due - self._clock()
-        return wait <= timedelta() or wait > timedelta(seconds=max(self._config.commitment.max_retry_s, 60.0))
+        return not timedelta() < wait <= timedelta(seconds=self._pause_s(request.attempts))
+
+    def _pause_s(self, attempts: int) -> float:
+        """After so many attempts; before the first one its own association has a while for the report."""
+        rules = self._config.commitment
+        if not attempts:
+            return HANDED_OVER_S
+        return retry_delay_s(attempts, first_s=rules.first_retry_s, longest_s=rules.max_retry_s)
 
     def _waits(self, request: Asked) -> bool:
         """For the assembler, within bounds: what it has not looked at may yet go to quarantine."""
@@ -90,8 +105,8 @@ class CommitmentReporter:
         return outcome
 
     def _later(self, request: Asked, outcome: RequestOutcome) -> None:
-        rules, attempts = self._config.commitment, request.attempts + 1
-        pause = retry_delay_s(attempts, first_s=rules.first_retry_s, longest_s=rules.max_retry_s)
+        attempts = request.attempts + 1
+        pause = self._pause_s(attempts)
         self._asked.postpone(request, due=self._clock() + timedelta(seconds=pause), attempts=attempts)
         log.warning("commitment.report_postponed", code=outcome.code, reason=outcome.text, retry_s=pause)
 

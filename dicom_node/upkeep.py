@@ -82,7 +82,7 @@ class Upkeep:
         self._watch = ClockWatch(clock, steady)
         self._alive = config.storage.root / "node.alive"
         self._steady, self._looked = steady, steady()
-        self._owed_s = 0.0  # by how much the beginnings of outages are still to be shifted
+        self._owed_s = 0.0  # by how much waits and the beginnings of outages are still to be shifted
         waits = [max(one.max_retry_s, one.first_retry_s, one.commitment_timeout_s) for one in config.destinations]
         self._longest_wait_s = max([LONGEST_RETRY_S, config.engine.retry_s, *waits])
 
@@ -129,6 +129,10 @@ class Upkeep:
             text = f"the machine's clock was set {'forward' if jumped > 0 else 'back'} by {abs(jumped):.0f} s"
             log.warning("node.clock_jumped", seconds=round(jumped))
             self._owed_s += jumped
+        if self._owed_s < 0:
+            self._ledger.shift_waits(
+                self._owed_s
+            )  # first: it does no harm when the next call fails and both are repeated
         if self._owed_s:
             self._ledger.shift_outages(self._owed_s, recent_s=looked - self._looked)
             self._owed_s = 0.0

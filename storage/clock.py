@@ -35,6 +35,38 @@ class ClockLedger(LedgerBase):
                     row.failing_since = min(row.failing_since + timedelta(seconds=seconds), now)
             return len(rows)
 
+    def shift_waits(self, seconds: float) -> int:
+        """Move what jobs and deliveries wait for as the clock was set back (`seconds` < 0). Returns how many.
+
+        `mend_times` cannot tell a wait of a minute that became one of an hour from an hour that was meant. What the new
+        clock has put off already becomes due early: nothing is lost by one attempt more.
+        """
+        shift = timedelta(seconds=seconds)
+        with self._write() as session:
+            now = self._clock()
+            jobs = session.scalars(
+                select(JobRow)
+                .where(JobRow.state == JobState.QUEUED.value, JobRow.not_before > now)
+                .with_for_update(skip_locked=True)
+            ).all()
+            for job in jobs:
+                assert job.not_before is not None
+                job.not_before += shift
+            deliveries = session.scalars(
+                select(DeliveryRow)
+                .join(JobRow, JobRow.id == DeliveryRow.job_id)
+                .where(
+                    JobRow.state == JobState.DELIVERING.value,
+                    DeliveryRow.state.in_([state.value for state in WAITING_STATES]),
+                    DeliveryRow.next_attempt > now,
+                )
+                .with_for_update(of=[JobRow, DeliveryRow], skip_locked=True)
+            ).all()
+            for row in deliveries:
+                assert row.next_attempt is not None
+                row.next_attempt += shift
+            return len(jobs) + len(deliveries)
+
     def mend_times(self, *, longest_wait_s: float, lease_s: float) -> int:
         """Make due what would wait longer than `longest_wait_s`, and end leases within `lease_s`. Returns how many.
 

@@ -148,6 +148,63 @@ def test_a_job_whose_retry_lies_years_ahead_is_tried(lab: Lab) -> None:
     assert lab.node.ledger.get(job.id).state is JobState.DONE
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_clock_that_was_ahead_for_less_than_the_longest_pause_holds_up_no_retry_either(
+    lab: Lab, restart: bool
+) -> None:
+    ahead = timedelta(minutes=50)  # max_retry_s is an hour
+    lab.pacs.up = False
+    lab.machine.wall += ahead
+    lab.upkeep.sweep()
+    lab.node.receive(lab.files)
+    lab.node.step()
+    [job] = lab.node.jobs()
+    [first] = [one for one in lab.node.ledger.deliveries(job.id) if one.kind == "pet"]
+    lab.machine.wall -= ahead
+    if restart:
+        lab.close()
+        lab.start()
+    else:
+        lab.upkeep.sweep()
+    [after] = [one for one in lab.node.ledger.deliveries(job.id) if one.kind == "pet"]
+    assert first.next_attempt is not None
+    assert after.next_attempt == first.next_attempt - ahead
+    lab.pacs.up = True
+    lab.machine.pass_time(31)
+    lab.node.deliver()
+    assert lab.node.ledger.get(job.id).state is JobState.DONE
+
+
+def test_a_job_is_tried_again_as_soon_as_before_when_the_clock_was_set_back_a_little(lab: Lab) -> None:
+    lab.node.receive(lab.files)
+    lab.node.step_to_queued()
+    job = lab.node.ledger.claim("somebody", lease_s=120)
+    assert job is not None
+    again = lab.machine.wall + timedelta(seconds=30)
+    lab.node.ledger.fail_run(
+        job.id, "somebody", code="engine_crashed", text="", permanent=False, retry_at=again, max_attempts=3
+    )
+    lab.machine.wall -= timedelta(minutes=4)  # the longest pause is five
+    lab.upkeep.sweep()
+    assert lab.node.ledger.claim("worker", lease_s=120) is None
+    lab.machine.pass_time(30)
+    assert lab.node.ledger.claim("worker", lease_s=120) is not None
+
+
+def test_a_clock_that_is_set_forward_and_days_without_the_node_put_nothing_off(lab: Lab) -> None:
+    lab.pacs.up = False
+    lab.node.receive(lab.files)
+    lab.node.step()
+    [job] = lab.node.jobs()
+    due = [one.next_attempt for one in lab.node.ledger.deliveries(job.id)]
+    lab.machine.wall += timedelta(seconds=70)
+    lab.upkeep.sweep()
+    lab.close()
+    lab.machine.pass_time(86400)
+    lab.start()
+    assert [one.next_attempt for one in lab.node.ledger.deliveries(job.id)] == due
+
+
 def test_a_wait_that_is_meant_is_left_as_it_is(lab: Lab) -> None:
     lab.pacs.up = False
     lab.node.receive(lab.files)

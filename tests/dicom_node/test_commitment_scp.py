@@ -482,6 +482,16 @@ def test_a_stop_leaves_the_rest_for_the_next_life(desk: Desk) -> None:
     assert len(desk.asked.waiting()) == 2
 
 
-def test_a_clock_that_was_set_back_a_year_delays_no_report(desk: Desk) -> None:
-    desk.asked.add(request_for(desk.references, due=NOW))
-    assert desk.reporter(send=Outbox(("", False)), clock=lambda: NOW - timedelta(days=365)).tick() == 1
+@pytest.mark.parametrize(
+    ("attempts", "back", "told"),
+    [
+        (0, timedelta(days=365), 1),
+        (0, timedelta(minutes=30), 1),
+        (1, timedelta(minutes=30), 1),  # the pause is half a minute
+        (1, timedelta(seconds=30), 0),
+        (9, timedelta(minutes=30), 0),  # of an hour: it may be meant
+    ],
+)
+def test_a_clock_that_was_set_back_delays_no_report(desk: Desk, attempts: int, back: timedelta, told: int) -> None:
+    desk.asked.add(request_for(desk.references, due=NOW, attempts=attempts))
+    assert desk.reporter(send=Outbox(("", False)), clock=lambda: NOW - back).tick() == told

@@ -62,6 +62,7 @@ def _live(ledger: Ledger, clock: Clock, delivering: Callable[..., Job]) -> None:
     assert first is not None
     assert ledger.renew_delivery(first.id, "s", **LEASE)
     ledger.shift_outages(60.0)
+    ledger.shift_waits(-60.0)
     sent: dict[str, Any] = {"state": DeliveryState.SENT, "sent": 3, "statuses": {}, "goal": DeliveryState.COMMITTED}
     ledger.finish_delivery(first.id, "s", **sent)
     assert ledger.claim_proof("s", **LEASE)
