@@ -25,7 +25,7 @@ from dicom_node.incoming import CHOSEN, IncomingSeries, gaps_text, source_digest
 from dicom_node.net.associations import AssociationRegistry, sender_of
 from dicom_node.selection import Decision, EarlierChoice, SeriesSummary, choose, matches, summarize, unfit
 from dicom_node.trial import LABELED, UNANNOUNCED, unannounced
-from storage.errors import IllegalMove, NoSpace, NotFound, StaleState
+from storage.errors import IllegalMove, LedgerError, NoSpace, NotFound, StaleState
 from storage.fetched import FetchedTokens
 from storage.ledger import Ledger
 from storage.records import Job, JobState
@@ -495,9 +495,10 @@ class Assembler:
         try:
             step()
             self._failing.pop(what, None)
-        except Exception:
+        except Exception as error:
             self._blocked[what] = now + _RETRY_S
-            self._failing.setdefault(what, now)
+            if not isinstance(error, LedgerError | NoSpace):  # of the machine: it says nothing against a study
+                self._failing.setdefault(what, now)
             log.exception("assembler.step_failed", what=what, retry_s=_RETRY_S)
 
 

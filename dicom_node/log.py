@@ -1,13 +1,15 @@
 """One line per stage: structlog on stderr, as JSON for a collector or as text for a person.
 
 Whatever is logged may hold an attacker's text (an AE title, a UID): control characters are escaped, so that a
-value never starts a line of its own. Exceptions are logged by type and place, never by message, because a
-library's message may quote a header. Other libraries' loggers go through the same door from WARNING on.
+value never starts a line of its own. Exceptions are logged by type and place, and by a reason only where the words are
+our own or the system's: a library's message may quote a header. Other libraries' loggers go through the same door from
+WARNING on.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Mapping, MutableMapping
@@ -19,10 +21,20 @@ import structlog
 from structlog.typing import EventDict, Processor
 
 from dicom_node.config import LogConfig
+from dicom_node.engine import EngineError
+from dicom_node.errors import NodeError
+from dicom_node.net.security import SecurityError
+from pipeline.errors import DistrictError, PipelineError, UnsupportedSeries
+from storage.errors import BadUid, StorageError
 
 # Their lines quote AE titles and data sets and repeat what our own lines say once.
 QUIET_LIBRARIES = ("pynetdicom", "pydicom")
 MAX_VALUE = 2000  # characters of one value; longer texts are cut
+# Errors whose texts we write, of UIDs, files and numbers. Not among them: ConfigError, BadInstance, AnswerError and
+# WebFailure, which may repeat a value of the configuration, of a header or of an answer.
+WORDED = (StorageError, PipelineError, EngineError, NodeError, SecurityError)
+# Those of them that may repeat what a sender or another program wrote: their code is told, where they have one.
+QUOTING = (BadUid, UnsupportedSeries, DistrictError)
 
 
 def configure_logging(config: LogConfig, *, stream: TextIO | None = None) -> None:
@@ -33,7 +45,7 @@ def configure_logging(config: LogConfig, *, stream: TextIO | None = None) -> Non
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        place_of_exception,
+        reason_of_exception,
         escape_controls,
     ]
     renderer = _renderer(config, out)
@@ -86,14 +98,28 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
 
 
-def place_of_exception(_logger: Any, _method: str, event: EventDict) -> EventDict:
-    """Replace `exc_info` by `error`: the exception's type and the places it came through, without its message."""
+def reason_of_exception(_logger: Any, _method: str, event: EventDict) -> EventDict:
+    """Replace `exc_info` by `error`, the exception's type, the `place`s it came through, and its `reason` if any."""
     info = event.pop("exc_info", None)
     error = sys.exc_info()[1] if info is True else info[1] if isinstance(info, tuple) else info
     if isinstance(error, BaseException):
         event["error"] = type(error).__name__
+        if reason := reason_of(error):
+            event.setdefault("reason", reason)
         event["place"] = places(error.__traceback__)
     return event
+
+
+def reason_of(error: BaseException) -> str:
+    """What may be told of an exception beyond its type; "" for a library's, whose message may quote a header."""
+    if isinstance(error, QUOTING):
+        return getattr(error, "code", "")
+    if isinstance(error, WORDED):
+        return str(error)
+    if isinstance(error, OSError) and error.errno:
+        # whoever raises an OSError chooses its text: only what the system itself says of the number is told
+        return error.strerror if error.strerror == os.strerror(error.errno) else ""
+    return ""
 
 
 def places(trace: TracebackType | None, *, last: int = 4) -> str:

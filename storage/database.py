@@ -17,7 +17,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError
 
 from storage.errors import LedgerDamaged, LedgerError
 
@@ -26,20 +26,22 @@ BUSY_TIMEOUT_S = 30.0  # a writer waits this long for another process (the comma
 WRITE = {"ledger_write": True}
 MIGRATIONS = Path(__file__).parent / "migrations"
 
+_GOES_ON = "a running node then goes on by itself"
 _REMEDIES = (  # text in the driver's message -> what an operator does
     ("readonly", "the file or its folder is read-only: give the node's user write permission, or remount the disk"),
     ("read-only", "the database is read-only: give the node's user write permission"),
     (
         "not a database",
-        "the file is not a SQLite database: restore the backup (`dicom-node ledger restore FILE`), or move it away to "
-        "begin a new ledger",
+        "the file is not a SQLite database: stop the node and restore the backup (`dicom-node ledger restore FILE`), "
+        "or move it away to begin a new ledger",
     ),
-    ("malformed", "the file is damaged: restore the backup (`dicom-node ledger restore FILE`)"),
+    ("malformed", "the file is damaged: stop the node and restore the backup (`dicom-node ledger restore FILE`)"),
     ("unable to open", "the file cannot be opened: check that its folder exists and belongs to the node's user"),
-    ("locked", "another process keeps it locked: end that process, then try again"),
-    ("disk is full", "the disk is full: make room"),
-    ("disk i/o", "the disk reports an error: check the disk and its mount"),
+    ("locked", f"another process keeps it locked: find it (`fuser -v FILE`) and end it; {_GOES_ON}"),
+    ("disk is full", f"the disk is full: make room; {_GOES_ON}"),
+    ("disk i/o", f"the disk reports an error: check the disk and its mount (`dmesg`); {_GOES_ON}"),
 )
+_ELSE = "see deploy/RUNBOOK.md, the ledger"
 
 
 def default_url(root: Path) -> str:
@@ -68,7 +70,9 @@ def open_engine(url: str) -> Engine:
 def explain(engine: Engine, error: DBAPIError) -> LedgerError:
     """Turn a driver's error into one that names the database and the remedy. No values are in the text."""
     found = str(error.orig).splitlines()[0] if error.orig else type(error).__name__
-    remedy = next((text for word, text in _REMEDIES if word in found.lower()), "see the runbook, section ledger")
+    if isinstance(error, DataError):  # PostgreSQL's first line may quote the value (SQLSTATE class 22)
+        found = type(error.orig).__name__
+    remedy = next((text for word, text in _REMEDIES if word in found.lower()), _ELSE)
     error_class = LedgerDamaged if any(word in found.lower() for word in _DAMAGED) else LedgerError
     return error_class(f"ledger {shown(engine.url)}: {found}; {remedy}")
 

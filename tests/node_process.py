@@ -1,4 +1,4 @@
-"""A node in a process of its own, so that a test can kill it: `python node_process.py CONFIG.toml`.
+"""A node in a process of its own, so that a test can kill it: `python node_process.py CONFIG.toml BUSY_TIMEOUT_S`.
 
 with NodeProcess(folder, pacs, bundle) as node:
     node.start(); node.send(files); node.kill(); node.start()
@@ -21,6 +21,8 @@ from tiny_study import write_tiny_study
 
 from dicom_node.config import PeerConfig
 from dicom_node.net.scu import SendOutcome, Timeouts, echo, send_series
+from storage import database
+from storage.database import BUSY_TIMEOUT_S
 from storage.ledger import Ledger, open_ledger
 from storage.records import Job, JobFilter, JobState
 
@@ -68,11 +70,21 @@ UNTIL_S = 120.0  # only a test that fails waits so long
 class NodeProcess:
     """Starts, kills and asks one node. `folder` holds its configuration, spool and log.
 
-    `destination` is more lines for the table of its one destination.
+    `destination` is more lines for the table of its one destination; `busy_timeout_s` is how long it waits for a
+    ledger that somebody else keeps locked.
     """
 
-    def __init__(self, folder: Path, pacs: FakePacs, bundle: Path, *, destination: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        pacs: FakePacs,
+        bundle: Path,
+        *,
+        destination: str = "",
+        busy_timeout_s: float = BUSY_TIMEOUT_S,
+    ) -> None:
         self.folder = folder
+        self._busy_timeout_s = busy_timeout_s
         self.peer = PeerConfig(name="node", ae_title="SYNPET", port=free_port())
         self.config = folder / "config.toml"
         self.log = folder / "node.log"
@@ -99,7 +111,7 @@ class NodeProcess:
         """Start it and wait until it answers C-ECHO."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).resolve()), str(self.config)],
+                [sys.executable, str(Path(__file__).resolve()), str(self.config), str(self._busy_timeout_s)],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": str(ROOT)},  # tests/dicom_node is no package to import from
@@ -177,6 +189,7 @@ def main() -> None:
     from dicom_node.config import load_config
     from dicom_node.node import Node
 
+    database.BUSY_TIMEOUT_S = float(sys.argv[2])
     Node(load_config(Path(sys.argv[1]))).run_forever()
 
 

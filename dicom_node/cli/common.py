@@ -34,7 +34,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dicom_node.config import Config, load_config
-from dicom_node.log import escape_controls
+from dicom_node.log import escape_controls, reason_of_exception
 from storage.errors import LedgerError
 from storage.ledger import Ledger, open_ledger
 from storage.records import Job
@@ -104,7 +104,12 @@ def warnings_on_stderr() -> Iterator[None]:
     """For a command that does the node's work: its log shows warnings only, beside what the command prints."""
     known = structlog.get_config()
     structlog.configure(
-        processors=[structlog.processors.add_log_level, escape_controls, structlog.dev.ConsoleRenderer(colors=False)],
+        processors=[
+            structlog.processors.add_log_level,
+            reason_of_exception,
+            escape_controls,
+            structlog.dev.ConsoleRenderer(colors=False),
+        ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
