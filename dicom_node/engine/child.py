@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from pipeline.types import JobVolumes
 
 ORPHANED = 3  # exit code
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")  # in what torch and the C++ libraries say
+# in what torch, the C++ libraries and the system say
+_OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
 _NICE = 10  # a sender waits for its answer, a job can wait: receiving has the processors first
 
 
@@ -200,7 +201,7 @@ def describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} ({frame.name})" for frame in reversed(frames))
     reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
         reason = ": out of memory"
     return f"{type(error).__name__}{reason} in {places}"
 

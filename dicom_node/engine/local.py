@@ -38,11 +38,13 @@ class LocalEngine:
         start_timeout_s: float = START_TIMEOUT_S,
         images_come: Callable[[], bool] = lambda: False,
         give_way_s: float = 0.0,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         """While `images_come`, a job leaves one processor to the receivers, for `give_way_s` seconds at most."""
         self._job_timeout_s = job_timeout_s
         self._images_come, self._give_way_s = images_come, give_way_s
         self._start_timeout_s = start_timeout_s
+        self._clock = clock
         self._lock = threading.RLock()  # guards the pair below
         self._process: SpawnProcess | None = None
         self._connection: Connection | None = None
@@ -118,7 +120,7 @@ class LocalEngine:
         on_progress: OnProgress,
         should_stop: Callable[[], bool],
     ) -> child.Done | child.Compared:
-        deadline, computing = monotonic() + self._job_timeout_s, False
+        deadline, computing = self._clock() + self._job_timeout_s, False
         while True:
             wait([connection, process.sentinel], timeout=POLL_S)
             while connection.poll():
@@ -132,7 +134,7 @@ class LocalEngine:
                 raise self._crash(process)
             if should_stop():
                 raise EngineStopped("stopped", "the engine was told to stop")
-            if monotonic() > deadline:
+            if self._clock() > deadline:
                 text = f"the job did not end within {self._job_timeout_s:.0f} s (engine.job_timeout_s)"
                 raise EngineCrash("engine_timeout", text)
 

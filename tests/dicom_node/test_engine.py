@@ -167,6 +167,36 @@ def test_a_job_that_overruns_its_time_is_killed(ct_files: list[Path], options: P
         engine.close()
 
 
+def test_a_process_that_hangs_in_the_middle_of_a_job_is_killed_at_its_time_out_and_the_next_job_has_a_new_one(
+    ct_files: list[Path], options: PipelineOptions, tmp_path: Path
+) -> None:
+    passed_s = 0.0
+    engine = LocalEngine(job_timeout_s=3600.0, clock=lambda: time.monotonic() + passed_s)
+    hung: list[int] = []
+
+    def hang(progress: Progress) -> None:
+        nonlocal passed_s
+        if progress.stage is Stage.READ and engine.pid is not None and not hung:
+            hung.append(engine.pid)
+            os.kill(engine.pid, signal.SIGSTOP)
+            while _state(engine.pid) != "T":  # every thread of it
+                time.sleep(0.01)
+            passed_s = 3600.0
+
+    try:
+        with pytest.raises(EngineCrash) as caught:
+            run(engine, ct_files, options, tmp_path / "result", on_progress=hang)
+        assert caught.value.code == "engine_timeout"
+        assert "did not end within 3600 s (engine.job_timeout_s)" in caught.value.text
+        assert not _runs(hung[0])
+        assert not (tmp_path / "result").exists()
+        run(engine, ct_files, options, tmp_path / "result")
+        assert engine.pid not in (None, *hung)
+        assert (tmp_path / "result" / "result.json").is_file()
+    finally:
+        engine.close()
+
+
 def test_a_closed_engine_starts_nothing(ct_files: list[Path], options: PipelineOptions, tmp_path: Path) -> None:
     engine = LocalEngine(job_timeout_s=1)
     engine.close()
@@ -206,11 +236,15 @@ def test_the_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
 
 def _runs(pid: int) -> bool:
     """Whether the process runs; an orphan that nobody has waited for yet is dead all the same."""
+    return _state(pid) not in ("Z", "")
+
+
+def _state(pid: int) -> str:
+    """As proc(5) has it: "T" is stopped, "Z" ended and not waited for; "" is gone."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except FileNotFoundError:
-        return False
-    return state != "Z"
+        return ""
 
 
 def test_an_unexpected_error_is_described_without_its_message() -> None:
