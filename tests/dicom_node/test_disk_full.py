@@ -1,4 +1,4 @@
-"""A disk that fills up under the inbox, the outbox or the ledger: said, waited for, and nothing lost."""
+"""A disk that fills up under the inbox, work, the outbox or the ledger: said, waited for, and nothing lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import pytest
 from ct_factory import write_ct
 from intake_tools import config, running_intake
 from pydicom import dcmread
-from small_node import FolderPacs, SmallNode
+from small_node import LONG_S, FolderPacs, SmallNode
+from tiny_bundle import write_tiny_bundle
+from tiny_study import write_tiny_study
+from unlucky_engine import Unlucky
 
 from storage.errors import LedgerError
 from storage.records import JobState
@@ -23,7 +26,7 @@ MB = 1 << 20
 
 
 class SmallDisk:
-    """A tmpfs of its own; `fill` leaves so many bytes, `free` gives them back."""
+    """A tmpfs of its own; `fill` leaves so many bytes, `free` gives them back. `take_names` leaves no file to make."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,6 +39,16 @@ class SmallDisk:
 
     def free(self) -> None:
         self._filler.unlink()
+
+    def take_names(self) -> None:
+        known = os.statvfs(self.folder)
+        self._remount(known.f_files - known.f_ffree)
+
+    def free_names(self) -> None:
+        self._remount(100_000)
+
+    def _remount(self, names: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,nr_inodes={names}", self.folder], check=True)
 
 
 @pytest.fixture
@@ -110,6 +123,62 @@ def test_a_job_without_room_for_its_result_waits_with_the_reason_and_goes_on_whe
     assert [one.state for one in node.jobs()] == [JobState.DONE]
     assert len(pacs.contents()) == 3
     node.close()
+
+
+def test_a_series_that_finds_no_room_in_work_stays_in_the_inbox_and_is_taken_when_there_is(
+    disk: SmallDisk, ct: list[Path], pacs: FolderPacs, tmp_path: Path
+) -> None:
+    root = disk.folder / "spool"
+    url = f"sqlite:///{tmp_path / 'ledger.sqlite'}"
+    node = SmallNode(root, pacs, storage={"root": str(root), "database_url": url})
+    node.receive(ct)
+    node.assembler.tick()
+    disk.take_names()  # a rename needs no room but for the job's folder
+    for _ in range(9):  # longer than a study may fail
+        node.now_s += LONG_S
+        node.assembler.tick()
+    assert [job.state for job in node.jobs()] == [JobState.RECEIVING]
+    assert not list((root / "work").iterdir())
+    assert len(list((root / "inbox").rglob("*.dcm"))) == len(ct)
+    disk.free_names()
+    node.run_to_end()
+    assert [job.state for job in node.jobs()] == [JobState.DONE]
+    assert len(pacs.contents()) == 3
+    node.close()
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_while_the_engine_works_leaves_its_input_whole_and_costs_no_attempt(
+    disk: SmallDisk, pacs: FolderPacs, tmp_path: Path
+) -> None:
+    files = write_tiny_study(tmp_path / "ct")
+    named = [path.rename(path.with_name(f"{dcmread(path).SOPInstanceUID}.dcm")) for path in files]
+    time, root = Time(), disk.folder / "spool"
+    engine = Unlucky(lambda _pid: disk.fill(left=0))
+    node = SmallNode(
+        root,
+        pacs,
+        clock=time,
+        engine=engine,
+        pipeline={"bundle": str(write_tiny_bundle(tmp_path / "tiny")), "device": "cpu", "threads": 1},
+        destinations=[],
+        storage={"root": str(root), "database_url": f"sqlite:///{tmp_path / 'ledger.sqlite'}"},
+    )
+    try:
+        node.receive(named)
+        node.step()
+        [job] = node.jobs()
+        assert (job.state, job.reason_code, job.attempts) == (JobState.QUEUED, "not_written", 0)
+        assert "No space left on device" in job.reason
+        assert not list((root / "outbox").iterdir())
+        assert {path.name for path in node.spool.ct_files(job.id)} == {path.name for path in named}
+        disk.free()
+        time.now += timedelta(hours=1)
+        node.run_to_end()
+        assert [(one.id, one.state) for one in node.jobs()] == [(job.id, JobState.DONE)]
+    finally:
+        engine.close()
+        node.close()
 
 
 def test_a_disk_that_fills_up_while_the_result_is_written_leaves_no_half_and_costs_no_attempt(
