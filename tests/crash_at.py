@@ -1,6 +1,8 @@
 """Kills a node at its n-th system call, for every n, and counts what is there after the next start.
 
-    python crash_at.py FOLDER CT_FOLDER [EVERY] [--power]
+    python crash_at.py FOLDER CT_FOLDER [EVERY [FIRST]] [--power]
+
+It begins with the `FIRST` call (1) and takes each `EVERY`th (1) from there on.
 
 Prints one line of JSON: how many calls there are, how many were tried, and what was wrong after which.
 `os._exit` in the middle is what kill -9 is: nothing is flushed, no `finally` runs. With `--power` it is a power cut at
@@ -142,9 +144,9 @@ def in_a_child(work: Callable[[], None]) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
 
 
-def main(folder: Path, ct: Path, every: int, *, power: bool) -> None:
+def main(folder: Path, ct: Path, every: int, first: int, *, power: bool) -> None:
     files = sorted(ct.glob("*.dcm"))
-    wrong, at, tried = [], 1, 0
+    wrong, at, tried = [], first, 0
     while True:
         life = folder / f"at{at}"
         life.mkdir()
@@ -166,5 +168,5 @@ def main(folder: Path, ct: Path, every: int, *, power: bool) -> None:
 
 if __name__ == "__main__":
     asked = [argument for argument in sys.argv[1:] if argument != "--power"]
-    every = int(asked[2]) if len(asked) > 2 else 1
-    main(Path(asked[0]), Path(asked[1]), every, power="--power" in sys.argv)
+    every, first = (int(asked[place]) if len(asked) > place else 1 for place in (2, 3))
+    main(Path(asked[0]), Path(asked[1]), every, first, power="--power" in sys.argv)
