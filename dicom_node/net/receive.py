@@ -57,7 +57,7 @@ from dicom_node.net.store import (
     names_instance,
 )
 from dicom_node.net.stream import PduReader, announced_pdu
-from dicom_node.net.thinning import without_numbers
+from dicom_node.net.thinning import Names, without_numbers
 from dicom_node.net.trial_lock import a_test_is_sent
 from storage.spool import Spool
 
@@ -97,6 +97,7 @@ class Receiver:
         self._take_report = take_report
         self._book = book
         self._store = Store(config, spool, notes, book, clock=clock)
+        self._names = Names(clock)
         self._commitments = CommitmentScp(config, spool, notes) if config.gives_commitment else None
         self._ae = build_ae(config.node, max_pdu=announced_pdu(config))
         self._servers: list[Any] = []
@@ -297,7 +298,10 @@ class Receiver:
         self._closed(assoc)
         assoc.acse.send_reject(decision.result, decision.source, decision.diagnostic)
         count = self._book.count_rejection(decision.code)
-        key = f"{decision.code} {plain_address(assoc.requestor.address)}"  # nothing that the caller chooses
+        request: Any = assoc.requestor.primitive
+        address, title = plain_address(assoc.requestor.address), shown(str(request.calling_ae_title))
+        named = self._names.known(address, f"{decision.code} {title}")  # else nothing that the caller chooses
+        key = f"{decision.code} {address} {title if named else ''}"
         thinned = self._store.thinned("association_rejected", key)
         if thinned is not None:
             log.warning("association.rejected", code=decision.code, reason=decision.text, count=count, **thinned)
@@ -305,7 +309,7 @@ class Receiver:
             if decision.config_lines:
                 details["config_lines"] = list(decision.config_lines)
             self._store.note("association_rejected", decision.text, details)
-            for line in () if thinned["repeated"] else decision.config_lines:
+            for line in () if named and thinned["repeated"] else decision.config_lines:
                 log.warning("association.to_let_it_in", add_to_config=line)
         assoc.kill()  # waits until the rejection is sent and the peer closed (or the ARTIM timer ran out)
 

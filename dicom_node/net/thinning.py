@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 PERIOD_S = 60.0
 BUDGET = 60  # events of one code in a period, whoever causes them
+MOST_NAMES = 8  # of one address in a period, told apart: a gateway calls by the titles of all its modalities
 _REMEMBERED = 1000
 
 _NUMBER = re.compile(r"0x[0-9A-Fa-f]+|\d+")
@@ -17,6 +18,32 @@ _NUMBER = re.compile(r"0x[0-9A-Fa-f]+|\d+")
 def without_numbers(text: str) -> str:
     """A reason of ours without what a peer put into it: as part of a key it has few values."""
     return _NUMBER.sub("#", text)
+
+
+class Names:
+    """Which of the names that an address gives itself are told apart: the first `MOST_NAMES` of each period.
+
+    So that a name can be part of a key though a peer chose it. Safe for several threads; `clock` as of `Thinning`.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._known: dict[str, set[str]] = {}
+
+    def known(self, address: str, name: str) -> bool:
+        """Whether `name` is one of those of its address; all that are not share the key without a name."""
+        now = self._clock()
+        with self._lock:
+            if self._since is None or now - self._since >= PERIOD_S:
+                self._since, self._known = now, {}
+            if address not in self._known and len(self._known) >= _REMEMBERED:
+                return False
+            names = self._known.setdefault(address, set())
+            if len(names) < MOST_NAMES:
+                names.add(name)
+            return name in names
 
 
 @dataclass(slots=True)

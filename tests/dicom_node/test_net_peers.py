@@ -71,6 +71,13 @@ def test_a_refusal_has_the_standards_reason(
     assert (answer.code, answer.result, answer.source, answer.diagnostic) == (code, 1, 1, diagnostic)
 
 
+def test_a_title_in_another_case_is_told_as_that_and_not_offered_as_a_new_peer() -> None:
+    answer = ask("pacs")
+    assert isinstance(answer, Rejection)
+    assert answer.text == "'pacs' at '10.1.2.3': differs from peer pacs (PACS) only in case; correct the sender"
+    assert answer.config_lines == ()
+
+
 @pytest.mark.parametrize(
     ("calling", "address", "peer", "store", "echo"),
     [

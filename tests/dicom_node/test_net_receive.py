@@ -37,6 +37,7 @@ from pynetdicom.dsutils import encode
 
 from dicom_node.net.scp import ct_transfer_syntaxes
 from dicom_node.net.store import file_header
+from dicom_node.net.thinning import MOST_NAMES
 from storage.incoming_file import PREAMBLE_BYTES
 
 VERIFICATION = "1.2.840.10008.1.1"
@@ -121,17 +122,30 @@ def test_a_rejection_that_repeats_is_one_event(intake: Intake) -> None:
     assert intake.event_codes() == ["association_rejected"]
 
 
-def test_one_event_for_all_the_titles_that_an_address_calls_itself(intake: Intake) -> None:
+def test_every_modality_behind_one_address_is_told_with_its_lines(intake: Intake) -> None:
+    titles = [f"MODALITY{number}" for number in range(6)]
     with structlog.testing.capture_logs() as logs:
-        for number in range(5):
+        for title in titles:
+            rejection(intake, calling_ae=title)
+        intake.wait(lambda: intake.event_codes().count("association_rejected") == 6)
+    lines = [line["add_to_config"] for line in logs if line["event"] == "association.to_let_it_in"]
+    assert [line for line in lines if line.startswith("ae_title")] == [f'ae_title = "{title}"' for title in titles]
+
+
+def test_the_titles_that_an_address_calls_itself_make_a_bounded_number_of_events(intake: Intake) -> None:
+    with structlog.testing.capture_logs() as logs:
+        for number in range(MOST_NAMES + 5):
             rejection(intake, calling_ae=f"STRANGER{number}")
-        intake.wait(lambda: intake.registry.counts().get("rejected_calling_ae_unknown") == 5)
-        intake.wait(lambda: "association_rejected" in intake.event_codes())
+        intake.wait(lambda: intake.registry.counts().get("rejected_calling_ae_unknown") == MOST_NAMES + 5)
+        intake.wait(lambda: intake.event_codes().count("association_rejected") == MOST_NAMES + 1)
         intake.clock.now += 61
-        rejection(intake, calling_ae="STRANGER5")
-        intake.wait(lambda: intake.event_codes().count("association_rejected") == 2)
-    assert sorted(event.details["repeated"] for event in intake.ledger.search_events()) == [0, 4]
-    assert [line["event"] for line in logs].count("association.to_let_it_in") == 7
+        for number in range(MOST_NAMES):
+            rejection(intake, calling_ae=f"STRANGER{number}")
+        rejection(intake, calling_ae="ONE_MORE")
+        intake.wait(lambda: intake.event_codes().count("association_rejected") == 2 * (MOST_NAMES + 1))
+    repeated = [event.details["repeated"] for event in intake.ledger.search_events()]
+    assert repeated[::-1] == [0] * (2 * MOST_NAMES + 1) + [4]
+    assert any(line.get("add_to_config") == 'ae_title = "ONE_MORE"' for line in logs)
 
 
 def test_a_foreign_address_is_rejected(tmp_path: Path) -> None:

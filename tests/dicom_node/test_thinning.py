@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from intake_tools import Clock
 
-from dicom_node.net.thinning import BUDGET, PERIOD_S, Thinning, without_numbers
+from dicom_node.net.thinning import BUDGET, MOST_NAMES, PERIOD_S, Names, Thinning, without_numbers
 
 
 def test_what_repeats_is_told_once_a_period_with_a_count() -> None:
@@ -40,3 +40,22 @@ def test_what_is_remembered_is_bounded() -> None:
 
 def test_a_number_that_a_peer_chose_is_no_part_of_a_key() -> None:
     assert without_numbers("PDU type 0xFA of 17 bytes") == without_numbers("PDU type 0x09 of 4294967295 bytes")
+
+
+def test_the_first_names_of_an_address_are_told_apart_and_the_next_period_begins_anew() -> None:
+    clock = Clock()
+    names = Names(clock)
+    known = [names.known("10.0.0.1", f"CT_{number}") for number in range(20)]
+    assert known == [True] * MOST_NAMES + [False] * (20 - MOST_NAMES)
+    assert names.known("10.0.0.1", "CT_0")
+    assert names.known("10.0.0.2", "CT_19")
+    clock.now += PERIOD_S
+    assert names.known("10.0.0.1", "CT_19")
+
+
+def test_the_names_that_are_remembered_are_bounded() -> None:
+    names = Names(Clock())
+    for number in range(20_000):
+        names.known(f"address {number % 5000}", f"title {number}")
+    assert len(names._known) == 1000
+    assert max(map(len, names._known.values())) <= MOST_NAMES
