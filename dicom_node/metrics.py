@@ -36,6 +36,7 @@ log = structlog.get_logger()
 UNKNOWN_PEER = "(unknown)"  # no peer can have that name: a caller who is none of [[peers]], or `check` and `doctor`
 STAGE_BUCKETS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 SPOOL_EVERY_S = 60.0  # a walk over 100,000 files takes a second
+HANG_UPS = ("malformed_pdu", "slow_sender")  # the events of `net.stream`
 Labelled = dict[tuple[str, ...], float]
 
 
@@ -166,6 +167,8 @@ def association_metrics(totals: Totals, opened_now: int, peers: list[str]) -> It
     yield _counter("dicom_node_associations_closed", "Associations that ended", ended, ["peer", "how"])
     rejected: Labelled = {(reason,): n for reason, n in totals.rejected.items()}
     yield _counter("dicom_node_associations_rejected", "Association requests refused", rejected, ["reason"])
+    hung_up: Labelled = {(reason,): totals.hung_up[reason] for reason in HANG_UPS}
+    yield _counter("dicom_node_associations_hung_up", "Connections that we ended in the middle", hung_up, ["reason"])
     yield _counter("dicom_node_instances", "Instances answered", instances, ["peer", "outcome", "status"])
     stored = _by_peer(totals.stored_bytes, known)
     yield _counter("dicom_node_received_bytes", "Bytes of data sets that were stored", stored, ["peer"])

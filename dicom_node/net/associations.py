@@ -79,6 +79,7 @@ class Totals:
     released: Counter[str] = field(default_factory=Counter)
     aborted: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)  # by our reason code
+    hung_up: Counter[str] = field(default_factory=Counter)  # by the code of the event that says why
     stored: Counter[str] = field(default_factory=Counter)
     stored_bytes: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -208,6 +209,11 @@ class AssociationRegistry:
         with self._lock:
             self._totals.rejected[code] += 1
             return self._totals.rejected[code]
+
+    def count_hang_up(self, code: str) -> None:
+        """Count a connection that we ended, for what came on it or did not come."""
+        with self._lock:
+            self._totals.hung_up[code] += 1
 
     def counts(self) -> dict[str, int]:
         """Totals since start: `open`, `accepted`, and `rejected_<code>`."""

@@ -208,7 +208,7 @@ class CommitmentScp:
             self._thread.join(_JOIN_S)
 
     def _on_action(self, event: evt.Event) -> tuple[int, None]:
-        caller = shown(str(event.assoc.requestor.ae_title))
+        caller = str(event.assoc.requestor.ae_title).strip()
         try:
             self._answered[event.assoc] = self._take(event)
         except BadUid as error:

@@ -201,11 +201,10 @@ def admit(
     if node.unknown_peers == "reject":
         meant = next((peer for peer in peers if peer.ae_title.casefold() == calling.casefold()), None)
         if meant is not None:  # no lines for config.toml: a second peer would hide what is wrong
-            text = (
-                f"{shown(calling)} at {shown(address)}: differs from peer {meant.name} ({meant.ae_title}) only in case; "
-                "correct the sender"
+            text = f"differs from peer {meant.name} ({meant.ae_title}) only in case; correct the sender"
+            return rejection(
+                "calling_ae_unknown", CALLING_AE_NOT_RECOGNIZED, f"{shown(calling)} at {shown(address)}: {text}"
             )
-            return rejection("calling_ae_unknown", CALLING_AE_NOT_RECOGNIZED, text)
         return rejection(
             "calling_ae_unknown",
             CALLING_AE_NOT_RECOGNIZED,

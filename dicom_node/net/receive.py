@@ -37,7 +37,7 @@ from dicom_node.net.scp import (
     make_server,
     storage_services_for,
 )
-from dicom_node.net.security import ServerContext
+from dicom_node.net.security import NO_TLS, ServerContext
 from dicom_node.net.status import (
     CALLING_AE_NOT_RECOGNIZED,
     LOCAL_LIMIT_EXCEEDED,
@@ -59,6 +59,7 @@ from dicom_node.net.store import (
 from dicom_node.net.stream import PduReader, announced_pdu
 from dicom_node.net.thinning import Names, without_numbers
 from dicom_node.net.trial_lock import a_test_is_sent
+from dicom_node.net.wrong_port import plain_port
 from storage.spool import Spool
 
 log = structlog.get_logger(__name__)
@@ -273,12 +274,12 @@ class Receiver:
             may_commit=peer_that_may(self._config.peers, "commit", calling_ae=calling_ae, address=address) is not None,
             storage=accepted_classes(self._config),
         )
-        log.info("association.opened", association=token[:8], calling_ae=shown(calling_ae), address=address)
+        log.info("association.opened", association=token[:8], calling_ae=calling_ae.strip(), address=address)
         if decision.may_store:
-            self._note_refused_classes(assoc, token, shown(calling_ae), decision.peer or address)
+            self._note_refused_classes(assoc, token, calling_ae.strip(), decision.peer or address)
         return decision
 
-    def _note_refused_classes(self, assoc: PynetAssociation, token: str, caller: str, sender: str) -> None:
+    def _note_refused_classes(self, assoc: PynetAssociation, token: str, calling_ae: str, sender: str) -> None:
         """Tell of the storage classes that get no presentation context: one event a minute for a sender."""
         accepted = accepted_classes(self._config)
         refused = [] if accepted is None else sorted(_storage_classes_of(assoc).difference(accepted))
@@ -289,9 +290,9 @@ class Receiver:
             names = ", ".join(_class_name(uid) for uid in refused[:_CLASSES_TOLD])
             names += f" and {len(refused) - _CLASSES_TOLD} more" if len(refused) > _CLASSES_TOLD else ""
             log.info(
-                "association.storage_class_refused", association=token[:8], calling_ae=caller, classes=names, **thinned
+                "association.storage_class_refused", association=token[:8], calling_ae=calling_ae, classes=names, **thinned
             )
-            text = f'{caller} got no presentation context for {names}: [intake].other_classes = "refuse"'
+            text = f'{shown(calling_ae)} got no presentation context for {names}: [intake].other_classes = "refuse"'
             self._store.note("storage_class_refused", text, {"classes": len(refused), **thinned})
 
     def _reject(self, assoc: PynetAssociation, decision: Rejection) -> None:
@@ -318,6 +319,8 @@ class Receiver:
         self._turned_away("connection_limit", text, text)
 
     def _on_tls_failure(self, address: str, reason: str) -> None:
+        if reason == NO_TLS:
+            reason = f"{reason}; {plain_port(self._config)}"
         self._turned_away("tls_failed", f"{shown(address)}: {reason}", f"{address} {without_numbers(reason)}")
 
     def _turned_away(self, code: str, text: str, key: str) -> None:
@@ -353,7 +356,7 @@ class Receiver:
         log.info(
             "association.closed",
             association=association.token[:8],
-            calling_ae=shown(association.calling_ae),
+            calling_ae=association.calling_ae,
             stored=association.stored,
             dropped=association.dropped.total(),
             refused=association.refused.total(),

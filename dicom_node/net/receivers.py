@@ -222,6 +222,8 @@ class ReceiverPool:
                 self._tell_companions()
             case "rejected":
                 self._registry.count_rejection(*arguments)
+            case "hung_up":
+                self._registry.count_hang_up(*arguments)
             case "note":
                 self._note(*arguments)
             case "report":
@@ -503,3 +505,6 @@ class _Node:
         with self._lock:
             self._rejected[code] += 1
             return self._rejected[code]
+
+    def count_hang_up(self, code: str) -> None:
+        self.tell("hung_up", code)

@@ -34,10 +34,11 @@ CIPHERS = (
 _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 _VERIFY = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
 
+NO_TLS = "what it sent is no TLS"
 _WHY = {  # OpenSSL's reason -> a sentence for an administrator
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it showed no certificate, and one is required",
-    "WRONG_VERSION_NUMBER": "what it sent is no TLS",
-    "HTTP_REQUEST": "what it sent is no TLS",
+    "WRONG_VERSION_NUMBER": NO_TLS,
+    "HTTP_REQUEST": NO_TLS,
     "UNSUPPORTED_PROTOCOL": "it speaks no version of TLS that is allowed",
     "VERSION_TOO_LOW": "it speaks no version of TLS that is allowed",
     "TLSV1_ALERT_PROTOCOL_VERSION": "it speaks no version of TLS that is allowed",

@@ -43,6 +43,7 @@ from dicom_node.net.store import (
     names_instance,
 )
 from dicom_node.net.thinning import without_numbers
+from dicom_node.net.wrong_port import began_tls, tls_on_plain_port
 
 log = structlog.get_logger(__name__)
 
@@ -102,6 +103,7 @@ class PduReader:
 
     def __init__(self, assoc: Any, store: Store, token_of: Callable[[Association], str], config: Config) -> None:
         node, intake = config.node, config.intake
+        self._config = config
         self._assoc = assoc
         self._dul = assoc.dul
         self._store = store
@@ -208,6 +210,8 @@ class PduReader:
         """(bytes, type, length) of the next PDU."""
         header = self._exactly(cmd.PDU_HEADER.size)
         kind, length = cmd.PDU_HEADER.unpack(header)
+        if began_tls(header) and not isinstance(self._socket, ssl.SSLSocket):
+            raise Malformed(tls_on_plain_port(self._config))
         if not 1 <= kind <= 7:
             raise Malformed(f"PDU type 0x{kind:02X}")
         if length > _MAX_NEGOTIATION and length > (limit := self._most(kind)):
@@ -436,11 +440,13 @@ class PduReader:
 
     def _tell(self, code: str, reason: str) -> None:
         """Why we end this association: an event and a line in the log, thinned."""
-        caller = shown(str(self._assoc.requestor.ae_title))
+        calling_ae = str(self._assoc.requestor.ae_title)  # empty as long as no association was asked for
         address = plain_address(self._assoc.requestor.address)
+        self._store.book.count_hang_up(code)
         if (thinned := self._store.thinned(code, f"{address} {without_numbers(reason)}")) is not None:
-            log.warning(f"association.{code}", calling_ae=caller, address=address, reason=reason, **thinned)
-            self._store.note(code, f"{caller}: {reason}: aborted", thinned)
+            log.warning(f"association.{code}", calling_ae=calling_ae, address=address, reason=reason, **thinned)
+            whom = f"{shown(calling_ae)} at {shown(address)}" if calling_ae else shown(address)
+            self._store.note(code, f"{whom}: {reason}: aborted", thinned)
 
 
 def announced_pdu(config: Config) -> int:

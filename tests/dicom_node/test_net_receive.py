@@ -95,6 +95,13 @@ def test_an_echo_is_answered(intake: Intake) -> None:
         assert assoc.send_c_echo().Status == 0x0000
 
 
+def test_a_calling_ae_title_is_quoted_in_no_line_of_the_log(intake: Intake) -> None:
+    with structlog.testing.capture_logs() as logs, intake.association():
+        pass
+    said = {line["event"]: line["calling_ae"] for line in logs if "calling_ae" in line}
+    assert said == {"association.opened": "PACS", "association.closed": "PACS"}
+
+
 def test_a_wrong_called_ae_is_rejected_and_told(intake: Intake) -> None:
     assert rejection(intake, called_ae="OTHER") == (1, 1, 7)
     intake.wait(lambda: intake.event_codes() == ["association_rejected"])

@@ -316,6 +316,14 @@ def test_a_place_that_is_given_too_late_is_given_back(pipe: Pipe, monkeypatch: p
     assert (news.name, news.arguments) == ("close", ("abc", True))
 
 
+def test_a_connection_that_was_hung_up_on_is_counted_by_the_node(tmp_path: Path, pipe: Pipe) -> None:
+    pipe.node.count_hang_up("slow_sender")
+    registry = AssociationRegistry(limit=1, clock=time.monotonic)
+    pool = ReceiverPool(_config(tmp_path), Notebook(), registry)
+    pool._do(_Seat(pool, 0), pipe.node_end.recv(), pipe.node_end)
+    assert registry.totals().hung_up == {"slow_sender": 1}
+
+
 def test_a_report_that_the_node_could_not_take_is_an_error_here(pipe: Pipe) -> None:
     failures: list[BaseException] = []
     report = CommitmentReport(transaction_uid="1.2")

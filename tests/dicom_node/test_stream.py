@@ -427,7 +427,7 @@ def test_a_sender_that_falls_silent_in_a_message_is_hung_up_on(impatient: Wire) 
         sender.close()
     assert outcome == Outcome(aborted=True)
     (event,) = impatient.intake.ledger.search_events(code="slow_sender")
-    assert event.text == "'PACS': a sender that fell silent in a message: aborted"
+    assert event.text == "'PACS' at '127.0.0.1': a sender that fell silent in a message: aborted"
 
 
 def test_a_sender_of_a_byte_now_and_then_is_hung_up_on(impatient: Wire) -> None:
@@ -442,7 +442,7 @@ def test_a_sender_of_a_byte_now_and_then_is_hung_up_on(impatient: Wire) -> None:
         sender.close()
     assert outcome == Outcome(aborted=True)
     (event,) = impatient.intake.ledger.search_events(code="slow_sender")
-    assert event.text == "'PACS': a sender that is too slow: aborted"
+    assert event.text == "'PACS' at '127.0.0.1': a sender that is too slow: aborted"
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -471,6 +471,7 @@ def test_who_connects_and_says_no_more_is_hung_up_on(impatient: Wire, words: byt
     assert impatient.intake.registry.counts()["accepted"] == 0
     if words:
         impatient.intake.wait(lambda: impatient.intake.event_codes() == ["slow_sender"])
+        assert impatient.intake.registry.totals().hung_up == {"slow_sender": 1}
 
 
 def test_only_the_time_that_we_waited_counts_against_a_sender() -> None:

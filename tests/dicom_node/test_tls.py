@@ -213,7 +213,26 @@ def test_a_plain_client_on_the_tls_port_is_hung_up_on_and_told(tmp_path: Path, c
     with node(tmp_path, ca) as intake:
         outcome = echo(PeerConfig(name="node", ae_title="SYNPET", port=intake.receiver.ports[1]), calling_ae="PACS")
         assert outcome.code == "association_aborted"
-        assert "what it sent is no TLS" in told(intake)
+        assert told(intake) == "'127.0.0.1': what it sent is no TLS; plain DICOM is on 11112"
+
+
+def test_a_tls_client_on_the_plain_port_is_told_where_tls_is(tmp_path: Path, ca: Authority) -> None:
+    with node(tmp_path, ca) as intake:
+        assert not ask(intake, ca, ca.certificate("pacs"), port=intake.port).ok
+        intake.wait(lambda: "malformed_pdu" in intake.event_codes())
+        (event,) = intake.ledger.search_events()
+        assert event.text == "'127.0.0.1': began TLS on the plain port; DICOM TLS is on 2762: aborted"
+        assert intake.registry.totals().hung_up == {"malformed_pdu": 1}
+
+
+def test_a_tls_client_is_told_where_there_is_no_tls(tmp_path: Path, ca: Authority) -> None:
+    with running_intake(tmp_path) as intake:
+        keys = {"tls": True, "ca_file": ca.file}
+        alone = PeerConfig(name="node", ae_title="SYNPET", port=intake.port).model_copy(update=keys)
+        assert not echo(alone, calling_ae="PACS").ok
+        intake.wait(lambda: "malformed_pdu" in intake.event_codes())
+        (event,) = intake.ledger.search_events()
+        assert event.text == "'127.0.0.1': began TLS on the plain port; TLS is not configured: [tls]: aborted"
 
 
 def test_half_a_handshake_keeps_nobody_waiting_and_ends(tmp_path: Path, ca: Authority) -> None:
