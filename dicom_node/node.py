@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -28,6 +29,7 @@ from dicom_node.backup import Backups
 from dicom_node.commitments import CommitmentReporter
 from dicom_node.config import Config
 from dicom_node.delivery import Deliveries
+from dicom_node.done import tell_done
 from dicom_node.engine import Engine, EngineError
 from dicom_node.engine.local import LocalEngine
 from dicom_node.errors import NodeError
@@ -156,6 +158,7 @@ class Node:
         self.spool.clean_temp()
         self._check_ledger()
         self.ledger = open_ledger(config.ledger_url)
+        self.ledger.on_done = partial(tell_done, self.ledger)
         parts.callback(self.ledger.close)
         if not (root / "node.id").exists():
             log.warning(

@@ -148,7 +148,7 @@ class Upkeep:
             return  # leases seem to be over that are renewed every few seconds; those of the dead are swept next time
         swept = self._ledger.sweep(max_attempts=engine.max_attempts, retry_s=engine.retry_s)
         if swept:
-            log.warning("node.swept", jobs=swept)
+            log.warning("node.swept", jobs=swept, reason="whoever had them is gone: the lease ran out")
 
     def retention(self) -> None:
         """Remove what is older than the configuration keeps it."""

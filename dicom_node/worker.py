@@ -228,7 +228,7 @@ class Worker:
         """At start: what an earlier life of this owner was running goes back to the queue, and counts as an attempt."""
         for job in self._ledger.find(JobFilter(states=(JobState.RUNNING,), limit=MANY)):
             if job.lease_owner == self._owner:
-                self._ledger.fail_run(
+                ended = self._ledger.fail_run(
                     job.id,
                     self._owner,
                     code="restarted",
@@ -237,7 +237,14 @@ class Worker:
                     retry_at=self._clock(),
                     max_attempts=self._config.engine.max_attempts,
                 )
-                log.warning("job.reclaimed", job_id=job.id, attempt=job.attempts)
+                log.warning(
+                    "job.reclaimed",
+                    job_id=job.id,
+                    attempt=job.attempts,
+                    stage=job.stage,
+                    state=ended.state.value,
+                    reason="its worker is gone: the node was killed, or ended before the job could be given back",
+                )
 
     def work_one(self) -> bool:
         """Claim and run one job; False when none waits."""

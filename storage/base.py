@@ -25,6 +25,8 @@ from storage.schema import EventRow, JobRow
 
 MAX_TEXT = 2000  # characters of a reason; the whole story is in the log
 
+_DONE = "done"  # in the session's info: the jobs that its transaction made DONE
+
 # a state that says why by itself needs no reason beside it
 _SELF_EVIDENT = frozenset({JobState.RUNNING, JobState.DELIVERING, JobState.DONE})
 
@@ -47,6 +49,7 @@ class LedgerBase:
         self._engine = engine
         self._writer = engine.execution_options(**WRITE)
         self._clock = clock
+        self.on_done: Callable[[str], None] = lambda _job_id: None  # called with each job that has become DONE
 
     def close(self) -> None:
         """Close every connection; the ledger must not be used afterwards."""
@@ -62,6 +65,8 @@ class LedgerBase:
         """One short transaction that holds the write lock from its first statement; an exception undoes it."""
         with self._session(self._writer) as session, session.begin():
             yield session
+        for job_id in session.info.get(_DONE, ()):
+            self.on_done(job_id)
 
     @contextmanager
     def _session(self, engine: Engine) -> Iterator[Session]:
@@ -96,6 +101,8 @@ class LedgerBase:
         now = self._clock()
         row.state = to.value
         row.updated = now
+        if to is JobState.DONE:
+            session.info.setdefault(_DONE, []).append(row.id)
         row.lease_owner, row.lease_until = "", None
         row.not_before = not_before if to is JobState.QUEUED else None
         row.reason_code, row.reason = ("", "") if to in _SELF_EVIDENT else (clean(code), clean(text))

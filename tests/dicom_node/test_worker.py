@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from dicom_node.config import Config, DestinationConfig, EngineConfig, PeerConfig, StorageConfig
 from dicom_node.engine import EngineCrash, EngineStopped
@@ -357,9 +358,13 @@ def test_a_start_takes_back_what_its_earlier_life_ran_and_nothing_else(bench: Be
     assert bench.ledger.claim(OWNER, lease_s=3600)
     other = bench.queue_job()
     assert bench.ledger.claim("node-other", lease_s=3600)
-    bench.worker(ScriptedEngine()).reclaim()
+    with structlog.testing.capture_logs() as logs:
+        bench.worker(ScriptedEngine()).reclaim()
     assert (bench.job.state, bench.job.reason_code) == (JobState.QUEUED, "restarted")
     assert bench.ledger.get(other).state is JobState.RUNNING
+    (line,) = logs
+    assert (line["event"], line["state"]) == ("job.reclaimed", "QUEUED")
+    assert line["reason"].startswith("its worker is gone")
 
 
 def test_a_job_that_takes_the_node_down_again_and_again_fails(bench: Bench) -> None:

@@ -43,6 +43,16 @@ def test_a_job_is_done_when_its_last_delivery_is_sent(ledger: Ledger, delivering
     assert [event.code for event in ledger.events(job.id)][-3:] == ["delivery_sent", "delivery_sent", "done"]
 
 
+def test_who_wants_to_know_is_told_once_and_after_the_fact_that_a_job_is_done(ledger: Ledger, delivering: Make) -> None:
+    told: list[tuple[str, JobState]] = []
+    ledger.on_done = lambda job_id: told.append((job_id, ledger.get(job_id).state))
+    delivering("pacs", "archive")
+    send(ledger, DeliveryState.SENT)
+    assert told == []
+    job = send(ledger, DeliveryState.SENT)
+    assert told == [(job.id, JobState.DONE)]
+
+
 def test_a_job_with_one_failed_delivery_fails_after_the_others_were_tried(ledger: Ledger, delivering: Make) -> None:
     delivering("pacs", "archive")
     assert send(ledger, DeliveryState.FAILED, code="ae_refused", text="no such AE").state is JobState.DELIVERING
