@@ -89,17 +89,17 @@ class CommitmentReporter:
 
     def _report(self, request: Asked) -> RequestOutcome:
         peer = next((one for one in self._config.peers if one.name == request.peer), None)
+        verdict = judge(request, self._spool, self._kept)
         if peer is None:
             gone = RequestOutcome(code="peer_unknown", text=f"no peer is named {request.peer!r} now", permanent=True)
-            self._give_up(request, gone)
+            self._give_up(request, gone, verdict)
             return gone
-        verdict = judge(request, self._spool, self._kept)
         outcome = self._send(verdict, peer)
         if outcome.ok:
             note_reported(self._notes, request, verdict, "an association of ours")
             self._asked.done(request)
         elif outcome.permanent or request.attempts + 1 >= self._config.commitment.max_attempts:
-            self._give_up(request, outcome)
+            self._give_up(request, outcome, verdict)
         else:
             self._later(request, outcome)
         return outcome
@@ -110,7 +110,7 @@ class CommitmentReporter:
         self._asked.postpone(request, due=self._clock() + timedelta(seconds=pause), attempts=attempts)
         log.warning("commitment.report_postponed", code=outcome.code, reason=outcome.text, retry_s=pause)
 
-    def _give_up(self, request: Asked, outcome: RequestOutcome) -> None:
+    def _give_up(self, request: Asked, outcome: RequestOutcome, verdict: Verdict) -> None:
         attempts = request.attempts + 1
         text = f"{shown(request.calling_ae)} was not told whether {len(request.references)} instances are held"
         details = {
@@ -118,10 +118,12 @@ class CommitmentReporter:
             "peer": request.peer,
             "reason": outcome.code,
             "attempts": attempts,
+            "study_uid": verdict.study_uid,
         }
         log.error("commitment.report_given_up", **details)
         note = f"{text}: {outcome.text}; given up after {attempts} attempts"
-        self._notes.note("", "commitment_report_failed", note, details=details)
+        whose = {"calling_ae": request.calling_ae, "accession": verdict.accession}
+        self._notes.note("", "commitment_report_failed", note, details={**details, **whose})
         self._asked.done(request)
 
     def _over_the_network(self, verdict: Verdict, peer: PeerConfig) -> RequestOutcome:

@@ -37,6 +37,8 @@ UNKNOWN_PEER = "(unknown)"  # no peer can have that name: a caller who is none o
 STAGE_BUCKETS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 SPOOL_EVERY_S = 60.0  # a walk over 100,000 files takes a second
 HANG_UPS = ("malformed_pdu", "slow_sender")  # the events of `net.stream`
+PULLS = {"pull_ended": "fetched", "pull_failed": "failed"}  # events of the ledger -> outcomes
+COMMITMENT_REPORTS = {"commitment_reported": "reported", "commitment_report_failed": "given_up"}
 Labelled = dict[tuple[str, ...], float]
 
 
@@ -185,6 +187,12 @@ def ledger_metrics(figures: Figures, now: datetime, destinations: list[str]) -> 
         none: Labelled = {(place, state.value): 0 for place in destinations for state in DeliveryState}
         there: Labelled = {(place, state.value): count for (place, state), count in counts.items()}
         yield _gauge(name, text, none | there, ["destination", "state"])
+    for name, text, codes in (
+        ("dicom_node_pulls", "Studies that were fetched from an archive, by outcome", PULLS),
+        ("dicom_node_commitment_reports", "Commitment that peers asked of us, by outcome", COMMITMENT_REPORTS),
+    ):
+        outcomes: Labelled = {(outcome,): figures.events.get(code, 0) for code, outcome in codes.items()}
+        yield _gauge(name, text, outcomes, ["outcome"])
     for name, text, since in (
         ("dicom_node_oldest_queued_seconds", "Since when the oldest queued job waits", figures.queued_since),
         ("dicom_node_oldest_delivery_seconds", "Since when the oldest result is due", figures.delivering_since),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from sqlalchemy import func, select
@@ -13,11 +13,14 @@ from storage.base import LedgerBase
 from storage.records import REJECTION, DeliveryState, JobState
 from storage.schema import DeliveryRow, EventRow, JobRow
 
+COUNTED_EVENTS = ("pull_ended", "pull_failed", "commitment_reported", "commitment_report_failed")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
     """One look at the ledger. `deliveries` counts by destination and state, rejection notes aside in `notes`.
 
+    `events` counts those of no job by their code, of `COUNTED_EVENTS` and as long as events are kept.
     `queued_since` and `delivering_since`: when the job that has waited longest came into that state; None: no job is.
     """
 
@@ -26,6 +29,7 @@ class Figures:
     notes: Mapping[tuple[str, DeliveryState], int]
     queued_since: datetime | None
     delivering_since: datetime | None
+    events: Mapping[str, int] = field(default_factory=dict)
 
 
 class FigureLedger(LedgerBase):
@@ -41,6 +45,7 @@ class FigureLedger(LedgerBase):
                 notes=_by_destination(session, notes=True),
                 queued_since=_waiting_since(session, JobState.QUEUED),
                 delivering_since=_waiting_since(session, JobState.DELIVERING),
+                events=_events(session),
             )
 
 
@@ -52,6 +57,16 @@ def _by_destination(session: Session, *, notes: bool) -> dict[tuple[str, Deliver
         .group_by(DeliveryRow.destination, DeliveryRow.state)
     )
     return {(destination, DeliveryState(state)): count for destination, state, count in rows}
+
+
+def _events(session: Session) -> dict[str, int]:
+    """One index look-up for each code: a delivery's `commitment_reported` belongs to a job."""
+    rows = session.execute(
+        select(EventRow.code, func.count())
+        .where(EventRow.code.in_(COUNTED_EVENTS), EventRow.job_id == "")
+        .group_by(EventRow.code)
+    )
+    return {str(code): count for code, count in rows}
 
 
 def _waiting_since(session: Session, state: JobState) -> datetime | None:

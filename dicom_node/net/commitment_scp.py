@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import IntEnum
@@ -30,6 +32,7 @@ from pynetdicom.association import Association
 from pynetdicom.dimse_messages import N_ACTION_RSP
 
 from dicom_node.config import Config, PeerConfig
+from dicom_node.headers import BadInstance, read_header
 from dicom_node.net.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, REQUEST_COMMITMENT, commitment_context
 from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, dimse_status, where
 from dicom_node.net.part10 import read_part10
@@ -74,24 +77,35 @@ FAILURES: Mapping[FailureReason, str] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What a report says. `held` and `failed` are of the references of the request, in its order."""
+    """What a report says. `held` and `failed` are of the references of the request, in its order.
+
+    `study_uid` and `accession` are those of what is here, where that is of one study.
+    """
 
     transaction_uid: str
     held: tuple[tuple[str, str], ...] = ()
     failed: tuple[tuple[str, str, FailureReason], ...] = ()
+    study_uid: str = ""
+    accession: str = ""
 
     @property
     def details(self) -> dict[str, Any]:
         """For the ledger and the log."""
-        reasons: dict[str, int] = {}
-        for _, _, reason in self.failed:
-            reasons[f"0x{reason:04X}"] = reasons.get(f"0x{reason:04X}", 0) + 1
+        reasons = Counter(f"0x{reason:04X}" for _, _, reason in self.failed)
         return {
             "transaction_uid": self.transaction_uid,
             "held": len(self.held),
             "failed": len(self.failed),
-            "reasons": reasons,
+            "reasons": dict(reasons),
+            "study_uid": self.study_uid,
         }
+
+    @property
+    def text(self) -> str:
+        """How many are held, and why the others are not."""
+        counts = Counter(reason for _, _, reason in self.failed)
+        why = "".join(f"; {count} not (0x{reason:04X}: {FAILURES[reason]})" for reason, count in counts.items())
+        return f"{len(self.held)} of {len(self.held) + len(self.failed)} are held{why}"
 
 
 class RequestRefused(ValueError):
@@ -120,7 +134,27 @@ def judge(request: Asked, spool: Spool, kept: frozenset[Any]) -> Verdict:
             held.append((sop_class, uid))
         else:
             failed.append((sop_class, uid, reason))
-    return Verdict(transaction_uid=request.transaction_uid, held=tuple(held), failed=tuple(failed))
+    study_uid, accession = _study_of(there.values(), spool)
+    return Verdict(
+        transaction_uid=request.transaction_uid,
+        held=tuple(held),
+        failed=tuple(failed),
+        study_uid=study_uid,
+        accession=accession,
+    )
+
+
+def _study_of(paths: Iterable[Path], spool: Spool) -> tuple[str, str]:
+    """(Study Instance UID, accession number) of files that are sorted; empty where they are of several studies.
+
+    One file of each folder is looked into: that of a series or a job holds one study.
+    """
+    found = set()
+    for path in {path.parent: path for path in paths if not spool.is_incoming(path)}.values():
+        with suppress(BadInstance, OSError):  # a report is worth more than what is noted of it
+            header = read_header(path)
+            found.add((header.study_uid, header.accession))
+    return found.pop() if len(found) == 1 else ("", "")
 
 
 def _fault(
@@ -348,9 +382,9 @@ def note_reported(notes: Notes, request: Asked, verdict: Verdict, way: str) -> N
     """One ledger event and one line of the log for a report that its requestor took."""
     details = {**verdict.details, "peer": request.peer, "calling_ae": request.calling_ae}
     log.info("commitment.reported_to", way=way, **details)
-    text = f"{shown(request.calling_ae)} was told on {way}: {len(verdict.held)} of {len(request.references)} are held"
+    text = f"{shown(request.calling_ae)} was told on {way}: {verdict.text}"
     try:
-        notes.note("", "commitment_reported", text, details=details)
+        notes.note("", "commitment_reported", text, details={**details, "accession": verdict.accession})
     except Exception:  # the peer was told: that it is not written down must not tell it again
         log.exception("ledger.note_failed", code="commitment_reported")
 

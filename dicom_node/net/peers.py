@@ -11,7 +11,7 @@ from itertools import chain, count
 
 from pydantic import ValidationError
 
-from dicom_node.config import ANY_ADDRESS, NodeConfig, PeerConfig
+from dicom_node.config import ANY_ADDRESS, Config, NodeConfig, PeerConfig
 from dicom_node.net.status import CALLED_AE_NOT_RECOGNIZED, CALLING_AE_NOT_RECOGNIZED, Rejection, rejection
 
 _THIS_MACHINE = ("127.0.0.1", "::1")
@@ -120,6 +120,17 @@ def peer_that_may(peers: Sequence[PeerConfig], what: str, *, calling_ae: str, ad
     """The first peer of this AE title and address that may do `what`, or None."""
     named = (peer for peer in peers if peer.ae_title == calling_ae.strip() and what in peer.may)
     return next((peer for peer in named if address_allowed(peer, address)), None)
+
+
+def is_asked(config: Config, calling_ae: str, address: str) -> bool:
+    """Whether a caller is an archive that we ask for Storage Commitment, by its AE title or by where it calls from."""
+    archives = [config.peer(one.peer) for one in config.destinations if one.commitment]
+    if calling_ae.strip() in {archive.ae_title for archive in archives}:
+        return True
+    source = plain_address(address)
+    return any(
+        address_allowed(one, source) if one.allowed_addresses else plain_address(one.host) == source for one in archives
+    )
 
 
 def lines_to_admit(calling_ae: str, address: str, names: Collection[str]) -> tuple[str, ...]:

@@ -27,8 +27,9 @@ from dicom_node.config import Config
 from dicom_node.net.associations import Association, sender
 from dicom_node.net.commitment import Take, answer_report
 from dicom_node.net.commitment_scp import CommitmentScp
-from dicom_node.net.peers import Admission, admit, peer_that_may, plain_address, shown
+from dicom_node.net.peers import Admission, admit, is_asked, peer_that_may, plain_address, shown
 from dicom_node.net.scp import (
+    STORAGE_COMMITMENT,
     Listener,
     build_ae,
     contexts_for,
@@ -270,7 +271,7 @@ class Receiver:
             assoc.requestor.requested_contexts,
             may_store=decision.may_store,
             may_echo=decision.may_echo,
-            may_report=self._take_report is not None,
+            may_report=self._may_report(assoc, calling_ae, address),
             may_commit=peer_that_may(self._config.peers, "commit", calling_ae=calling_ae, address=address) is not None,
             storage=accepted_classes(self._config),
         )
@@ -294,6 +295,17 @@ class Receiver:
             )
             text = f'{shown(calling_ae)} got no presentation context for {names}: [intake].other_classes = "refuse"'
             self._store.note("storage_class_refused", text, {"classes": len(refused), **thinned})
+
+    def _may_report(self, assoc: PynetAssociation, calling_ae: str, address: str) -> bool:
+        """Whether a proposed context for Storage Commitment is taken for reports on what we asked.
+
+        From any AE title in the role of SCP: only the archive knows the Transaction UID. Without role selection, from
+        an archive that we ask: anybody else would ask us, and that is `commit` in its `may`.
+        """
+        if self._take_report is None:
+            return False
+        role = assoc.requestor.role_selection.get(STORAGE_COMMITMENT)
+        return bool(role.scp_role) if role is not None else is_asked(self._config, calling_ae, address)
 
     def _reject(self, assoc: PynetAssociation, decision: Rejection) -> None:
         self._closed(assoc)

@@ -23,9 +23,10 @@ from pynetdicom.pdu import P_DATA_TF
 
 from dicom_node.commitments import CommitmentReporter
 from dicom_node.config import Config
+from dicom_node.headers import read_header
 from dicom_node.net import commitment_scp
 from dicom_node.net.checkpoint import install
-from dicom_node.net.commitment_scp import FailureReason, Verdict, judge, parse_request
+from dicom_node.net.commitment_scp import FAILURES, FailureReason, Verdict, judge, parse_request
 from dicom_node.net.link import RequestOutcome
 from dicom_node.net.part10 import read_part10
 from dicom_node.net.receive import Receiver
@@ -281,13 +282,30 @@ def test_what_is_no_request_of_one_who_may_ask_is_refused(desk: Desk, changes: A
     assert desk.asked.waiting() == []
 
 
-def test_an_archive_that_only_reports_to_us_may_not_ask(desk: Desk) -> None:
+@pytest.mark.parametrize(
+    ("calling_ae", "status"),
+    [
+        ("PACS", Status.NOT_AUTHORIZED),  # the class is accepted, for its reports
+        ("CT_1", None),
+    ],
+)
+def test_an_archive_that_only_reports_to_us_may_not_ask_and_who_does_not_has_no_context(
+    desk: Desk, calling_ae: str, status: int | None
+) -> None:
     intake = desk.intake
-    parts = (intake.config, intake.spool, intake.ledger, intake.registry)
-    receiver = Receiver(*parts, take_report=lambda _: Status.SUCCESS)
+    table = config_for(
+        desk.modality.port, destinations=[{"name": "archive", "peer": "pacs", "commitment": True}]
+    ).model_dump()
+    table["peers"] = [
+        {"name": "pacs", "ae_title": "PACS", "host": "192.0.2.1"},
+        {"name": "ct_1", "ae_title": "CT_1"},
+        *(peer for peer in table["peers"] if peer["name"] == "modality"),
+    ]
+    cfg = Config.model_validate(table)
+    receiver = Receiver(cfg, intake.spool, intake.ledger, intake.registry, take_report=lambda _: Status.SUCCESS)
     port = receiver.start(port=0)
-    try:  # the class is accepted, for its reports
-        assert desk.modality.ask(port, desk.references, calling_ae="PACS") == Status.NOT_AUTHORIZED
+    try:
+        assert desk.modality.ask(port, desk.references, calling_ae=calling_ae) == status
     finally:
         receiver.stop()
 
@@ -330,6 +348,31 @@ def test_an_instance_is_held_wherever_its_file_goes_until_it_is_removed(desk: De
     assert reasons(desk, desk.references) == [FailureReason.NO_SUCH_INSTANCE]
     desk.intake.spool.discard_work(job.id)
     assert reasons(desk, desk.references) == [FailureReason.NO_SUCH_INSTANCE] * 4
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_why_shows_what_the_peer_was_told_of_the_study(desk: Desk, missing: int) -> None:
+    desk.intake.put(desk.paths[missing:])
+    desk.intake.assembler.tick()
+    desk.asked.add(request_for(desk.references))
+    assert desk.reporter(send=Outbox(("", False)), clock=lambda: NOW + timedelta(seconds=1)).tick() == 1
+    header = read_header(desk.paths[0])
+    assert header.accession
+    ledger = desk.intake.ledger
+    for found in (ledger.events_of_accession(header.accession), ledger.events_of_study(header.study_uid)):
+        (event,) = [event for event in found if event.code == "commitment_reported"]
+        why = f"; 1 not (0x0112: {FAILURES[FailureReason.NO_SUCH_INSTANCE]})" if missing else ""
+        assert event.text == f"'MODALITY' was told on an association of ours: {4 - missing} of 4 are held{why}"
+
+
+def test_a_report_on_two_studies_is_of_neither(desk: Desk, tmp_path: Path) -> None:
+    others = write_ct(tmp_path / "other", np.zeros((2, 8, 8)))
+    desk.intake.put([*desk.paths, *others])
+    desk.intake.assembler.tick()
+    parts = [read_part10(path) for path in (*desk.paths, *others)]
+    request = request_for([(part.sop_class_uid, part.sop_instance_uid) for part in parts])
+    verdict = judge(request, desk.intake.spool, kept_classes(desk.intake.config))
+    assert (len(verdict.held), verdict.study_uid, verdict.accession) == (6, "", "")
 
 
 def test_what_is_never_sorted_is_reported_after_a_while_as_not_held(desk: Desk) -> None:

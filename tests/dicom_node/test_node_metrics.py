@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import time
 import urllib.request
+from collections.abc import MutableMapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
 from fake_pacs import FakePacs, free_port
 from prometheus_client.parser import text_string_to_metric_families
 from pydicom.uid import MRImageStorage, generate_uid
@@ -51,13 +55,15 @@ class Scraped:
     figures: dict[Key, float]
     slices: int
     sent_bytes: int
+    job_ids: list[str]
+    done: list[MutableMapping[str, Any]]  # the lines job.done of its log
 
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Scraped:
     folder = tmp_path_factory.mktemp("metrics")
     slices = write_tiny_study(folder / "ct", study_uid=generate_uid(), series_uid=generate_uid())
-    with FakePacs() as pacs:
+    with FakePacs() as pacs, ExitStack() as lines:
         config = Config.model_validate(
             {
                 "node": {"host": "127.0.0.1", "port": free_port(), "receiver_processes": 1},
@@ -77,6 +83,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Scraped:
         node = Node(config, drain_s=0)
         node.start()
         try:
+            logs = lines.enter_context(structlog.testing.capture_logs())
             us = config.peers[0].model_copy(update={"ae_title": "SYNPET", "port": config.node.port})
             calling = config.peers[0].ae_title
             others = write_instances(folder / "mr", 3, sop_class_uid=MRImageStorage)
@@ -88,10 +95,12 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Scraped:
             aborting.associate("127.0.0.1", config.node.port, ae_title="SYNPET").abort()
             until_done(node.ledger)
             text, figures = scrape_all(config.metrics.port)
+            job_ids = [job.id for job in node.ledger.find(JobFilter())]
         finally:
             node.stop()
     data = sum(len(path.read_bytes()) for path in slices)
-    return Scraped(text=text, figures=figures, slices=len(slices), sent_bytes=data)
+    done = [line for line in logs if line["event"] == "job.done"]
+    return Scraped(text=text, figures=figures, slices=len(slices), sent_bytes=data, job_ids=job_ids, done=done)
 
 
 def scrape_all(port: int) -> tuple[str, dict[Key, float]]:
@@ -122,6 +131,12 @@ def test_what_came_and_what_became_of_it_is_counted_by_peer(scraped: Scraped) ->
     assert figures[key(total, peer="ward", outcome="stored", status="0x0000")] == 0
     received = figures[key("dicom_node_received_bytes_total", peer="pacs")]
     assert 0.8 * scraped.sent_bytes < received < scraped.sent_bytes  # without each file's header
+
+
+def test_a_job_that_is_done_is_one_line_of_the_log(scraped: Scraped) -> None:
+    (line,) = scraped.done
+    assert line["seconds_since_received"] > 0
+    assert (line["destinations"], [line["job_id"]]) == (["archive"], scraped.job_ids)
 
 
 def test_associations_are_counted_by_their_end_and_rejections_by_reason(scraped: Scraped) -> None:

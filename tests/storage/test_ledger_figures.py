@@ -90,3 +90,10 @@ def test_a_file_with_two_names_counts_once(tmp_path: Path) -> None:
     (tmp_path / "outbox" / "2.dcm").write_bytes(b"x" * 7)
     found = bytes_by_folder(tmp_path)
     assert found == {**dict.fromkeys(FOLDERS, 0), "work": 1000, "outbox": 7}
+
+
+def test_pulls_and_commitments_are_counted_by_their_events_and_a_jobs_own_are_not(ledger: Ledger) -> None:
+    for job_id, code in (("", "pull_ended"), ("", "pull_ended"), ("", "commitment_reported"), ("", "quarantined")):
+        ledger.note(job_id, code, "")
+    ledger.note(queue(ledger, "1.2.1"), "commitment_reported", "")
+    assert ledger.figures().events == {"pull_ended": 2, "commitment_reported": 1}
