@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import ssl
 import subprocess
@@ -35,6 +36,8 @@ from dicom_node.net.security import (
     warn_of_ends,
 )
 from storage.ledger import open_ledger
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +294,23 @@ def test_dcmtk_sends_over_tls(tmp_path: Path, ca: Authority, asks: str, options:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         assert len(intake.spool.incoming()) == len(paths)
+
+
+def test_the_commands_of_the_document_make_certificates_that_dcmtk_sends_with(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8").partition("### Certificates")[2]
+    for_node, for_caller, send = re.findall(r"^```bash\n(.+?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    shell = ["bash", "-euc"]
+    for commands in (for_node, for_caller):
+        subprocess.run([*shell, commands], cwd=tmp_path, capture_output=True, timeout=60, check=True)
+    small_ct(tmp_path / "ct")[0].rename(tmp_path / "image.dcm")
+    names = {"cert_file": "node-cert.pem", "key_file": "node-key.pem", "ca_file": "ca-cert.pem"}
+    tls = {"client_certificates": "required", **{key: str(tmp_path / name) for key, name in names.items()}}
+    peers = [one.model_dump() for one in load_config(ROOT / "config.toml").peers]
+    with running_intake(tmp_path / "node", config(tls=tls, peers=peers)) as intake:
+        here = send.replace(" 2762 ", f" {intake.receiver.ports[1]} ")
+        done = subprocess.run([*shell, here], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        assert len(intake.spool.incoming()) == 1
 
 
 def test_dcmtk_receives_from_us_over_tls_and_refuses_us_without_a_certificate(tmp_path: Path, ca: Authority) -> None:
