@@ -14,6 +14,7 @@ from dicom_node.net.peers import (
     addresses_of,
     admit,
     calls_from_a_peer,
+    is_asked,
     lines_to_admit,
     places_of,
     plain_address,
@@ -69,6 +70,26 @@ def test_a_refusal_has_the_standards_reason(
     answer = ask(calling, address, called)
     assert isinstance(answer, Rejection)
     assert (answer.code, answer.result, answer.source, answer.diagnostic) == (code, 1, 1, diagnostic)
+
+
+@pytest.mark.parametrize(
+    ("calling", "address", "asked"),
+    [
+        ("ARCHIVE", "10.9.9.9", True),
+        ("ARCHIVE_REPORTS ", "10.1.2.3", True),  # some report under another AE title
+        ("ARCHIVE_REPORTS", "::ffff:10.1.2.3", True),
+        ("NEAR", "10.1.2.4", False),
+        ("PACS", "10.1.2.4", False),  # a destination that is not asked for commitment
+    ],
+)
+def test_an_archive_that_we_ask_is_known_by_its_title_or_its_address(calling: str, address: str, asked: bool) -> None:
+    peers = [
+        {"name": "archive", "ae_title": "ARCHIVE", "host": "10.1.2.3"},
+        {"name": "pacs", "ae_title": "PACS", "host": "10.1.2.4"},
+        {"name": "near", "ae_title": "NEAR", "host": "10.1.2.4"},
+    ]
+    destinations = [{"name": "a", "peer": "archive", "commitment": True}, {"name": "p", "peer": "pacs"}]
+    assert is_asked(Config.model_validate({"peers": peers, "destinations": destinations}), calling, address) is asked
 
 
 def test_a_title_in_another_case_is_told_as_that_and_not_offered_as_a_new_peer() -> None:
