@@ -178,8 +178,9 @@ def _services(takes: Sequence[Accepted], config: Config) -> list[str]:
         ),
         *text(
             """Where Storage Commitment is asked for, a report (N-EVENT-REPORT) is taken on the association of the
-            request, on a later one of ours, or on one that the archive opens to us: in the role of SCP, or without role selection under the AE title
-            or address of an archive that is asked. Every request has a fresh Transaction UID; items that failed are stored again. Counting is C-FIND (Study Root) at SERIES level for
+            request, on a later one of ours, or on one that the archive opens to us: in the role of SCP, or without
+            role selection under the AE title or address of an archive that is asked. Every request has a fresh
+            Transaction UID; items that failed are stored again. Counting is C-FIND (Study Root) at SERIES level for
             Number of Series Related Instances (0020,1209), at IMAGE level where that stays empty, and QIDO-RS at a
             DICOMweb destination. A service that a destination does not offer is noted; it fails nothing."""
         ),
