@@ -127,10 +127,7 @@ def is_asked(config: Config, calling_ae: str, address: str) -> bool:
     archives = [config.peer(one.peer) for one in config.destinations if one.commitment]
     if calling_ae.strip() in {archive.ae_title for archive in archives}:
         return True
-    source = plain_address(address)
-    return any(
-        address_allowed(one, source) if one.allowed_addresses else plain_address(one.host) == source for one in archives
-    )
+    return any(_lies_in(address, addresses_of(archive)) for archive in archives)
 
 
 def lines_to_admit(calling_ae: str, address: str, names: Collection[str]) -> tuple[str, ...]:

@@ -291,7 +291,11 @@ class Receiver:
             names = ", ".join(_class_name(uid) for uid in refused[:_CLASSES_TOLD])
             names += f" and {len(refused) - _CLASSES_TOLD} more" if len(refused) > _CLASSES_TOLD else ""
             log.info(
-                "association.storage_class_refused", association=token[:8], calling_ae=calling_ae, classes=names, **thinned
+                "association.storage_class_refused",
+                association=token[:8],
+                calling_ae=calling_ae,
+                classes=names,
+                **thinned,
             )
             text = f'{shown(calling_ae)} got no presentation context for {names}: [intake].other_classes = "refuse"'
             self._store.note("storage_class_refused", text, {"classes": len(refused), **thinned})
