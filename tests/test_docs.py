@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 from pydantic import BaseModel
+from typer.testing import CliRunner
 
 from dicom_node.cli import app
 from dicom_node.config import Config, RuleConfig, ScheduledPull, load_config
@@ -42,6 +43,19 @@ def test_the_command_has_help(command: str) -> None:
     assert root.help
     for parameter in root.params:
         assert getattr(parameter, "help", None), f"{command}: {parameter.name} has no help"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_help_shows_every_word_in_brackets(command: str) -> None:
+    """Rich takes `[table]` for markup and drops it, unless a backslash stands before it."""
+    root = typer.main.get_command(app)
+    for part in command.split():
+        root = root.commands[part]  # type: ignore[attr-defined]
+    texts = [root.help, *(getattr(parameter, "help", None) for parameter in root.params)]
+    written = [word for text in texts for word in re.findall(r"[^\s]*\[[^\s]+", text or "")]
+    shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "400"}).output
+    missing = [word for word in written if word.replace("\\", "") not in shown]
+    assert not missing, f"dicom-node {command} --help lacks {missing}: write a backslash before each bracket"
 
 
 def keys() -> list[tuple[str, str]]:

@@ -40,6 +40,7 @@ MATRIX = 128
 COVERAGE = (0.58, 0.74)  # of the body's height: pelvis to chest, which every gate knows
 SPACING_MM = (5.0, 4.0, 4.0)
 PURPOSE = "TEST - dicom-node doctor"
+_WARNING = "warning: "  # what such a step's text begins with
 _REMEDIES = {
     "disk": "make room, or correct [storage].root",
     "ledger": "the message above; docs/operation.md",
@@ -132,12 +133,14 @@ def _told_what_is_on(as_json: bool) -> Iterator[Callable[[str], None]]:
 
 def _print(step: Step) -> None:
     """A line for each step as soon as it has ended: whoever waits, or reads a log of it, sees how far it is."""
-    mark = ("ok", "green") if step.ok else ("FAILED", "bold red")
-    line = Text.assemble(f"{mark[0]:<7}", style=mark[1])
-    line.append_text(Text.assemble(safe(f"{step.name:<{NAME_WIDTH}}"), f"{step.seconds:8.1f} s  ", safe(step.text)))
+    (verdict, style), text = (("ok", "green") if step.ok else ("FAILED", "bold red")), step.text
+    if step.ok and text.startswith(_WARNING):
+        (verdict, style), text = ("warning", "yellow"), text.removeprefix(_WARNING)
+    line = Text.assemble(f"{verdict:<8}", style=style)
+    line.append_text(Text.assemble(safe(f"{step.name:<{NAME_WIDTH}}"), f"{step.seconds:8.1f} s  ", safe(text)))
     console.print(line, soft_wrap=True, highlight=False)
     if step.remedy and not step.ok:
-        console.print(safe(f"{'':7}-> {step.remedy}"), soft_wrap=True, highlight=False)
+        console.print(safe(f"{'':8}-> {step.remedy}"), soft_wrap=True, highlight=False)
 
 
 def _summary(done: Sequence[Step], seconds: float) -> str:
@@ -224,7 +227,7 @@ def _timed(findings: Iterator[Finding]) -> Iterator[Step]:
     for finding in findings:
         seconds = monotonic() - began
         ok = finding.verdict is not Verdict.FAIL
-        warning = "warning: " if finding.verdict is Verdict.WARN else ""
+        warning = _WARNING if finding.verdict is Verdict.WARN else ""
         remedy = _REMEDIES.get(finding.check.partition(" ")[0], "")
         yield Step(name=finding.check, ok=ok, text=f"{warning}{finding.text}", seconds=seconds, remedy=remedy)
         began = monotonic()

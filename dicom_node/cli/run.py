@@ -60,7 +60,7 @@ def run(
     blending: Annotated[Blending, typer.Option(help="How windows overlap; bundle: as trained.")] = Blending.BUNDLE,
     stitching: Annotated[Stitching, typer.Option(help="How districts meet; bundle: as trained.")] = Stitching.BUNDLE,
     min_coverage_mm: Annotated[
-        float, typer.Option(min=0.0, help="Refuse a shorter scan; the node's own limit is [gate] min_coverage_mm.")
+        float, typer.Option(min=0.0, help="Refuse a shorter scan; the node's own limit is \\[gate] min_coverage_mm.")
     ] = 30.0,
     districts: Annotated[
         list[str] | None,
@@ -79,9 +79,9 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in OUT_FOLDER.")] = False,
     config: ConfigPath = DEFAULT_CONFIG,
 ) -> None:
-    """Make a SYNTHETIC PET series from a folder of CT, without a network and without a ledger.
+    r"""Make a SYNTHETIC PET series from a folder of CT, without a network and without a ledger.
 
-    Of the configuration it is read where installed bundles are, the settings of the segmenters, and `[gate]`.
+    Of the configuration it is read where installed bundles are, the settings of the segmenters, and `\[gate]`.
     `--districts dicom_seg` takes the districts from a SEG in CT_FOLDER that refers to the CT.
     Writes pet-sc/ and/or pet-pet/ (DICOM), mip-sc/, uncertainty-sc/, seg-*/, sr-*/, gsps-*/ and pcps-*/ (one for each
     encoding of the PET), overview.png and result.json into OUT_FOLDER.

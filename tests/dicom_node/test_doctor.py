@@ -360,6 +360,17 @@ def test_a_node_that_does_not_run_is_told_with_how_to_start_it(tmp_path: Path) -
     assert (later.exit_code, "no node runs on" in later.output) == (1, True)
 
 
+def test_a_warning_has_a_verdict_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    text = CONFIG.format(port=free_port(), near=1, far=1, bundle=write_tiny_bundle(tmp_path / "bundle"))
+    path.write_text(text.replace("[node]\n", '[node]\nunknown_peers = "accept"\n'), encoding="utf-8")
+    result = RUNNER.invoke(app, ["doctor", "--config", str(path)], env={"COLUMNS": "300"})
+    rows = [line.replace("│", " ").split() for line in result.output.splitlines()]
+    verdicts = {row[0]: row[1] for row in rows if len(row) > 2}
+    assert (verdicts["callers"], verdicts["bundle"], verdicts["node"]) == ("warning", "ok", "FAILED")
+    assert "warning: " not in result.output
+
+
 def test_a_destination_that_is_none_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(config_text("phantom"), encoding="utf-8")

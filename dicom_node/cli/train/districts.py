@@ -25,7 +25,7 @@ def districts(
         list[str] | None, typer.Option(help="Tried in order; may be repeated. By default the configuration's.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Its [pipeline] says where models are; else its defaults.")
+        Path | None, typer.Option("--config", "-c", help=r"Its \[pipeline] says where models are; else its defaults.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first phantom.")] = 5000,
     workers: Annotated[int, typer.Option(min=1, help="Phantoms side by side.")] = 2,
