@@ -10,15 +10,17 @@ import re
 import tomllib
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_origin
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from pipeline.gate import CHECKS, Severity
 from storage.database import default_url
 
 _AE = re.compile(r"^(?! *$)[ -\[\]-~]{1,16}$")  # PS3.5 table 6.2-1, VR AE: 16 characters, no backslash or control
+_HEADER = re.compile(r"\s*(\[{1,2})\s*([a-z_]+)\s*[].]")  # of a TOML table, or of one inside it
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,31}$")
 
 
@@ -599,12 +601,14 @@ def load_config(path: Path) -> Config:
     Relative paths in it are taken from the folder of the file, so that the node does not depend on where it was
     started.
     """
+    text = ""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        raw = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+        raise ConfigError(f"{path}: not valid TOML: {error}{_wrong_brackets(text)}") from error
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
@@ -652,6 +656,38 @@ def _with_absolute_files(table: _T, keys: tuple[str, ...], base: Path) -> _T:
     return table.model_copy(update={key: (base / path).resolve() for key, path in files.items() if path})
 
 
+def _wrong_brackets(text: str) -> str:
+    """Where a table is written with one bracket and with two, or "": TOML only says that it is declared twice."""
+    headers = [
+        (number, len(found[1]), found[2])
+        for number, line in enumerate(text.splitlines(), 1)
+        if (found := _HEADER.match(line)) and found[2] in Config.model_fields
+    ]
+    for number, brackets, table in headers:
+        both = len({count for _, count, name in headers if name == table}) == 2
+        if both and (brackets == 2) != _is_list_of_tables(table):
+            return f"; line {number}: write {_header(table)}"
+    return ""
+
+
+def _is_list_of_tables(table: str) -> bool:
+    return get_origin(Config.model_fields[table].annotation) is tuple
+
+
+def _header(table: str) -> str:
+    return f"[[{table}]], with two brackets" if _is_list_of_tables(table) else f"[{table}], with one bracket"
+
+
+def _rule(fault: ErrorDetails) -> str:
+    """What pydantic found wrong, in this file's words where its own are about Python."""
+    if fault["type"] in ("tuple_type", "model_type") and len(fault["loc"]) == 1:
+        table = str(fault["loc"][0])
+        return f"there {'may be several' if _is_list_of_tables(table) else 'is only one'}: write {_header(table)}"
+    if fault["type"] == "tuple_type":
+        return "write a list, in brackets: [...]"
+    return fault["msg"].removeprefix("Value error, ")
+
+
 def _fault_lines(error: ValidationError, raw: dict[str, Any]) -> list[str]:
     lines = []
     for fault in error.errors():
@@ -660,8 +696,7 @@ def _fault_lines(error: ValidationError, raw: dict[str, Any]) -> list[str]:
             lines.append(f"{key} is not a key; {_near(fault['loc'])}")
         else:
             shown = f" = {fault['input']!r}" if _may_be_shown(fault["loc"], fault["input"]) else ""
-            message = fault["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}{shown}: {message}" if key else message)
+            lines.append(f"{key}{shown}: {_rule(fault)}" if key else _rule(fault))
     return lines
 
 

@@ -34,6 +34,29 @@ CASES = {
     ),
     "a description that hides the word": ('[output]\nseries_description = "PET"', "must begin with the word SYNTHETIC"),
     "not TOML": ("[node", "not valid TOML"),
+    "a table of many with one bracket": (
+        '[pulls]\nname = "a"',
+        "pulls: there may be several: write [[pulls]], with two brackets",
+    ),
+    "destinations with one bracket": ('[destinations]\nname = "a"', "write [[destinations]], with two brackets"),
+    "one bracket, then two": (
+        '# [peers]\n  [ peers ]  # ours\nname = "a"\n[[peers]]\nname = "b"',
+        "line 2: write [[peers]], with two brackets",
+    ),
+    "two brackets, then one": (
+        '[[peers]]\nname = "a"\n[peers]\nname = "b"',
+        "line 3: write [[peers]], with two brackets",
+    ),
+    "a table of one with two brackets": ("[[node]]\nport = 1", "node: there is only one: write [node]"),
+    "a table of one with one bracket, then two": (
+        "[node]\nport = 1\n[[node]]\nport = 2",
+        "line 3: write [node], with one bracket",
+    ),
+    "one word where a list belongs": (
+        '[pipeline]\ndistricts = "builtin"',
+        "[pipeline].districts = 'builtin': write a list, in brackets: [...]",
+    ),
+    "a table that is a number": ("peers = 3", "peers = 3: there may be several: write [[peers]]"),
     "a device that is none": ('[pipeline]\ndevice = "gpu"', "one of auto, cpu, cuda, cuda:N"),
     "an unknown encoding": (
         '[[peers]]\nname = "a"\nae_title = "A"\n[[destinations]]\nname = "d"\npeer = "a"\nencoding = "nm"',
@@ -51,6 +74,15 @@ def test_a_wrong_file_is_refused_with_the_key_the_value_and_the_rule(case: str, 
         load_config(path)
     assert expected in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_what_is_no_toml_for_another_reason_is_not_put_down_to_brackets(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[[peers]]\nname = "a"\n[node]\nport = \n', encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert "write [" not in str(caught.value)
+    assert "line 4" in str(caught.value)
 
 
 def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
