@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from sqlalchemy.engine import make_url
 
 from storage.database import BUSY_TIMEOUT_S
 from storage.durable import fsync_folder, full_disk_is_no_space, make_folder, temp_beside
-from storage.errors import LedgerDamaged, LedgerError, NoSpace
+from storage.errors import BackupDamaged, LedgerDamaged, LedgerError, NoSpace
 
 _BACKUP = re.compile(r"ledger-(\d{8}T\d{6}Z)\.sqlite")
 _STAMP = "%Y%m%dT%H%M%SZ"
@@ -46,8 +46,34 @@ def check_file(file: Path, *, full: bool = False) -> None:
     Quick: every page is read and in its place (0.3 s of CPU for 130 MB, and the reading). `full`: also each index
     against its table, that no row points to one which is not there, and that it is a ledger at all.
     """
+    _check(file, full=full, damaged=_damaged_ledger)
+
+
+def check_backup(file: Path) -> None:
+    """`check_file` in full, for a backup. Raises `BackupDamaged`: the remedy is another one."""
+    _check(file, full=True, damaged=_damaged_backup)
+
+
+def newest_whole(found: Sequence[Path]) -> Path | None:
+    """The newest of `backups` (oldest first) that is whole."""
+    for backup in reversed(found):
+        with suppress(LedgerError, NoSpace):
+            check_backup(backup)
+            return backup
+    return None
+
+
+def _damaged_ledger(file: Path, found: str) -> LedgerError:
+    return LedgerDamaged(f"ledger {file}: {found}; restore a backup: `dicom-node ledger restore FILE`")
+
+
+def _damaged_backup(file: Path, found: str) -> LedgerError:
+    return BackupDamaged(f"backup {file}: {found}")
+
+
+def _check(file: Path, *, full: bool, damaged: Callable[[Path, str], LedgerError]) -> None:
     pragmas = ("integrity_check", "foreign_key_check") if full else ("quick_check",)
-    with _opened(file, "ro") as connection:
+    with _opened(file, "ro", damaged) as connection:
         found = [row for pragma in pragmas for row in connection.execute(f"PRAGMA {pragma}") if row != ("ok",)]
         problems = [" ".join(str(part) for part in row).splitlines()[0] for row in found]
         if (
@@ -58,10 +84,7 @@ def check_file(file: Path, *, full: bool = False) -> None:
             problems = ["it has no table of jobs: it is no ledger"]
     if problems:
         more = f", and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-        raise LedgerDamaged(
-            f"ledger {file}: is damaged: {'; '.join(problems[:_SHOWN_PROBLEMS])}{more}; restore a backup: "
-            "`dicom-node ledger restore FILE`"
-        )
+        raise damaged(file, f"is damaged: {'; '.join(problems[:_SHOWN_PROBLEMS])}{more}")
 
 
 def backups(folder: Path) -> list[Path]:
@@ -128,10 +151,10 @@ def restore(backup: Path, file: Path, *, now: datetime) -> Path | None:
     """Put a backup in the ledger's place; nobody may have it open. Where the former ledger is now, None without one.
 
     The ledger is the former one or the backup at any instant, also when this is killed; a former one that is damaged
-    may lose its log of changes to the name it gets. Raises `LedgerDamaged` for a backup that is none and `LedgerError`
+    may lose its log of changes to the name it gets. Raises `BackupDamaged` for a backup that is none and `LedgerError`
     for a ledger that somebody has open, before anything is changed, and `NoSpace`.
     """
-    check_file(backup, full=True)
+    check_backup(backup)
     fresh = temp_beside(file)
     try:
         _copy(backup, fresh)
@@ -196,7 +219,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _opened(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
+def _opened(
+    file: Path, mode: str, damaged: Callable[[Path, str], LedgerError] = _damaged_ledger
+) -> Iterator[sqlite3.Connection]:
     """A connection of our own, whose errors name the file and the remedy."""
     connection = None
     try:
@@ -206,7 +231,7 @@ def _opened(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
         text = f"ledger {file}: {error}"
         raise NoSpace(text) if "full" in str(error) else LedgerError(text) from error
     except sqlite3.DatabaseError as error:  # of the file
-        raise LedgerDamaged(f"ledger {file}: {error}; restore a backup: `dicom-node ledger restore FILE`") from error
+        raise damaged(file, str(error)) from error
     finally:
         if connection is not None:
             connection.close()

@@ -2,7 +2,8 @@
 
 StorageError
 ├── LedgerError     the ledger cannot be opened, read or written: the text names the file and what to do
-│   └── LedgerDamaged    its file is broken: nothing may be written into it, a backup must be restored
+│   ├── LedgerDamaged    its file is broken: nothing may be written into it, a backup must be restored
+│   └── BackupDamaged    what was to be restored is broken, or no ledger: another backup must be restored
 ├── NotFound        no such job, delivery or series
 ├── IllegalMove     the table of moves does not allow it: a fault in the caller, or an operator's wrong command
 ├── OtherSeries     a result has other series UIDs than what its job has sent already: it needs a job of its own
@@ -24,6 +25,10 @@ class LedgerError(StorageError):
 
 class LedgerDamaged(LedgerError):
     """The ledger's file is not whole; the text names what was found."""
+
+
+class BackupDamaged(LedgerError):
+    """A backup is not whole; the text names what was found."""
 
 
 class NotFound(StorageError):

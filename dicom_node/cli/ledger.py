@@ -10,7 +10,8 @@ import typer
 from dicom_node.backup import backup_folder
 from dicom_node.cli.common import DEFAULT_CONFIG, ConfigPath, check_user, console, fail, local_time, opened_ledger, safe
 from dicom_node.config import load_config
-from storage.backup import backup_time, backups, by_now, check_file, ledger_file, make_backup, restore
+from storage.backup import backup_time, backups, by_now, check_file, ledger_file, make_backup, newest_whole, restore
+from storage.errors import BackupDamaged
 from storage.ledger import utc_now
 
 app = typer.Typer(help="Check, back up and restore the ledger.", no_args_is_help=True)
@@ -74,9 +75,20 @@ def restore_backup(
         aside = restore(file, target, now=utc_now())
         with opened_ledger(loaded) as ledger:  # brings an older schema up
             ledger.note("", "ledger_restored", f"the ledger was restored from {file.name}")
+    except BackupDamaged as error:
+        raise fail(f"error: {error}; nothing was changed; {_another(file, backup_folder(loaded))}") from error
     finally:
         unlock()
     console.print(safe(f"{target}: is now {file.name}"), soft_wrap=True)
     if aside is not None:
         console.print(safe(f"the former ledger is {aside}; remove it when all is well"), soft_wrap=True)
     console.print("Start the node: it takes up from the spool what the backup does not know.", soft_wrap=True)
+
+
+def _another(damaged: Path, folder: Path) -> str:
+    """What to restore instead of a backup that is damaged."""
+    others = [backup for backup in backups(folder) if backup.resolve() != damaged.resolve()]
+    whole = newest_whole(by_now(others, utc_now()) or others)
+    if whole is None:
+        return f"there is no other whole one in {folder}"
+    return f"the newest whole one: `dicom-node ledger restore {whole}`"

@@ -400,6 +400,25 @@ def test_check_backup_and_restore_by_command(place: Place, config: str, ct: Call
     assert [job.state for job in node.jobs()] == [JobState.DONE]
 
 
+def test_of_a_damaged_backup_the_newest_whole_one_is_named_in_its_place(place: Place, config: str) -> None:
+    place.start()
+    folder = place.root / "backups"
+    older, whole, damaged, other = (
+        make_backup(place.file, folder, keep=9, now=NOW + timedelta(hours=hours)) for hours in range(4)
+    )
+    place.stop()
+    for backup in (damaged, other):
+        damage(backup)
+    answer = CliRunner().invoke(app, ["ledger", "restore", str(damaged), "--config", config])
+    assert answer.exit_code == 1
+    assert f"backup {damaged}: " in answer.output
+    assert f"the newest whole one: `dicom-node ledger restore {whole}`" in answer.output
+    for backup in (older, whole):
+        damage(backup)
+    answer = CliRunner().invoke(app, ["ledger", "restore", str(damaged), "--config", config])
+    assert f"there is no other whole one in {folder}" in answer.output
+
+
 def test_nothing_is_restored_under_a_running_node(place: Place, config: str) -> None:
     place.start()
     made = place.backup()

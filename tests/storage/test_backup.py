@@ -14,7 +14,7 @@ from conftest import Clock, queued
 
 from storage.backup import backup_time, backups, check_file, is_due, ledger_file, make_backup, restore
 from storage.database import default_url
-from storage.errors import LedgerDamaged, LedgerError, NoSpace
+from storage.errors import BackupDamaged, LedgerDamaged, LedgerError, NoSpace
 from storage.ledger import Ledger, open_ledger
 from storage.records import JobFilter
 
@@ -278,8 +278,9 @@ def test_a_backup_that_is_damaged_changes_nothing(file: Path, tmp_path: Path) ->
     backup = make_backup(file, tmp_path / "backups", keep=3, now=NOW)
     os.truncate(backup, backup.stat().st_size // 2)
     before = file.read_bytes()
-    with pytest.raises(LedgerDamaged):
+    with pytest.raises(BackupDamaged, match=f"^backup {backup}: ") as caught:
         restore(backup, file, now=NOW)
+    assert "restore a backup" not in str(caught.value)  # that is what was tried
     assert file.read_bytes() == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(("ledger.sqlite.before", "."))]
 
