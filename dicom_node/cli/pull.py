@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ COLUMNS = (
     "seconds",
     "text",
 )
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_ACCESSION = 16  # VR SH (PS3.5 table 6.2-1)
 
 
@@ -174,15 +176,13 @@ def _wanted(accessions: Sequence[str], studies: Sequence[str], listed: Path | No
 
 def read_list(path: Path) -> list[Wanted]:
     """The studies of a CSV file; a row's study_uid decides where it has both. Raises `ListError` with the line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ListError(f"{path}: cannot be read: {error}") from None
-    delimiter = ";" if ";" in text.partition("\n")[0] else ","
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
+    lines = _lines_of(path)
+    first = lines[0] if lines else ""
+    delimiter = next((one for one in ";\t" if one in first), ",")  # as spreadsheets write it in Europe, or as text
+    reader = csv.DictReader(lines, delimiter=delimiter)
     names = {(name or "").strip().lower(): name for name in reader.fieldnames or ()}
     if not {"accession", "study_uid"} & names.keys():
-        raise ListError(f"{path}: its first line must have accession, study_uid, or both; it has {shown(text[:60])}")
+        raise ListError(f"{path}: its first line must have accession, study_uid, or both; it has {shown(first[:60])}")
     found = []
     for row in reader:
         place = f"{path}, line {reader.line_num}"
@@ -194,6 +194,18 @@ def read_list(path: Path) -> list[Wanted]:
         elif any((value or "").strip() for value in row.values() if isinstance(value, str)):
             raise ListError(f"{place}: has neither an accession number nor a study UID")
     return found
+
+
+def _lines_of(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8, or in UTF-16 where its first bytes say so. Raises `ListError`."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ListError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ListError(f'{path}: cannot be read as text: save it as "CSV UTF-8"') from None
 
 
 def checked_accession(value: str, place: str) -> str:

@@ -27,6 +27,7 @@ from dicom_node.cli.common import warnings_on_stderr
 from dicom_node.cli.pull import ListError, read_list
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receive import Receiver
+from dicom_node.pull import Wanted
 
 STUDY = generate_uid()
 CONFIG = """
@@ -176,6 +177,40 @@ def test_a_list_that_cannot_be_used_names_the_line(tmp_path: Path, text: str, sa
     path = tmp_path / "list.csv"
     path.write_text(text)
     with pytest.raises(ListError, match=said):
+        read_list(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("accession,study_uid\nACC1,\n,1.2.3\n", "utf-8"),
+        ("accession;study_uid;Name\r\nACC1;;Jürgen\r\n;1.2.3;\r\n", "utf-8-sig"),  # Excel in Europe: CSV UTF-8
+        ("accession\tstudy_uid\r\nACC1\t\r\n\t1.2.3\r\n", "utf-16"),  # Excel: Unicode text
+        ('\ufeff"accession";"study_uid"\n"ACC1";""\n"";"1.2.3"\n', "utf-16-be"),
+    ],
+)
+def test_a_list_is_read_as_spreadsheets_write_it(tmp_path: Path, text: str, encoding: str) -> None:
+    path = tmp_path / "list.csv"
+    path.write_bytes(text.encode(encoding))
+    assert read_list(path) == [Wanted(accession="ACC1"), Wanted(study_uid="1.2.3")]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["accession;Name\nACC1;Jürgen\n".encode("cp1252"), "accession\nACC1\n".encode("utf-16")[:-1]],
+)
+def test_a_list_that_is_no_text_says_how_to_save_it(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "list.csv"
+    path.write_bytes(content)
+    with pytest.raises(ListError, match=r'list\.csv: .*save it as "CSV UTF-8"'):
+        read_list(path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_of_a_list_with_another_header_no_data_is_shown(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "list.csv"
+    path.write_bytes(f"Accession Number,x{end}PULL1,2{end}".encode())
+    with pytest.raises(ListError, match=r"it has 'Accession Number,x'$"):
         read_list(path)
 
 
