@@ -48,6 +48,7 @@ class CommitmentState(StrEnum):
 
 FINAL_JOB_STATES = frozenset({JobState.DONE, JobState.REJECTED, JobState.FAILED, JobState.CANCELLED})
 
+ALL = "*"  # in a delivery's statuses: each of its instances
 REJECTION = "rejection"  # the kind of a delivery that rejects a series which was delivered before
 
 WAITING_STATES = (DeliveryState.PENDING, DeliveryState.SENT, DeliveryState.COMMITTED)  # something is still to be done
@@ -111,7 +112,7 @@ class Delivery:
     reason_code: str = ""
     reason: str = ""
     updated: datetime | None = None
-    statuses: Mapping[str, str] = field(default_factory=dict)  # SOP Instance UID -> "0x0000" or an error word
+    statuses: Mapping[str, str] = field(default_factory=dict)  # SOP Instance UID, or ALL -> what is no success
     goal: DeliveryState = DeliveryState.SENT  # the last state that its destination asks for, or offers
     checks: int = 0  # requests for proof in the present state that brought none
     sent_at: datetime | None = None

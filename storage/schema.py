@@ -14,6 +14,7 @@ from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, MetaData, Tex
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from storage.records import (
+    ALL,
     Commitment,
     CommitmentState,
     Delivery,
@@ -263,7 +264,6 @@ def event_of(row: EventRow) -> Event:
 
 
 SUCCESS = "0x0000"  # PS3.7 annex C
-ALL = "*"
 
 
 def compact(statuses: Mapping[str, str], instances: int) -> dict[str, Any]:

@@ -31,17 +31,24 @@ from dicom_node.cli.recalled import recalled_lines
 from dicom_node.config import Config, load_config
 from dicom_node.errors import RerunRefused
 from dicom_node.lineage import OTHER_SERIES, RERUN
+from dicom_node.net.status import status_text
 from pipeline.errors import PipelineError
 from storage.deliveries import taken_back_at
 from storage.errors import StorageError
 from storage.ledger import Ledger
-from storage.records import PROOF_STATES, REJECTION, Delivery, Job, JobFilter, JobState
+from storage.records import ALL, PROOF_STATES, REJECTION, Delivery, DeliveryState, Job, JobFilter, JobState
 from storage.spool import Spool
 
 app = typer.Typer(help="List, show, retry, cancel and release jobs.", no_args_is_help=True)
 
 JobId = Annotated[str, typer.Argument(help="The job's id, or as much of its start as is unique.")]
 RETRIED_STATES = {JobState.FAILED, JobState.REJECTED, JobState.CANCELLED}
+_STATUS_WORDS = {
+    "not_sent": "the attempt ended before the destination was offered it",
+    "no_response": "it was sent, and the destination did not say what became of it",
+    "no_presentation_context": "the destination takes no object of this kind, or not in this encoding",
+    "not_committed": "the archive's report of what it keeps leaves it out",
+}
 CSV_COLUMNS = (
     "id",
     "state",
@@ -93,6 +100,9 @@ def list_jobs(
     )
     with ledger_at(config) as ledger:
         found = ledger.find(wanted)
+        of_people = not as_json and not as_csv
+        under_way = [job.id for job in found if of_people and job.state is JobState.DELIVERING]
+        deliveries = {job_id: ledger.deliveries(job_id) for job_id in under_way}
     if as_json:
         print_json([job_dict(job) for job in found])
     elif as_csv:
@@ -100,10 +110,10 @@ def list_jobs(
     elif not found:
         console.print("no job matches")
     else:
-        _print_jobs(found)
+        _print_jobs(found, deliveries)
 
 
-def _print_jobs(found: list[Job]) -> None:
+def _print_jobs(found: Sequence[Job], deliveries: Mapping[str, Sequence[Delivery]]) -> None:
     shown = table(f"{len(found)} jobs", "id", "state", "created", "accession", "series", "slices", "from", "why")
     for job in found:
         shown.add_row(
@@ -114,9 +124,42 @@ def _print_jobs(found: list[Job]) -> None:
             safe(f"{job.info.series_number} {job.info.series_description}".strip()),
             str(job.instances),
             safe(job.info.calling_ae),
-            safe(job.stage if job.state is JobState.RUNNING else job.reason_code),
+            safe(_why(job, deliveries.get(job.id, ()))),
         )
     console.print(shown)
+
+
+def _why(job: Job, deliveries: Sequence[Delivery]) -> str:
+    """What a job that goes on is at, else the code of its reason."""
+    match job.state:
+        case JobState.RUNNING:
+            return job.stage
+        case JobState.DELIVERING:
+            return waiting_text(deliveries)
+        case _:
+            return job.reason_code
+
+
+def waiting_text(deliveries: Sequence[Delivery]) -> str:
+    """What each destination is waited for: `pacs: connection_failed, next 17:05:01`.
+
+    One delivery stands for all of a destination: the first that has a reason, else the first that has not ended.
+    """
+    told: dict[str, str] = {}
+    for delivery in sorted(deliveries, key=lambda one: not one.reason_code):  # stable: else in the order of sending
+        if text := _waits_for(delivery):
+            told.setdefault(delivery.destination, f"{delivery.destination}: {text}")
+    return "; ".join(told.values())
+
+
+def _waits_for(delivery: Delivery) -> str:
+    """In a few words, "" for a delivery that is where it shall be."""
+    if delivery.state is DeliveryState.CANCELLED or delivery.proven:
+        return ""
+    awaited = f"{delivery.goal.value} is awaited" if delivery.state in PROOF_STATES else delivery.state.value
+    due = delivery.next_attempt
+    when = f", next {due.astimezone():%H:%M:%S}" if due and delivery.state is not DeliveryState.SENDING else ""
+    return f"{delivery.reason_code or awaited}{when}"
 
 
 @app.command("show")
@@ -149,15 +192,30 @@ def show_job(job_id: JobId, config: ConfigPath = DEFAULT_CONFIG, as_json: AsJson
                 safe(f"{delivery.reason_code} {delivery.reason}".strip()),
             )
         console.print(sent)
-        for delivery in deliveries:
-            for uid, status in delivery.statuses.items():
-                if status != "0x0000":
-                    console.print(safe(f"  {delivery.destination}: {uid}: {status}"))
+        for line in (line for delivery in deliveries for line in status_lines(delivery)):
+            console.print(safe(line))
     history = table("events", "time", "stage", "event", "seconds", "text")
     for event in events:
         seconds = f"{event.seconds:.2f}" if event.seconds is not None else ""
         history.add_row(local_time(event.time), event.stage, event.code, seconds, safe(event.text))
     console.print(history)
+
+
+def status_lines(delivery: Delivery) -> list[str]:
+    """A line for each instance that was not plainly stored, or one for all that have the same status."""
+    what = f"  {delivery.destination}, {delivery.kind} ({delivery.encoding})"
+    lines = []
+    for uid, status in delivery.statuses.items():
+        which = f"each of {delivery.instances} instances" if uid == ALL else uid
+        lines.append(f"{what}: {which}: {_in_words(status)}")
+    return lines
+
+
+def _in_words(status: str) -> str:
+    if status.startswith("0x"):
+        return status_text(int(status, 16))
+    meaning = _STATUS_WORDS.get(status)
+    return f"{status} ({meaning})" if meaning else status
 
 
 def proof_text(delivery: Delivery) -> str:

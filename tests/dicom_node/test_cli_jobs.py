@@ -6,17 +6,21 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from dicom_node.cli import app
 from dicom_node.cli.common import local_time
+from dicom_node.cli.jobs import waiting_text
 from dicom_node.config import load_config
 from storage.errors import LedgerError
 from storage.ledger import Ledger, open_ledger
-from storage.records import DeliveryState, JobState, NewDelivery, SeriesInfo
+from storage.records import Delivery, DeliveryState, JobState, NewDelivery, SeriesInfo
 
 RUNNER = CliRunner()
 HOSTILE = "[red]x[/red]\x1b[2J"
@@ -169,6 +173,74 @@ def test_show_tells_how_far_a_delivery_is_proven_and_what_is_awaited(config: Pat
     assert "VISIBLE is awaited" in ask(config, "why", "ACC1").output
     whole = json.loads(ask(config, "jobs", "show", job_id, "--json").output)["deliveries"][0]
     assert (whole["state"], whole["goal"], whole["visible_at"]) == ("COMMITTED", "VISIBLE", None)
+
+
+def attempt(ledger: Ledger, code: str, statuses: dict[str, str], *, next_attempt: datetime | None = None) -> None:
+    """One attempt that did not succeed, of the delivery that has waited longest."""
+    row = ledger.claim_delivery("s", lease_s=60)
+    assert row is not None
+    state = DeliveryState.PENDING if next_attempt else DeliveryState.FAILED
+    ledger.finish_delivery(row.id, "s", state=state, sent=0, statuses=statuses, code=code, next_attempt=next_attempt)
+
+
+def why_column(output: str) -> str:
+    return output.strip().splitlines()[-1].partition("SCANNER")[2].strip(" │|")
+
+
+def test_the_list_says_why_a_result_is_not_delivered_and_when_it_is_tried_again(config: Path, ledger: Ledger) -> None:
+    run_to_delivering(ledger, 1)
+    assert why_column(ask(config, "jobs", "list").output) == "pacs: PENDING"
+    soon = datetime.now(UTC) + timedelta(minutes=5)
+    attempt(ledger, "connection_failed", {f"1.9.{n}": "not_sent" for n in range(3)}, next_attempt=soon)
+    expected = f"pacs: connection_failed, next {soon.astimezone():%H:%M:%S}"
+    assert why_column(ask(config, "jobs", "list").output) == expected
+
+
+WAITING = Delivery(
+    id=1, job_id="j", destination="pacs", kind="pet", encoding="sc", series_uid="1.9", instances=3,
+    state=DeliveryState.PENDING,
+)  # fmt: skip
+VISIBLE = {"goal": DeliveryState.VISIBLE}
+
+
+@pytest.mark.parametrize(
+    ("deliveries", "expected"),
+    [
+        ([{"state": DeliveryState.SENDING}], "pacs: SENDING"),
+        ([{"state": DeliveryState.SENT}], ""),
+        ([{"state": DeliveryState.SENT, **VISIBLE}], "pacs: VISIBLE is awaited"),
+        ([{"state": DeliveryState.SENT, **VISIBLE, "reason_code": "find_refused"}], "pacs: find_refused"),
+        ([{}, {"kind": "mip", "reason_code": "no_response"}], "pacs: no_response"),
+        ([{"state": DeliveryState.SENT}, {"kind": "mip"}], "pacs: PENDING"),
+        ([{"state": DeliveryState.CANCELLED, "reason_code": "optional_refused"}], ""),
+        (
+            [{}, {"destination": "far", "state": DeliveryState.FAILED, "reason_code": "instances_refused"}],
+            "far: instances_refused; pacs: PENDING",
+        ),
+    ],
+)
+def test_a_job_waits_for_the_deliveries_that_are_not_where_they_shall_be(
+    deliveries: list[dict[str, Any]], expected: str
+) -> None:
+    assert waiting_text([replace(WAITING, **fields) for fields in deliveries]) == expected
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        ({f"1.9.{n}": "not_sent" for n in range(3)}, "each of 3 instances: not_sent (the attempt ended before"),
+        ({"1.9.1": "0xA700"}, "1.9.1: 0xA700 Refused: Out of Resources"),
+        ({"1.9.1": "not_committed_0x0112"}, "1.9.1: not_committed_0x0112"),
+    ],
+)
+def test_show_says_in_words_what_became_of_instances(
+    config: Path, ledger: Ledger, statuses: dict[str, str], expected: str
+) -> None:
+    job_id = run_to_delivering(ledger, 1)
+    attempt(ledger, "connection_failed", statuses)
+    output = ask(config, "jobs", "show", job_id).output
+    assert f"  pacs, pet (sc): {expected}" in output
+    assert "*" not in output
 
 
 def test_an_unknown_job_is_an_error(config: Path, ledger: Ledger) -> None:
