@@ -354,10 +354,11 @@ def test_a_node_that_does_not_run_is_told_with_how_to_start_it(tmp_path: Path) -
     result = RUNNER.invoke(app, ["doctor", "--config", str(path)], env={"COLUMNS": "300"})
     assert result.exit_code == 1
     assert "no node runs on" in result.output
-    assert "dicom-node serve --config" in result.output
+    assert "-> start it: dicom-node serve --config" in result.output
     assert result.output.splitlines()[-1].endswith("; no test study was sent")
     later = RUNNER.invoke(app, ["doctor", "--config", str(path), "--retire-study", "TEST0"])
     assert (later.exit_code, "no node runs on" in later.output) == (1, True)
+    assert "\N{REPLACEMENT CHARACTER}" not in result.output
 
 
 def test_a_warning_has_a_verdict_of_its_own(tmp_path: Path) -> None:
