@@ -17,6 +17,7 @@ from dicom_node.lineage import RERUN, asked_for, result_uids
 from dicom_node.worker import pipeline_options
 from pipeline.bundle import bundle_path, load_bundle
 from pipeline.provenance import software_version
+from storage.deliveries import taken_back_at
 from storage.errors import StorageError
 from storage.ledger import Ledger
 from storage.records import Job, JobState
@@ -71,7 +72,10 @@ def rerun(ledger: Ledger, spool: Spool, job: Job, why: Sequence[str]) -> Job:
         StaleState: another job of the series was opened at the same time.
     """
     if not why:
-        raise RerunRefused("nothing that the result is made of has changed: `dicom-node jobs redeliver` sends it again")
+        again = "`dicom-node jobs redeliver` sends it again"
+        if taken_back_at(job.details):
+            again = "it would be the series that was taken back"
+        raise RerunRefused(f"nothing that the result is made of has changed: {again}")
     jobs = ledger.jobs_of_series(job.info.series_uid)
     for one in jobs[: [other.id for other in jobs].index(job.id)]:  # newer than `job`
         if one.state is JobState.RECEIVING:

@@ -56,7 +56,7 @@ def backup(
 
 @app.command("restore")
 def restore_backup(
-    file: Annotated[Path, typer.Argument(help="A backup, as `ledger check` lists them.")],
+    file: Annotated[Path, typer.Argument(help="A backup: `ledger check` names the newest.")],
     config: ConfigPath = DEFAULT_CONFIG,
 ) -> None:
     """Put a backup in the ledger's place. Stop the node first; the former ledger is kept beside it.

@@ -82,6 +82,19 @@ def test_a_successor_that_is_on_its_way_is_named(bench: Bench) -> None:
     assert len(bench.ledger.jobs_of_series("2.25.902")) == 2
 
 
+@pytest.mark.parametrize(("recalled", "said"), [(False, "jobs redeliver"), (True, "the series that was taken back")])
+def test_what_nothing_has_changed_of_is_refused_with_what_helps(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, recalled: bool, said: str
+) -> None:
+    job = done(bench)
+    monkeypatch.setattr("dicom_node.rerun.changes", lambda *_: ())
+    if recalled:
+        words = ["recall", "--bundle", "phantom", "--send-rejections", "--yes"]
+        RUNNER.invoke(app, [*words, "--config", str(bench.root / "config.toml")])
+    refused = retry(bench, job, "--rerun")
+    assert (refused.exit_code, said in refused.output) == (1, True)
+
+
 def test_a_ct_that_retention_removed_is_asked_for_and_found_when_it_is_routed_again(bench: Bench) -> None:
     job = done(bench)
     bench.spool.discard_work(job.id)
