@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dicom_node.cli.check_node import check_answering as check_answering
+from dicom_node.cli.check_node import check_port
+from dicom_node.cli.check_node import ourselves as ourselves
 from dicom_node.cli.common import DEFAULT_CONFIG, AsJson, ConfigPath, console, opened_ledger, print_json, safe, table
+from dicom_node.cli.findings import Finding as Finding
+from dicom_node.cli.findings import Verdict as Verdict
 from dicom_node.config import Config, ConfigError, DestinationConfig, PeerConfig, load_config
 from dicom_node.net.peers import addresses_of
 from pipeline.errors import BundleError
@@ -20,23 +23,6 @@ from storage.errors import StorageError
 from storage.ledger import utc_now
 
 RESERVE_WARNING = 2.0  # warn when less than this many times the watermark is free
-
-
-class Verdict(StrEnum):
-    """OK, a warning that a person should read, or a failure (exit code 1)."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "FAIL"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One line of the table."""
-
-    check: str
-    verdict: Verdict
-    text: str
 
 
 def check(
@@ -174,21 +160,6 @@ def check_device(config: Config) -> Finding:
     return Finding(check="device", verdict=Verdict.WARN if wanted == "auto" else Verdict.OK, text=f"no GPU; {text}")
 
 
-def check_port(config: Config) -> Finding:
-    """The port is free for the node, or the node answers on it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.node.host, config.node.port))
-        except OSError as error:
-            answering = check_answering(config)
-            if answering.verdict is Verdict.OK:
-                return answering
-            text = f"{config.node.host}:{config.node.port}: {error.strerror}, and no DICOM node answers on it"
-            return Finding(check="port", verdict=Verdict.FAIL, text=text)
-    return Finding(check="port", verdict=Verdict.OK, text=f"{config.node.host}:{config.node.port} is free")
-
-
 def check_callers(config: Config) -> Finding:
     """Who may send: nobody whom no table names, unless an administrator said so."""
     if config.node.unknown_peers == "accept":
@@ -227,26 +198,6 @@ def check_certificates(config: Config) -> Iterator[Finding]:
         ended = one.ends is None or one.ends <= now
         verdict = Verdict.OK if not fault else Verdict.FAIL if ended else Verdict.WARN
         yield Finding(check="tls", verdict=verdict, text=fault or f"{one.key} is good until {one.ends:%Y-%m-%d}")
-
-
-def check_answering(config: Config) -> Finding:
-    """The running node answers; that it refuses our own AE title is an answer too."""
-    from dicom_node.net.scu import echo
-
-    outcome = echo(ourselves(config), calling_ae=config.node.ae_title)
-    alive = outcome.ok or outcome.code == "association_rejected"
-    text = f"{config.node.ae_title} answers on port {config.node.port}" if alive else outcome.text
-    return Finding(check="node", verdict=Verdict.OK if alive else Verdict.FAIL, text=text)
-
-
-def ourselves(config: Config) -> PeerConfig:
-    """The running node as a peer of this machine; over TLS, with its own certificate, where it speaks nothing else."""
-    host = "127.0.0.1" if config.node.host in ("0.0.0.0", "::") else config.node.host
-    us = PeerConfig(name="self", ae_title=config.node.ae_title, host=host, port=config.node.port)
-    if not config.tls_alone:
-        return us
-    own = {"client_cert_file": config.tls.cert_file, "client_key_file": config.tls.key_file}
-    return us.model_copy(update={"tls": True, "ca_file": config.tls.cert_file, "check_host_name": False, **own})
 
 
 def check_peer(config: Config, peer: PeerConfig) -> Finding:

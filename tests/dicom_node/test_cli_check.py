@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from pydicom.uid import (
     PositronEmissionTomographyImageStorage,
     RLELossless,
 )
-from pynetdicom import AE, evt
-from pynetdicom.sop_class import Verification
+from small_node import SmallEngine
 from tls_tools import Authority
 from typer.testing import CliRunner
 
 from dicom_node.cli import app
 from dicom_node.cli.check import check_callers
 from dicom_node.config import load_config
+from dicom_node.node import Node
 
 RUNNER = CliRunner()
 
@@ -209,23 +210,60 @@ def test_an_archive_that_is_down_leaves_its_compression_unknown(tmp_path: Path) 
     assert "cannot be reached" in found["compression pacs"][1]
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_an_answering_peer_and_an_answering_node_pass(tmp_path: Path, quick: bool) -> None:
-    ae = AE("ANY")
-    ae.add_supported_context(Verification)
-    port = free_port()
-    server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_ECHO, lambda _: 0x0000)])
-    try:
-        path = write_config(tmp_path, peer(port))
-        if quick:
-            text = path.read_text()
-            own = text.split("port = ")[1].split()[0]
-            path.write_text(text.replace(f"port = {own}", f"port = {port}", 1), encoding="utf-8")
-            code, found = findings(path, "--quick")
-            assert set(found) == {"node"}
-        else:
-            code, found = findings(path)
-            assert found["peer pacs"][0] == "ok"
-        assert code == 0
-    finally:
-        server.shutdown()
+def test_an_answering_peer_passes(tmp_path: Path) -> None:
+    with FakeArchive() as one:
+        code, found = findings(write_config(tmp_path, peer(one.port)))
+    assert found["peer pacs"][0] == "ok"
+    assert code == 0
+
+
+# ---- whose port it is
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Path]:
+    """The configuration of a node that runs."""
+    path = write_config(tmp_path)
+    node = Node(load_config(path), engine=SmallEngine(), drain_s=0)
+    node.start()
+    yield path
+    node.stop()
+
+
+@pytest.mark.parametrize("words", [[], ["--quick"]])
+def test_the_running_node_answers(running: Path, words: list[str]) -> None:
+    code, found = findings(running, *words)
+    assert (code, found["node"]) == (0, ("ok", f"SYNPET answers on port {load_config(running).node.port}"))
+
+
+@pytest.mark.parametrize("known_callers", [[], ["SOMEBODY"]], ids=["lets us in", "rejects us"])
+@pytest.mark.parametrize(("words", "check"), [([], "port"), (["--quick"], "node")])
+def test_another_application_on_the_port_is_not_the_node(
+    tmp_path: Path, known_callers: list[str], words: list[str], check: str
+) -> None:
+    with FakeArchive(known_callers=known_callers) as other:
+        code, found = findings(on_port(write_config(tmp_path), other.port), *words)
+    assert (code, found[check][0]) == (1, "FAIL")
+    assert "another DICOM application answers there" in found[check][1]
+
+
+def test_another_application_on_the_port_is_not_the_node_that_runs_on_another_port(running: Path) -> None:
+    with FakeArchive() as other:
+        code, found = findings(on_port(running, other.port))
+    assert (code, found["port"][0]) == (1, "FAIL")
+    assert "another DICOM application answers there" in found["port"][1]
+
+
+def test_a_node_of_another_spool_is_not_the_node(running: Path, tmp_path: Path) -> None:
+    own = tmp_path / "other.toml"
+    own.write_text(running.read_text() + f'[storage]\nroot = "{tmp_path / "other"}"\n', encoding="utf-8")
+    code, found = findings(own)
+    assert (code, found["port"][0]) == (1, "FAIL")
+    assert "another node answers there: none runs on [storage].root = " in found["port"][1]
+
+
+def on_port(path: Path, port: int) -> Path:
+    text = path.read_text()
+    own = text.split("port = ")[1].split()[0]
+    path.write_text(text.replace(f"port = {own}", f"port = {port}", 1), encoding="utf-8")
+    return path

@@ -27,6 +27,7 @@ from dicom_node.cli.common import warnings_on_stderr
 from dicom_node.cli.pull import ListError, read_list
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receive import Receiver
+from dicom_node.node import lock_root
 from dicom_node.pull import Wanted
 
 STUDY = generate_uid()
@@ -246,9 +247,11 @@ def test_orthanc_is_asked_moves_and_is_got_from(tmp_path: Path) -> None:
             registry = AssociationRegistry(limit=8, clock=intake.clock)
             receiver = Receiver(cfg, intake.spool, intake.ledger, registry)
             receiver.start(port=port)
+            unlock = lock_root(intake.spool.root)
             try:
                 moved = console.rows("--accession", "ACC1")
             finally:
+                unlock()
                 receiver.stop()
             got = console.rows("--accession", "ACC2", "--get")
             assert [(row["outcome"], row["series"], row["instances"]) for row in moved + got] == [("fetched", 1, 4)] * 2
