@@ -112,10 +112,10 @@ def check_disk(config: Config) -> Finding:
 
 
 def check_ledger(config: Config) -> Finding:
-    """The ledger opens, is migrated, and takes a write."""
+    """The ledger opens, is migrated, and takes a write: opening it commits one that changes nothing."""
     try:
-        with opened_ledger(config, create=True) as ledger:
-            ledger.note("", "check", "dicom-node check")
+        with opened_ledger(config, create=True):
+            pass
     except (StorageError, OSError) as error:
         return Finding(check="ledger", verdict=Verdict.FAIL, text=str(error))
     return Finding(check="ledger", verdict=Verdict.OK, text="opens and takes a write")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from datetime import timedelta
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from typing import Annotated
 
 import typer
@@ -42,8 +43,18 @@ NEXT = {
 }
 
 
-STRAYS = 20  # enough to see what is wrong; a PACS can repeat a fault for hours
+STRAYS = 20  # enough to see what is wrong
+LOOKED_THROUGH = 2000  # a PACS can repeat a fault for hours, which must not hide another one
 NEAR = timedelta(minutes=10)  # a study arrives within minutes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stray:
+    """Events of no study that say the same: the latest one, how often it came, and since when."""
+
+    event: Event
+    times: int
+    first: datetime
 
 
 def why(
@@ -65,7 +76,7 @@ def why(
             {
                 "jobs": [{**job_dict(job), "deliveries": [asdict(one) for one in deliveries[job.id]]} for job in found],
                 "events": [asdict(event) for event in events],
-                "unassigned": [asdict(event) for event in strays],
+                "unassigned": [{**asdict(one.event), "times": one.times, "first": one.first} for one in strays],
             }
         )
         return
@@ -85,7 +96,7 @@ def why(
     _print_strays(strays)
 
 
-def _strays(ledger: Ledger, found: list[Job], events: list[Event]) -> list[Event]:
+def _strays(ledger: Ledger, found: list[Job], events: list[Event]) -> list[Stray]:
     """The latest events that name no study: a refused association, an unreadable or a dropped instance.
 
     Nobody can say whose they are, so they may be what is looked for. Where something is known of the study, only
@@ -93,10 +104,20 @@ def _strays(ledger: Ledger, found: list[Job], events: list[Event]) -> list[Event
     """
     times = [*(job.created for job in found), *(event.time for event in events if not event.job_id)]
     if not times:
-        return ledger.events_of_no_study(limit=STRAYS)
+        return without_repeats(ledger.events_of_no_study(limit=LOOKED_THROUGH))[-STRAYS:]
     senders = {"", *(job.info.calling_ae for job in found), *(e.details.get("calling_ae", "") for e in events)}
-    near = ledger.events_of_no_study(since=min(times) - NEAR, until=max(times) + NEAR, limit=STRAYS)
-    return [event for event in near if event.details.get("calling_ae", "") in senders]
+    near = ledger.events_of_no_study(since=min(times) - NEAR, until=max(times) + NEAR, limit=LOOKED_THROUGH)
+    return without_repeats([one for one in near if one.details.get("calling_ae", "") in senders])[-STRAYS:]
+
+
+def without_repeats(events: Sequence[Event]) -> list[Stray]:
+    """Each thing that was said once, in the order of when it was said last. `events`: oldest first."""
+    found: dict[tuple[str, str], Stray] = {}
+    for event in events:
+        before = found.pop((event.code, event.text), None)
+        first = before.first if before else event.time
+        found[event.code, event.text] = Stray(event=event, times=before.times + 1 if before else 1, first=first)
+    return list(found.values())
 
 
 def _seg_came_later(job: Job, found: list[Job], events: list[Event]) -> bool:
@@ -117,12 +138,12 @@ def _jobs(ledger: Ledger, wanted: str) -> list[Job]:
     return []
 
 
-def _print_strays(events: list[Event]) -> None:
-    if not events:
+def _print_strays(strays: list[Stray]) -> None:
+    if not strays:
         return
     _say("Not assigned to any study, and so perhaps part of this one:")
-    for event in events:
-        _print_event(event)
+    for one in strays:
+        _print_event(one.event, f" ({one.times} times since {local_time(one.first)})" if one.times > 1 else "")
 
 
 def _explain(job: Job, deliveries: list[Delivery]) -> None:
@@ -158,8 +179,8 @@ def _explain(job: Job, deliveries: list[Delivery]) -> None:
         _say("    what to do: " + NEXT[job.state].format(id=job.id[:8]))
 
 
-def _print_event(event: Event) -> None:
-    _say(f"{local_time(event.time)}  {event.code}: {event.text}")
+def _print_event(event: Event, repeated: str = "") -> None:
+    _say(f"{local_time(event.time)}  {event.code}: {event.text}{repeated}")
     lines = event.details.get("config_lines") or ()
     if lines:
         _say("    what to do, if it may send here: add to config.toml, and restart the node")
