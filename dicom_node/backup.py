@@ -22,6 +22,33 @@ def backup_folder(config: Config) -> Path:
     return Path(chosen) if chosen else config.storage.root / "backups"
 
 
+def newest_backup(config: Config) -> Path | None:
+    """The newest backup of the ledger that is not of the future; None without one."""
+    found = by_now(backups(backup_folder(config)), utc_now())
+    return found[-1] if found else None
+
+
+def lost_ledger(config: Config) -> str:
+    """What became of the ledger that this storage root has had, and what to do; "" where it is, or never was.
+
+    `node.id` is written when the ledger has been made: a root with it and without a ledger has lost one. An empty
+    file is none either: SQLite would make a new ledger of it without a word.
+    """
+    root = config.storage.root
+    if not config.has_ledger_file or not (root / "node.id").exists():
+        return ""
+    file = ledger_file(config.ledger_url)
+    if file.is_file() and file.stat().st_size:
+        return ""
+    found = "is empty" if file.is_file() else "is not there"
+    newest = newest_backup(config)
+    restore = f"restore the newest backup: `dicom-node ledger restore {newest}`"
+    if newest is None:
+        restore = f"there is no backup in {backup_folder(config)}"
+    anew = f"to begin a new ledger without what persons decided: remove {root / 'node.id'}, and start the node"
+    return f"ledger {file}: {found}, and a node has run on [storage].root = {root}; {restore}; {anew}"
+
+
 class Backups:
     """Looks whether a backup is due, and makes it. `tick` is called every few minutes by one thread."""
 

@@ -25,7 +25,7 @@ import structlog
 
 from dicom_node import __version__
 from dicom_node.assembler import Assembler
-from dicom_node.backup import Backups
+from dicom_node.backup import Backups, lost_ledger
 from dicom_node.commitments import CommitmentReporter
 from dicom_node.config import Config
 from dicom_node.delivery import Deliveries
@@ -49,6 +49,7 @@ from dicom_node.upkeep import Upkeep
 from dicom_node.worker import Worker, pipeline_options
 from storage.asked import AskedCommitments
 from storage.backup import check_file, ledger_file
+from storage.errors import LedgerDamaged
 from storage.ledger import Ledger, open_ledger, utc_now
 from storage.spool import Spool
 
@@ -219,7 +220,13 @@ class Node:
         self._alive.append(lambda: ticker.alive)
 
     def _check_ledger(self) -> None:
-        """Raise `LedgerDamaged` before anything is written into a file that is broken."""
+        """Raise `LedgerDamaged` before anything is written into a file that is broken, or in the place of a lost one.
+
+        A node that does not start loses nothing: senders keep what is not acknowledged. One that began anew would
+        send again what persons took back, and its own backups would push the good ones out.
+        """
+        if lost := lost_ledger(self.config):
+            raise LedgerDamaged(lost)
         if self.config.has_ledger_file and (file := ledger_file(self.config.ledger_url)).exists():
             began = time.monotonic()
             check_file(file)

@@ -167,23 +167,27 @@ def restore(backup: Path, file: Path, *, now: datetime) -> Path | None:
 
 
 def _put_aside(file: Path, now: datetime) -> Path | None:
-    """A second name for the former ledger; its log of changes must be gone before another file has its name."""
-    if not file.exists():
-        return None
-    try:
-        _take_in_log(file)
-    except LedgerError as error:
-        if getattr(error.__cause__, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
-            raise
-        # damaged, or its disk is: what its log has cannot be taken in, and goes aside with it
+    """A second name for the former ledger; its log of changes must be gone before another file has its name.
+
+    Also the log of one that is lost: SQLite would write what is in it into the file that comes.
+    """
+    was_there = file.exists()
+    if was_there:
+        try:
+            _take_in_log(file)
+        except LedgerError as error:
+            if getattr(error.__cause__, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
+                raise
+            # damaged, or its disk is: what its log has cannot be taken in, and goes aside with it
     aside = file.with_name(f"{file.name}.before-{now.astimezone(UTC).strftime(_STAMP)}")
-    aside.unlink(missing_ok=True)
-    aside.hardlink_to(file)
+    if was_there:
+        aside.unlink(missing_ok=True)
+        aside.hardlink_to(file)
     for ending in _SIDE_FILES:
         with suppress(FileNotFoundError):
             file.with_name(file.name + ending).rename(aside.with_name(aside.name + ending))
     fsync_folder(file.parent)
-    return aside
+    return aside if was_there else None
 
 
 def _take_in_log(file: Path) -> None:

@@ -33,7 +33,7 @@ _REMEDIES = (  # text in the driver's message -> what an operator does
     (
         "not a database",
         "the file is not a SQLite database: stop the node and restore the backup (`dicom-node ledger restore FILE`), "
-        "or move it away to begin a new ledger",
+        "or move it and node.id away to begin a new ledger",
     ),
     ("malformed", "the file is damaged: stop the node and restore the backup (`dicom-node ledger restore FILE`)"),
     ("unable to open", "the file cannot be opened: check that its folder exists and belongs to the node's user"),

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from dicom_node.backup import lost_ledger
 from dicom_node.cli.check_node import check_answering as check_answering
 from dicom_node.cli.check_node import check_port
 from dicom_node.cli.check_node import ourselves as ourselves
@@ -19,6 +20,7 @@ from dicom_node.cli.findings import Verdict as Verdict
 from dicom_node.config import Config, ConfigError, DestinationConfig, PeerConfig, load_config
 from dicom_node.net.peers import addresses_of
 from pipeline.errors import BundleError
+from storage.backup import ledger_file
 from storage.errors import StorageError
 from storage.ledger import utc_now
 
@@ -112,13 +114,27 @@ def check_disk(config: Config) -> Finding:
 
 
 def check_ledger(config: Config) -> Finding:
-    """The ledger opens, is migrated, and takes a write: opening it commits one that changes nothing."""
+    """The ledger opens, is migrated, and takes a write: opening it commits one that changes nothing.
+
+    One that is not there is not made here: that is for the node, which knows what to begin anew.
+    """
     try:
-        with opened_ledger(config, create=True):
+        if config.has_ledger_file and not lost_ledger(config) and not (file := ledger_file(config.ledger_url)).exists():
+            return _not_yet_made(file)
+        with opened_ledger(config):
             pass
     except (StorageError, OSError) as error:
         return Finding(check="ledger", verdict=Verdict.FAIL, text=str(error))
     return Finding(check="ledger", verdict=Verdict.OK, text="opens and takes a write")
+
+
+def _not_yet_made(file: Path) -> Finding:
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        text = f"{file}: its folder is not there, or cannot be written"
+        return Finding(check="ledger", verdict=Verdict.FAIL, text=text)
+    return Finding(
+        check="ledger", verdict=Verdict.OK, text=f"{file}: is not there yet; the node's first start makes it"
+    )
 
 
 def check_bundle(config: Config) -> Finding:

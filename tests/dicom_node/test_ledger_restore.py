@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -12,11 +14,11 @@ import pytest
 from ct_factory import write_ct
 from pydicom import dcmread
 from pydicom.uid import generate_uid
-from small_node import FolderPacs, SmallNode, small_config
+from small_node import FolderPacs, SmallEngine, SmallNode, small_config
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
-from dicom_node.backup import Backups, backup_folder
+from dicom_node.backup import Backups, backup_folder, lost_ledger
 from dicom_node.cli import main
 from dicom_node.cli.app import app
 from dicom_node.config import load_config
@@ -377,6 +379,76 @@ def test_a_damaged_ledger_is_an_exit_code_of_its_own(
         main()
     assert ended.value.code == 3
     assert "restore a backup" in capsys.readouterr().err
+
+
+def lose(place: Place, how: str) -> None:
+    """The ledger of a node that has run: removed, or cut to nothing."""
+    place.start()
+    place.stop()
+    (place.root / "node.id").write_text("node-1\n")
+    place.file.unlink() if how == "removed" else os.truncate(place.file, 0)
+
+
+@pytest.mark.parametrize("how", ["removed", "cut to nothing"])
+@pytest.mark.parametrize("with_backup", [True, False])
+def test_a_node_never_begins_anew_where_its_ledger_is_lost(
+    place: Place, config: str, how: str, with_backup: bool
+) -> None:
+    place.start()
+    made = place.backup() if with_backup else None
+    lose(place, how)
+    wanted = f"dicom-node ledger restore {made}" if made else f"there is no backup in {place.root / 'backups'}"
+    with pytest.raises(LedgerDamaged, match=re.escape(wanted)):
+        Node(load_config(Path(config)), engine=LocalEngine(job_timeout_s=1)).start(port=0)
+    assert not place.file.exists() or place.file.stat().st_size == 0
+
+
+@pytest.mark.parametrize("how", ["removed", "cut to nothing"])
+@pytest.mark.parametrize("command", [["check"], ["why", "ACC1"], ["ledger", "check", "--quick"], ["ledger", "backup"]])
+def test_no_command_makes_a_ledger_in_the_place_of_a_lost_one(
+    place: Place, config: str, how: str, command: list[str]
+) -> None:
+    place.start()
+    made = place.backup()
+    lose(place, how)
+    answer = CliRunner().invoke(app, [*command, "--config", config], env={"COLUMNS": "1000"})
+    assert answer.exit_code == 1
+    assert f"dicom-node ledger restore {made}" in answer.output + str(answer.exception)
+    assert not place.file.exists() or place.file.stat().st_size == 0
+    assert backups(place.root / "backups") == [made]
+
+
+def test_a_lost_ledger_is_restored_or_begun_anew_when_a_person_says_so(place: Place, config: str) -> None:
+    place.start()
+    made = place.backup()
+    lose(place, "removed")
+    assert CliRunner().invoke(app, ["ledger", "restore", str(made), "--config", config]).exit_code == 0
+    assert lost_ledger(load_config(Path(config))) == ""
+    lose(place, "removed")
+    (place.root / "node.id").unlink()
+    node = Node(load_config(Path(config)), engine=SmallEngine(), drain_s=0)
+    node.start(port=0)
+    node.stop()
+    assert place.file.stat().st_size > 0
+
+
+def test_a_ledger_that_was_never_made_is_left_to_the_node(place: Place, config: str) -> None:
+    answer = CliRunner().invoke(app, ["check", "--json", "--config", config])
+    assert "the node's first start makes it" in answer.output
+    assert not place.file.exists()
+
+
+def test_the_log_of_a_lost_ledger_is_not_taken_into_the_restored_one(place: Place) -> None:
+    node = place.start()
+    made = place.backup()
+    node.ledger.note("", "later", "is only in the log of changes")
+    log = place.file.with_name("ledger.sqlite-wal").read_bytes()
+    place.stop()
+    place.file.unlink()
+    place.file.with_name("ledger.sqlite-wal").write_bytes(log)
+    place.restore(made)
+    assert "later" not in [event.code for event in place.start().ledger.search_events()]
+    assert [path.read_bytes() for path in place.root.glob("ledger.sqlite.before-*-wal")] == [log]
 
 
 def test_check_backup_and_restore_by_command(place: Place, config: str, ct: Callable[[], list[Path]]) -> None:
