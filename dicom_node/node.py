@@ -47,6 +47,8 @@ from dicom_node.schedule import Schedule, Ticker
 from dicom_node.scheduled_pulls import ScheduledPulls
 from dicom_node.upkeep import Upkeep
 from dicom_node.worker import Worker, pipeline_options
+from pipeline.bundle_paths import bundle_path, name_and_version
+from pipeline.errors import BundleError
 from storage.asked import AskedCommitments
 from storage.backup import check_file, ledger_file
 from storage.errors import LedgerDamaged
@@ -147,6 +149,7 @@ class Node:
         config, parts = self.config, self._parts
         root = config.storage.root
         self._check_security()
+        check_bundles(config)
         try:
             # not its parents: a disk that is not mounted must not be papered over
             root.mkdir(mode=0o700, exist_ok=True)
@@ -321,6 +324,19 @@ class Node:
     def _sign_of_life(self) -> None:
         if self.healthy:
             self._notifier.alive()
+
+
+def check_bundles(config: Config) -> None:
+    """The bundles that jobs will ask for are there, and tell their names. Raises `NodeError`.
+
+    Their files are not read: the engine does that, and `dicom-node check`, which have torch.
+    """
+    for key in ("bundle", "shadow"):
+        if wanted := getattr(config.pipeline, key):
+            try:
+                name_and_version(bundle_path(wanted, config.pipeline.bundles))
+            except BundleError as error:
+                raise NodeError(f"[pipeline].{key} = {wanted!r}: {error}") from error
 
 
 def _close_to_others(root: Path) -> None:

@@ -41,7 +41,19 @@ NEXT = {
     JobState.HELD: "dicom-node jobs release {id}   (or: jobs cancel {id})",
     JobState.FAILED: "dicom-node jobs retry {id}",
 }
-
+BUNDLE_CODES = frozenset(  # of pipeline.bundle: a retry finds the same files until a person has been there
+    {
+        "bundle_missing",
+        "manifest_invalid",
+        "manifest_altered",
+        "weights_missing",
+        "weights_altered",
+        "weights_unfit",
+        "file_missing",
+        "file_altered",
+    }
+)
+MEND_BUNDLE = "correct [pipeline].bundle (dicom-node models verify NAME proves it), restart the node, then: "
 
 STRAYS = 20  # enough to see what is wrong
 LOOKED_THROUGH = 2000  # a PACS can repeat a fault for hours, which must not hide another one
@@ -176,7 +188,8 @@ def _explain(job: Job, deliveries: list[Delivery]) -> None:
     if job.state is JobState.HELD and "provenance" in job.details:  # held by a gate: there is a result to look at
         _say(f"    picture: outbox/{job.id}/overview.png in the spool")
     if job.state in NEXT:
-        _say("    what to do: " + NEXT[job.state].format(id=job.id[:8]))
+        first = MEND_BUNDLE if job.reason_code in BUNDLE_CODES else ""
+        _say("    what to do: " + first + NEXT[job.state].format(id=job.id[:8]))
 
 
 def _print_event(event: Event, repeated: str = "") -> None:

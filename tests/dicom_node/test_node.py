@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_pacs import free_port
 
-from dicom_node.config import Config, NodeConfig, PeerConfig, StorageConfig
+from dicom_node.config import Config, NodeConfig, PeerConfig, PipelineConfig, StorageConfig
 from dicom_node.errors import NodeError
 from dicom_node.net.scu import echo
 from dicom_node.node import Node
@@ -67,6 +67,15 @@ def test_a_ledger_that_is_no_database_stops_the_start(tmp_path: Path) -> None:
     (root / "ledger.sqlite").write_bytes(b"this is no database file at all" * 100)
     with pytest.raises(LedgerError):
         Node(config_for(root, free_port())).start()
+
+
+@pytest.mark.parametrize("key", ["bundle", "shadow"])
+def test_a_bundle_that_is_not_there_stops_the_start_in_words(tmp_path: Path, key: str) -> None:
+    wrong = PipelineConfig.model_validate({key: "phantm"})
+    config = config_for(tmp_path / "spool", free_port()).model_copy(update={"pipeline": wrong})
+    with pytest.raises(NodeError, match=rf"\[pipeline\].{key} = 'phantm'.* is neither a known one .*phantom"):
+        Node(config, drain_s=0).start()
+    assert not config.storage.root.exists()
 
 
 def test_the_clockwork_goes_on_after_an_error() -> None:
