@@ -53,6 +53,11 @@ def _is_loopback(host: str | None) -> bool:
         return False
 
 
+def _overlap(host: str, other: str) -> bool:
+    """Whether two services that listen on these addresses cannot have the same port."""
+    return host == other or bool({host, other} & {"", "0.0.0.0", "::"})
+
+
 ANY_ADDRESS = "any"  # in a peer's allowed_addresses
 _TLS_FILES = ("cert_file", "key_file", "ca_file")
 _PEER_FILES = ("ca_file", "client_cert_file", "client_key_file")
@@ -557,6 +562,15 @@ class Config(_Table):
             if missing:
                 wanted = " and ".join(sorted(missing))
                 raise ValueError(f"pulls.{pull.name}: the peer {pull.peer!r} lacks {wanted} in its we_may")
+        return self
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        """[tls].port may be [node].port: then the node speaks nothing but TLS."""
+        if _overlap(self.metrics.host, self.node.host):
+            for key, port in (("[node].port", self.node.port), ("[tls].port", self.tls.cert_file and self.tls.port)):
+                if port and self.metrics.port == port:
+                    raise ValueError(f"[metrics].port = {port}: is {key} too; one port is for one service")
         return self
 
     @property

@@ -45,6 +45,7 @@ from dicom_node.recover import adopt_unknown, cancel_again
 from dicom_node.rejections import reject_superseded
 from dicom_node.schedule import Schedule, Ticker
 from dicom_node.scheduled_pulls import ScheduledPulls
+from dicom_node.started_with import LOCK, digest
 from dicom_node.upkeep import Upkeep
 from dicom_node.worker import Worker, pipeline_options
 from pipeline.bundle_paths import bundle_path, name_and_version
@@ -154,7 +155,7 @@ class Node:
             # not its parents: a disk that is not mounted must not be papered over
             root.mkdir(mode=0o700, exist_ok=True)
             _close_to_others(root)
-            parts.callback(lock_root(root))
+            parts.callback(lock_root(root, digest(config)))
         except OSError as error:
             text = f"{error.strerror} for {error.filename}; it must be a folder that the node's user can write"
             raise NodeError(f"[storage].root = {root}: {text}") from error
@@ -351,14 +352,22 @@ def _close_to_others(root: Path) -> None:
         log.warning("node.spool_open_to_others", root=str(root), mode=f"{mode:04o}", reason=error.strerror)
 
 
-def lock_root(root: Path) -> Callable[[], None]:
-    """Hold the storage root for this process; returns how to let go. A killed process lets go by itself."""
-    descriptor = os.open(root / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def lock_root(root: Path, holder: str = "") -> Callable[[], None]:
+    """Hold the storage root for this process; returns how to let go. A killed process lets go by itself.
+
+    `holder` is left in the file, for `started_with`.
+    """
+    descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
         raise NodeError(f"[storage].root = {root}: another node is running on it") from error
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, holder.encode())
+    except OSError as error:  # a full disk: nobody can tell then, and the node runs
+        log.warning("node.lock_not_written", reason=error.strerror)
     return lambda: os.close(descriptor)
 
 

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from dicom_node.backup import lost_ledger
+from dicom_node.backup import backup_folder, lost_ledger, newest_backup
 from dicom_node.cli.check_node import check_answering as check_answering
-from dicom_node.cli.check_node import check_port
+from dicom_node.cli.check_node import check_ports
 from dicom_node.cli.check_node import ourselves as ourselves
 from dicom_node.cli.common import DEFAULT_CONFIG, AsJson, ConfigPath, console, opened_ledger, print_json, safe, table
 from dicom_node.cli.findings import Finding as Finding
@@ -59,7 +59,7 @@ def _findings(path: Path, quick: bool) -> Iterator[Finding]:
         return
     yield Finding(check="config", verdict=Verdict.OK, text=f"{path}: {_summary(config)}")
     yield from on_this_machine(config)
-    yield check_port(config)
+    yield from check_ports(config)
     yield from elsewhere(config)
 
 
@@ -97,9 +97,7 @@ def check_disk(config: Config) -> Finding:
     root = config.storage.root
     try:
         root.mkdir(mode=0o700, exist_ok=True)
-        probe = root / f".check-{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        _write_probe(root)
         stat = os.statvfs(root)
     except OSError as error:
         return Finding(check="disk", verdict=Verdict.FAIL, text=f"{root}: {error.strerror}")
@@ -135,6 +133,33 @@ def _not_yet_made(file: Path) -> Finding:
     return Finding(
         check="ledger", verdict=Verdict.OK, text=f"{file}: is not there yet; the node's first start makes it"
     )
+
+
+def check_backups(config: Config) -> Finding:
+    """The folder of the ledger's backups takes a file; one that is not there can be made."""
+    if not config.has_ledger_file or not config.storage.keep_backups:
+        return Finding(check="backups", verdict=Verdict.OK, text="the node makes none: keep_backups, database_url")
+    folder = backup_folder(config)
+    try:
+        if not folder.is_dir():
+            there = next(place for place in (folder, *folder.parents) if place.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                text = f"{folder}: is not there, and cannot be made in {there}"
+                return Finding(check="backups", verdict=Verdict.FAIL, text=text)
+            return Finding(check="backups", verdict=Verdict.OK, text=f"{folder}: is made with the first backup")
+        _write_probe(folder)
+        newest = newest_backup(config)
+    except OSError as error:
+        return Finding(check="backups", verdict=Verdict.FAIL, text=f"{folder}: {error.strerror}")
+    text = f"{folder}: the newest is {newest.name}" if newest else f"{folder}: none yet"
+    return Finding(check="backups", verdict=Verdict.OK, text=text)
+
+
+def _write_probe(folder: Path) -> None:
+    """Write a file and remove it. Raises `OSError`."""
+    probe = folder / f".check-{os.getpid()}"
+    probe.write_bytes(b"x")
+    probe.unlink()
 
 
 def check_bundle(config: Config) -> Finding:
@@ -318,4 +343,10 @@ def check_web(destination: DestinationConfig) -> Finding:
     return Finding(check=name, verdict=Verdict.WARN, text=text)
 
 
-CHECKS: tuple[Callable[[Config], Finding], ...] = (check_disk, check_ledger, check_bundle, check_device)
+CHECKS: tuple[Callable[[Config], Finding], ...] = (
+    check_disk,
+    check_ledger,
+    check_backups,
+    check_bundle,
+    check_device,
+)

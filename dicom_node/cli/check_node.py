@@ -2,14 +2,78 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from collections.abc import Iterator
+from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING
 
 from dicom_node.cli.findings import Finding, Verdict
-from dicom_node.config import Config, PeerConfig
+from dicom_node.config import Config, MetricsConfig, PeerConfig
+from dicom_node.started_with import LOCK, digest, started_with
 
 if TYPE_CHECKING:
     from dicom_node.net.who_answers import EchoAnswer
+
+METRICS_TIMEOUT_S = 10.0
+METRICS_BYTES = 10_000_000  # far more than the figures of any node
+
+
+def check_ports(config: Config) -> Iterator[Finding]:
+    """Every port of the node: its own, and those of TLS and metrics where they are switched on."""
+    yield check_port(config)
+    running = runs_here(config)
+    if config.tls.cert_file is not None and not config.tls_alone:
+        yield _tls_answers(config) if running else _is_free("tls port", config.node.host, config.tls.port)
+    if config.metrics.port:
+        metrics = config.metrics
+        yield _metrics_answer(metrics) if running else _is_free("metrics port", metrics.host, metrics.port)
+    if running and started_with(config.storage.root) not in ("", digest(config)):
+        text = "the running node was started with another configuration: this one counts from its next start"
+        yield Finding(check="restart", verdict=Verdict.WARN, text=text)
+
+
+def _is_free(check: str, host: str, port: int) -> Finding:
+    taken = why_taken(host, port)
+    text = f"{host}:{port}: {taken}, and no node runs" if taken else f"{host}:{port} is free"
+    return Finding(check=check, verdict=Verdict.FAIL if taken else Verdict.OK, text=text)
+
+
+def _tls_answers(config: Config) -> Finding:
+    """The running node on its TLS port. It may want another certificate than its own: that only warns."""
+    from dicom_node.net.who_answers import who_answers
+
+    port = config.tls.port
+    answer = who_answers(_over_tls(config, _this_node(config)), calling_ae=config.node.ae_title)
+    if answer.code in ("tls_failed", "association_aborted"):
+        text = f"something listens on port {port}, and the node's own certificate does not open it: {answer.text}"
+        return Finding(check="tls port", verdict=Verdict.WARN, text=text)
+    fault = _why_not_ours(config, answer)
+    text = fault or f"{config.node.ae_title} answers over TLS on port {port}"
+    return Finding(check="tls port", verdict=Verdict.FAIL if fault else Verdict.OK, text=text)
+
+
+def _metrics_answer(metrics: MetricsConfig) -> Finding:
+    """The figures of the running node, and what they say of its health."""
+    url = f"http://{_reachable(metrics.host)}:{metrics.port}/metrics"
+    try:
+        connection = HTTPConnection(_reachable(metrics.host), metrics.port, timeout=METRICS_TIMEOUT_S)
+        try:
+            connection.request("GET", "/metrics")
+            figures = connection.getresponse().read(METRICS_BYTES)
+        finally:
+            connection.close()
+    except (OSError, HTTPException) as error:
+        text = f"{url}: {getattr(error, 'strerror', None) or type(error).__name__}, although a node runs"
+        return Finding(check="metrics port", verdict=Verdict.FAIL, text=text)
+    healthy = re.search(rb"^dicom_node_healthy (\S+)$", figures, flags=re.MULTILINE)
+    if healthy is None:
+        text = f"{url}: another service answers there, and not this node"
+    elif float(healthy[1]) != 1:
+        text = f"{url}: dicom_node_healthy is {healthy[1].decode()}: a part of the node has stopped, its log says which"
+    else:
+        return Finding(check="metrics port", verdict=Verdict.OK, text=f"{url}: dicom_node_healthy is 1")
+    return Finding(check="metrics port", verdict=Verdict.FAIL, text=text)
 
 
 def check_port(config: Config) -> Finding:
@@ -69,16 +133,28 @@ def runs_here(config: Config) -> bool:
     from dicom_node.net.trial_lock import is_locked
 
     try:
-        return is_locked(config.storage.root / "node.lock")
+        return is_locked(config.storage.root / LOCK)
     except PermissionError:
         return True  # nobody else than a node's user makes the lock
 
 
 def ourselves(config: Config) -> PeerConfig:
     """The running node as a peer of this machine; over TLS, with its own certificate, where it speaks nothing else."""
-    host = "127.0.0.1" if config.node.host in ("0.0.0.0", "::") else config.node.host
-    us = PeerConfig(name="self", ae_title=config.node.ae_title, host=host, port=config.node.port)
-    if not config.tls_alone:
-        return us
+    us = _this_node(config)
+    return _over_tls(config, us) if config.tls_alone else us
+
+
+def _this_node(config: Config) -> PeerConfig:
+    node = config.node
+    return PeerConfig(name="self", ae_title=node.ae_title, host=_reachable(node.host), port=node.port)
+
+
+def _over_tls(config: Config, us: PeerConfig) -> PeerConfig:
     own = {"client_cert_file": config.tls.cert_file, "client_key_file": config.tls.key_file}
-    return us.model_copy(update={"tls": True, "ca_file": config.tls.cert_file, "check_host_name": False, **own})
+    over_tls = {"port": config.tls.port, "tls": True, "ca_file": config.tls.cert_file, "check_host_name": False}
+    return us.model_copy(update={**over_tls, **own})
+
+
+def _reachable(host: str) -> str:
+    """The address at which this machine reaches what listens on `host`."""
+    return "127.0.0.1" if host in ("", "0.0.0.0", "::") else host

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fake_archive import FakeArchive
 from fake_pacs import free_port
+from fake_web import FakeWeb
 from pydicom.uid import (
     ExplicitVRLittleEndian,
     JPEGLSLossless,
@@ -54,7 +55,7 @@ def test_a_sound_set_up_passes(tmp_path: Path) -> None:
     code, found = findings(write_config(tmp_path))
     assert code == 0
     assert {name: verdict for name, (verdict, _) in found.items()} == dict.fromkeys(
-        ("config", "disk", "ledger", "bundle", "device", "callers", "port"), "ok"
+        ("config", "disk", "ledger", "backups", "bundle", "device", "callers", "port"), "ok"
     )
     assert "phantom" in found["bundle"][1]
 
@@ -260,6 +261,70 @@ def test_a_node_of_another_spool_is_not_the_node(running: Path, tmp_path: Path) 
     code, found = findings(own)
     assert (code, found["port"][0]) == (1, "FAIL")
     assert "another node answers there: none runs on [storage].root = " in found["port"][1]
+
+
+def three_ports(folder: Path, more: str = "") -> Path:
+    """A configuration with a TLS port and a metrics port."""
+    ca = Authority(folder / "ca")
+    tls = f'[tls]\nport = {free_port()}\ncert_file = "{ca.certificate("node")}"\nca_file = "{ca.file}"\n'
+    return write_config(folder, f"{tls}[metrics]\nport = {free_port()}\n{more}")
+
+
+def test_the_ports_of_tls_and_metrics_are_looked_at_before_the_node_starts(tmp_path: Path) -> None:
+    path = three_ports(tmp_path)
+    config = load_config(path)
+    code, found = findings(path)
+    assert (code, found["tls port"][0], found["metrics port"][0]) == (0, "ok", "ok")
+    with socket.create_server(("127.0.0.1", config.tls.port)), socket.create_server(("127.0.0.1", config.metrics.port)):
+        code, found = findings(path)
+    assert (code, found["tls port"][0], found["metrics port"][0]) == (1, "FAIL", "FAIL")
+
+
+def test_every_port_of_the_running_node_is_asked(tmp_path: Path) -> None:
+    path = three_ports(tmp_path)
+    node = Node(load_config(path), engine=SmallEngine(), drain_s=0)
+    node.start()
+    try:
+        code, found = findings(path)
+        path.write_text(path.read_text().replace(f"port = {node.config.metrics.port}", f"port = {free_port()}"))
+        path.write_text(path.read_text().replace(f"port = {node.config.tls.port}", f"port = {free_port()}"))
+        edited_code, edited = findings(path)
+    finally:
+        node.stop()
+    assert (code, "restart" in found) == (0, False)
+    assert {found[name][0] for name in ("node", "tls port", "metrics port")} == {"ok"}
+    assert edited_code == 1
+    assert (edited["tls port"][0], edited["metrics port"][0]) == ("FAIL", "FAIL")
+    assert "cannot be reached" in edited["tls port"][1]
+    assert edited["restart"][0] == "warn"
+    assert "started with another configuration" in edited["restart"][1]
+
+
+def test_another_service_on_the_metrics_port_is_not_the_node(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    node = Node(load_config(path), engine=SmallEngine(), drain_s=0)
+    node.start()
+    try:
+        with FakeWeb() as web:
+            path.write_text(f"{path.read_text()}[metrics]\nport = {web.port}\n", encoding="utf-8")
+            _, found = findings(path)
+    finally:
+        node.stop()
+    assert found["metrics port"][0] == "FAIL"
+    assert "another service answers there" in found["metrics port"][1]
+
+
+@pytest.mark.parametrize("beside", ["", "/deeper"], ids=["it is a file", "it is in a file"])
+def test_a_backup_folder_that_takes_no_file_fails(tmp_path: Path, beside: str) -> None:
+    (tmp_path / "taken").write_text("a file")
+    code, found = findings(write_config(tmp_path, f'[storage]\nbackup_folder = "taken{beside}"\n'))
+    assert (code, found["backups"][0]) == (1, "FAIL")
+    assert "taken" in found["backups"][1]
+
+
+def test_a_backup_folder_that_can_be_made_passes_and_is_left_to_the_node(tmp_path: Path) -> None:
+    code, found = findings(write_config(tmp_path, '[storage]\nbackup_folder = "safe/place"\n'))
+    assert (code, found["backups"][0], (tmp_path / "safe").exists()) == (0, "ok", False)
 
 
 def on_port(path: Path, port: int) -> Path:

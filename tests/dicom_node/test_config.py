@@ -19,6 +19,14 @@ CASES = {
     "a port that is a word": ('[node]\nport = "dicom"', "[node].port = 'dicom'"),
     "a long AE title": ('[node]\nae_title = "ABCDEFGHIJKLMNOPQ"', "1 to 16 printable ASCII"),
     "an AE title with a line break": ('[node]\nae_title = "A\\nB"', "1 to 16 printable ASCII"),
+    "the metrics on the node's port": (
+        "[metrics]\nport = 11112",
+        "[metrics].port = 11112: is [node].port too; one port is for one service",
+    ),
+    "the metrics on the port of TLS": (
+        '[tls]\ncert_file = "a.pem"\nclient_certificates = "none"\n[metrics]\nport = 2762',
+        "[metrics].port = 2762: is [tls].port too",
+    ),
     "an odd PDU": ("[node]\nmax_pdu = 17", "[node].max_pdu = 17"),
     "a destination without its peer": (
         '[[destinations]]\nname = "x"\npeer = "nobody"',
@@ -125,3 +133,17 @@ def test_an_absolute_database_url_and_a_shipped_bundle_stay_as_they_are(tmp_path
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[metrics]\nport = 2762",  # without TLS nobody listens there
+        '[node]\nhost = "10.0.0.5"\n[metrics]\nport = 11112',  # on another address
+        '[node]\nport = 2762\n[tls]\ncert_file = "a.pem"\nclient_certificates = "none"',  # nothing but TLS
+    ],
+)
+def test_the_same_port_is_no_fault_where_it_is_not_the_same_place(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    load_config(path)
