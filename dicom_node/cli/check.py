@@ -34,8 +34,15 @@ def check(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prove config, disk, ledger, bundle, device, port, peers and what they take. Exit code 1 when one fails."""
-    findings = list(_findings(config, quick))
+    """Prove config, disk, ledger, backups, bundle, device, ports, peers and what they take.
+
+    Exit code 1 when one fails, 2 when the configuration cannot be used.
+    """
+    try:
+        findings, code = list(_findings(load_config(config), config, quick)), 1
+    except ConfigError as error:
+        findings = [Finding(check="config", verdict=Verdict.FAIL, text=line) for line in str(error).split("\n")]
+        code = 2
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -45,15 +52,10 @@ def check(
             shown.add_row(safe(finding.check), f"[{style[finding.verdict]}]{finding.verdict}", safe(finding.text))
         console.print(shown)
     if any(finding.verdict is Verdict.FAIL for finding in findings):
-        raise typer.Exit(1)
+        raise typer.Exit(code)
 
 
-def _findings(path: Path, quick: bool) -> Iterator[Finding]:
-    try:
-        config = load_config(path)
-    except ConfigError as error:
-        yield Finding(check="config", verdict=Verdict.FAIL, text=str(error))
-        return
+def _findings(config: Config, path: Path, quick: bool) -> Iterator[Finding]:
     if quick:
         yield check_answering(config)
         return
@@ -68,6 +70,7 @@ def on_this_machine(config: Config) -> Iterator[Finding]:
     for one in CHECKS:
         yield one(config)
     yield check_callers(config)
+    yield from check_ways(config)
     yield from check_certificates(config)
     if config.pipeline.shadow:
         yield check_shadow(config)
@@ -220,6 +223,16 @@ def check_callers(config: Config) -> Finding:
     return Finding(check="callers", verdict=Verdict.WARN if unasked else Verdict.OK, text=text)
 
 
+def check_ways(config: Config) -> Iterator[Finding]:
+    """A way in and a way out: without one the node runs, and does nothing."""
+    if not config.peers and config.node.unknown_peers == "reject":
+        text = "no [[peers]], and strangers are rejected: nobody can send anything"
+        yield Finding(check="way in", verdict=Verdict.WARN, text=text)
+    if not config.destinations:
+        text = "no [[destinations]]: results stay in the outbox, and go nowhere"
+        yield Finding(check="way out", verdict=Verdict.WARN, text=text)
+
+
 def check_certificates(config: Config) -> Iterator[Finding]:
     """The certificates of DICOM TLS can be used, and do not end soon."""
     from dicom_node.net.security import SecurityError, certificates, client_context, server_context
@@ -242,14 +255,20 @@ def check_certificates(config: Config) -> Iterator[Finding]:
 
 
 def check_peer(config: Config, peer: PeerConfig) -> Finding:
-    """C-ECHO to one peer. A peer that results go to must answer; another may be switched off."""
+    """C-ECHO to one peer. One that results go to must answer; one that only sends need not listen at all."""
+    from dicom_node.net.link import where
     from dicom_node.net.scu import echo
 
+    name, at = f"peer {peer.name}", where(peer)
     outcome = echo(peer, calling_ae=config.node.ae_title)
-    needed = any(destination.peer == peer.name for destination in config.destinations)
-    bad = Verdict.FAIL if needed else Verdict.WARN
-    text = f"{peer.ae_title} at {peer.host}:{peer.port}: {'answers C-ECHO' if outcome.ok else outcome.text}"
-    return Finding(check=f"peer {peer.name}", verdict=Verdict.OK if outcome.ok else bad, text=text)
+    if outcome.ok:
+        return Finding(check=name, verdict=Verdict.OK, text=f"{at}: answers C-ECHO")
+    text = outcome.text if outcome.text.startswith(at) else f"{at}: {outcome.text}"
+    if any(destination.peer == peer.name for destination in config.destinations):
+        return Finding(check=name, verdict=Verdict.FAIL, text=text)
+    if peer.we_may or "commit" in peer.may:
+        return Finding(check=name, verdict=Verdict.WARN, text=text)
+    return Finding(check=name, verdict=Verdict.OK, text=f"{text}; it only sends to us, so it need not answer")
 
 
 def check_proof(config: Config, destination: DestinationConfig) -> Finding:

@@ -52,10 +52,23 @@ def peer(port: int) -> str:
 
 
 def test_a_sound_set_up_passes(tmp_path: Path) -> None:
-    code, found = findings(write_config(tmp_path))
+    with FakeArchive() as one:
+        code, found = findings(write_config(tmp_path, peer(one.port)))
     assert code == 0
     assert {name: verdict for name, (verdict, _) in found.items()} == dict.fromkeys(
-        ("config", "disk", "ledger", "backups", "bundle", "device", "callers", "port"), "ok"
+        (
+            "config",
+            "disk",
+            "ledger",
+            "backups",
+            "bundle",
+            "device",
+            "callers",
+            "port",
+            "peer pacs",
+            "proof pacs",
+        ),
+        "ok",
     )
     assert "phantom" in found["bundle"][1]
 
@@ -129,8 +142,23 @@ def test_a_wrong_configuration_fails_alone(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("[node]\nprot = 1\n", encoding="utf-8")
     code, found = findings(path)
-    assert code == 1
+    assert code == 2  # as of `serve`
     assert set(found) == {"config"}
+
+
+def test_every_fault_of_a_configuration_is_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("[node]\nprot = 1\nport = 0\n", encoding="utf-8")
+    result = RUNNER.invoke(app, ["check", "--config", str(path)], env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert sum("FAIL" in line for line in result.output.splitlines()) == 2
+    assert "\N{REPLACEMENT CHARACTER}" not in result.output
+
+
+def test_a_node_that_can_do_nothing_is_warned_of(tmp_path: Path) -> None:
+    code, found = findings(write_config(tmp_path))
+    assert code == 0
+    assert (found["way in"][0], found["way out"][0]) == ("warn", "warn")
 
 
 def test_a_taken_port_fails_when_no_dicom_node_answers(tmp_path: Path) -> None:
@@ -143,12 +171,23 @@ def test_a_taken_port_fails_when_no_dicom_node_answers(tmp_path: Path) -> None:
     assert found["port"][0] == "FAIL"
 
 
-def test_a_destination_that_is_down_fails_and_another_peer_only_warns(tmp_path: Path) -> None:
-    down = peer(free_port()) + f'[[peers]]\nname = "other"\nae_title = "OTHER"\nport = {free_port()}\n'
-    code, found = findings(write_config(tmp_path, down))
+def test_a_destination_that_is_down_fails_and_another_peer_only_where_it_is_asked(tmp_path: Path) -> None:
+    port = free_port()
+    others = "".join(
+        f'[[peers]]\nname = "{name}"\nae_title = "OTHER"\nport = {port}\n{keys}\n'
+        for name, keys in (
+            ("sends", ""),
+            ("commits", 'may = ["store", "commit"]'),
+            ("asked", 'we_may = ["find"]'),
+        )
+    )
+    code, found = findings(write_config(tmp_path, peer(free_port()) + others))
     assert code == 1
-    assert found["peer pacs"][0] == "FAIL"
-    assert found["peer other"][0] == "warn"
+    verdicts = {name: found[f"peer {name}"][0] for name in ("pacs", "sends", "commits", "asked")}
+    assert verdicts == {"pacs": "FAIL", "sends": "ok", "commits": "warn", "asked": "warn"}
+    at = f"OTHER at 127.0.0.1:{port} cannot be reached"
+    assert found["peer asked"][1] == at
+    assert found["peer sends"][1] == f"{at}; it only sends to us, so it need not answer"
 
 
 @pytest.mark.parametrize(

@@ -390,6 +390,16 @@ def test_the_help_teaches_how_a_test_is_taken_back() -> None:
     assert "[]" not in text  # a table's name that was taken for markup
 
 
+def test_what_to_do_is_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG.format(port=free_port(), near=1, far=1, bundle="phantom"), encoding="utf-8")
+    said = RUNNER.invoke(app, ["doctor", "--config", str(path)], env={"COLUMNS": "400"})
+    assert said.exit_code == 1
+    [advice] = [line for line in said.output.splitlines() if "-> start it: dicom-node serve" in line]
+    assert "no node runs on" not in advice
+    assert "\N{REPLACEMENT CHARACTER}" not in said.output
+
+
 def test_a_running_node_is_seen_by_its_lock(house: House, tmp_path: Path) -> None:
     assert node_runs_on(house.config.storage.root)
     assert not node_runs_on(tmp_path)
