@@ -80,6 +80,9 @@ def check_port(config: Config) -> Finding:
     """The port is free for the node, or the node answers on it."""
     node = config.node
     taken = why_taken(node.host, node.port)
+    if not taken and runs_here(config) and started_with(config.storage.root) == digest(config):
+        text = f"a node runs with this configuration, and nothing listens on {node.host}:{node.port}: it is starting, "
+        return Finding(check="port", verdict=Verdict.FAIL, text=f"{text}or its log says why")
     if not taken:
         return Finding(check="port", verdict=Verdict.OK, text=f"{node.host}:{node.port} is free")
     answering = check_answering(config)
@@ -135,7 +138,9 @@ def runs_here(config: Config) -> bool:
     try:
         return is_locked(config.storage.root / LOCK)
     except PermissionError:
-        return True  # nobody else than a node's user makes the lock
+        return True  # nobody but a node makes the lock
+    except OSError:  # the root is no folder
+        return False
 
 
 def ourselves(config: Config) -> PeerConfig:

@@ -44,6 +44,7 @@ _WARNING = "warning: "  # what such a step's text begins with
 _REMEDIES = {
     "disk": "make room, or correct [storage].root",
     "ledger": "the message above; docs/operation.md",
+    "backups": "[storage].backup_folder: a folder that the node's user can write",
     "bundle": "dicom-node models verify; [pipeline].bundle",
     "shadow": "dicom-node models verify; [pipeline].shadow",
     "device": "[pipeline].device",
@@ -237,7 +238,7 @@ def _needed(name: str, destination: DestinationConfig | None) -> bool:
     """Whether the study cannot go its way without what this check looked at."""
     what, _, who = name.partition(" ")
     if what not in ("peer", "proof", "compression", "destination"):
-        return what != "shadow"
+        return what not in ("shadow", "backups")
     return destination is not None and who in (destination.name, destination.peer)
 
 

@@ -26,7 +26,8 @@ from typer.testing import CliRunner
 from dicom_node.cli import app
 from dicom_node.cli.check import check_callers
 from dicom_node.config import load_config
-from dicom_node.node import Node
+from dicom_node.node import Node, lock_root
+from dicom_node.started_with import digest
 
 RUNNER = CliRunner()
 
@@ -300,6 +301,18 @@ def test_a_node_of_another_spool_is_not_the_node(running: Path, tmp_path: Path) 
     code, found = findings(own)
     assert (code, found["port"][0]) == (1, "FAIL")
     assert "another node answers there: none runs on [storage].root = " in found["port"][1]
+
+
+def test_a_node_that_runs_and_does_not_listen_is_no_free_port(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    config = load_config(path)
+    config.storage.root.mkdir(mode=0o700)
+    unlock = lock_root(config.storage.root, digest(config))
+    code, found = findings(path)
+    unlock()
+    assert (code, found["port"][0]) == (1, "FAIL")
+    assert "nothing listens on" in found["port"][1]
+    assert findings(path)[1]["port"][0] == "ok"
 
 
 def three_ports(folder: Path, more: str = "") -> Path:
