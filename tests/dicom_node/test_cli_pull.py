@@ -85,7 +85,9 @@ class Console:
 @pytest.fixture
 def console(tmp_path: Path) -> Iterator[Console]:
     with running_intake(tmp_path, config(peers=[{"name": "archive", "ae_title": "ARCHIVE"}])) as intake:
+        unlock = lock_root(intake.spool.root)  # as a node does while it runs
         yield Console(tmp_path, intake)
+        unlock()
 
 
 @pytest.fixture
