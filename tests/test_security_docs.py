@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_commands_make_certificates_that_the_configuration_beside_them_can_use(tmp_path: Path) -> None:
     (tmp_path / "tls").mkdir()
-    (commands,) = blocks("bash")
+    commands = blocks("bash")[0]
     subprocess.run(["bash", "-euc", commands], cwd=tmp_path / "tls", check=True, capture_output=True)
     _, listener, peer = blocks("toml")
     path = tmp_path / "config.toml"

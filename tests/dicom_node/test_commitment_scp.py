@@ -297,7 +297,7 @@ def test_an_archive_that_only_reports_to_us_may_not_ask_and_who_does_not_has_no_
         desk.modality.port, destinations=[{"name": "archive", "peer": "pacs", "commitment": True}]
     ).model_dump()
     table["peers"] = [
-        {"name": "pacs", "ae_title": "PACS", "host": "192.0.2.1"},
+        {"name": "pacs", "ae_title": "PACS", "host": "192.0.2.1", "allowed_addresses": ["any"]},
         {"name": "ct_1", "ae_title": "CT_1"},
         *(peer for peer in table["peers"] if peer["name"] == "modality"),
     ]
