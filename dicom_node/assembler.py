@@ -25,7 +25,7 @@ from dicom_node.incoming import CHOSEN, IncomingSeries, gaps_text, source_digest
 from dicom_node.net.associations import AssociationRegistry, sender_of
 from dicom_node.selection import Decision, EarlierChoice, SeriesSummary, choose, matches, summarize, unfit
 from dicom_node.trial import LABELED, UNANNOUNCED, unannounced
-from storage.errors import IllegalMove, LedgerError, NoSpace, NotFound, StaleState
+from storage.errors import IllegalMove, LedgerOutage, NoSpace, NotFound, StaleState
 from storage.fetched import FetchedTokens
 from storage.ledger import Ledger
 from storage.records import Job, JobState
@@ -71,6 +71,7 @@ class Assembler:
         self._failing: dict[str, float] = {}  # the same keys -> since when each attempt failed
         self._cancelled: dict[str, set[str]] = {}  # series UID -> tokens of the associations that fed it
         self._folders: set[Path] = set()
+        self._faults: _Faults = {}  # quarantined, and not yet noted
         self._rebuild()
 
     def tick(self) -> None:
@@ -92,21 +93,21 @@ class Assembler:
     # -- what came ---------------------------------------------------------------------------------------------------
 
     def _index(self) -> None:
-        faults: _Faults = {}
         for path in self._spool.incoming():
             self._folders.add(path.parent)
-            self._fenced(path.name, partial(self._index_one, path, faults))
-        for (token, code, study_uid, accession), found in faults.items():
+            self._fenced(path.name, partial(self._index_one, path, self._faults))
+        for (token, code, study_uid, accession), found in list(self._faults.items()):
             self._note_quarantined(token, code, found, {"study_uid": study_uid, "accession": accession})
+            del self._faults[token, code, study_uid, accession]  # told: a ledger that is out raises before
         self._remove_empty_folders()
 
     def _note_quarantined(self, token: str, code: str, found: list[str], whose: dict[str, str]) -> None:
         """One event for all files of an association and a study with the same fault in one tick."""
         calling_ae, address = sender_of(token)
         details = {"reason": code, "instances": len(found), "calling_ae": calling_ae, "address": address, **whose}
-        log.warning("instances.quarantined", code=code, instances=len(found), first=found[0])
         text = f"{len(found)} instances were put into quarantine ({code}); the first: {found[0]}"
         self._ledger.note("", "quarantined", text, details=details)
+        log.warning("instances.quarantined", code=code, instances=len(found), first=found[0])
 
     def _index_one(self, path: Path, faults: _Faults) -> None:
         token = self._spool.association_of(path)
@@ -497,7 +498,7 @@ class Assembler:
             self._failing.pop(what, None)
         except Exception as error:
             self._blocked[what] = now + _RETRY_S
-            if not isinstance(error, LedgerError | NoSpace):  # of the machine: it says nothing against a study
+            if not isinstance(error, LedgerOutage | NoSpace):  # of the machine: it says nothing against a study
                 self._failing.setdefault(what, now)
             log.exception("assembler.step_failed", what=what, retry_s=_RETRY_S)
 

@@ -586,7 +586,7 @@ class Config(_Table):
     @property
     def has_ledger_file(self) -> bool:
         """Whether the ledger is a SQLite file, which the node itself checks and backs up."""
-        return self.ledger_url.startswith("sqlite:///") and not self.ledger_url.startswith("sqlite:///file:")
+        return re.match(r"sqlite(\+\w+)?:///(?!file:|:)", self.ledger_url) is not None
 
     @property
     def asks_commitment(self) -> bool:
@@ -641,7 +641,7 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
             "root": (base / config.storage.root).resolve(),
             "backup_folder": folder(config.storage.backup_folder),
             "database_url": re.sub(
-                r"^sqlite:///(?!/)(?=.)", lambda _: f"sqlite:///{base}/", config.storage.database_url
+                r"^(sqlite(?:\+\w+)?:///)(?!/)(?=.)", lambda found: f"{found[1]}{base}/", config.storage.database_url
             ),
         }
     )

@@ -14,7 +14,7 @@ from typing import NoReturn
 from dicom_node.config import Config, DestinationConfig, PeerConfig
 from dicom_node.net.link import timeouts_of
 from dicom_node.net.scu import send_series
-from dicom_node.net.trial_lock import is_locked, sending_a_test
+from dicom_node.net.trial_lock import sending_a_test
 from dicom_node.proof import count_instances
 from dicom_node.retire import retire
 from dicom_node.steps import Step, StepFailed, taken, waited, was_tried
@@ -23,11 +23,6 @@ from storage.ledger import Ledger
 from storage.records import PROOF_STATES, REJECTION, Delivery, DeliveryState, Job, JobState
 
 ENDED_BADLY = frozenset({JobState.REJECTED, JobState.FAILED, JobState.CANCELLED})
-
-
-def node_runs_on(root: Path) -> bool:
-    """Whether a node holds this storage root: it locks `node.lock` as long as it lives."""
-    return is_locked(root / "node.lock")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

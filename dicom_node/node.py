@@ -66,6 +66,7 @@ BACKUP_EVERY_S = 300.0  # how often it is asked whether one is due
 REPORT_EVERY_S = 1.0
 PULLS_EVERY_S = 60.0
 CERTIFICATES_EVERY_S = 86400.0
+_LOCK_S = 1.0  # for another node to have ended, and for those who look whether one runs: they hold the lock a moment
 REJECT_EVERY_S = 10.0  # a series that a later one replaces is hidden so soon after the later one has arrived
 
 
@@ -358,11 +359,16 @@ def lock_root(root: Path, holder: str = "") -> Callable[[], None]:
     `holder` is left in the file, for `started_with`.
     """
     descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise NodeError(f"[storage].root = {root}: another node is running on it") from error
+    until = time.monotonic() + _LOCK_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if time.monotonic() > until:
+                os.close(descriptor)
+                raise NodeError(f"[storage].root = {root}: another node is running on it") from error
+            time.sleep(_LOCK_S / 20)
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, holder.encode())

@@ -103,7 +103,7 @@ class ScheduledPulls:
     ) -> None:
         self._config, self._ledger, self._spool = config, ledger, spool
         self._clock, self._should_stop = clock, should_stop
-        self._started = now = clock()
+        self._begun = self._started = now = clock()  # `_started`: by a clock that was set back meanwhile
         self._past = {pull.name: self._remembered(pull, now) for pull in config.pulls}
         self._failed: dict[str, set[str]] = {pull.name: set() for pull in config.pulls}  # studies, in the last run
 
@@ -111,7 +111,7 @@ class ScheduledPulls:
         """Never raises for an archive's trouble: that is told in the ledger."""
         for pull in self._config.pulls:
             now = self._clock()
-            self._started = min(self._started, now)  # the clock was set back
+            self._started = self._begun if now >= self._begun else min(self._started, now)  # the clock was set back
             known = self._past[pull.name]
             if known.tried is not None and known.tried > now + _AHEAD:
                 known = self._past[pull.name] = self._remembered(pull, now)

@@ -1,4 +1,4 @@
-"""With which configuration the running node was started: a digest of it lies in the file that the node locks."""
+"""Whether a node runs, and with which configuration it was started: a digest of it lies in the file that it locks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ import hashlib
 from pathlib import Path
 
 from dicom_node.config import Config
+from dicom_node.net.trial_lock import is_locked
 
 LOCK = "node.lock"
+
+
+def node_runs_on(root: Path) -> bool:
+    """Whether a node runs on this storage root; also where its lock cannot be looked at by this user."""
+    try:
+        return is_locked(root / LOCK)
+    except PermissionError:
+        return True  # nobody but a node makes the lock
+    except OSError:  # the root is no folder
+        return False
 
 
 def digest(config: Config) -> str:

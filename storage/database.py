@@ -17,9 +17,9 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
-from storage.errors import LedgerDamaged, LedgerError
+from storage.errors import LedgerDamaged, LedgerError, LedgerOutage
 
 _DAMAGED = ("not a database", "malformed")
 BUSY_TIMEOUT_S = 30.0  # a writer waits this long for another process (the command line) to finish
@@ -73,8 +73,10 @@ def explain(engine: Engine, error: DBAPIError) -> LedgerError:
     if isinstance(error, DataError):  # PostgreSQL's first line may quote the value (SQLSTATE class 22)
         found = type(error.orig).__name__
     remedy = next((text for word, text in _REMEDIES if word in found.lower()), _ELSE)
-    error_class = LedgerDamaged if any(word in found.lower() for word in _DAMAGED) else LedgerError
-    return error_class(f"ledger {shown(engine.url)}: {found}; {remedy}")
+    text = f"ledger {shown(engine.url)}: {found}; {remedy}"
+    if any(word in found.lower() for word in _DAMAGED):
+        return LedgerDamaged(text)
+    return LedgerOutage(text) if isinstance(error, OperationalError | InterfaceError) else LedgerError(text)
 
 
 def shown(url: URL) -> str:

@@ -23,7 +23,11 @@ class LedgerError(StorageError):
     """The ledger cannot be used; the text names the database and the remedy."""
 
 
-class LedgerDamaged(LedgerError):
+class LedgerOutage(LedgerError):
+    """Nothing can be read or written now, whatever is asked: it says nothing against what was asked."""
+
+
+class LedgerDamaged(LedgerOutage):
     """The ledger's file is not whole; the text names what was found."""
 
 

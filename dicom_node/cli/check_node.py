@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dicom_node.cli.findings import Finding, Verdict
 from dicom_node.config import Config, MetricsConfig, PeerConfig
-from dicom_node.started_with import LOCK, digest, started_with
+from dicom_node.started_with import digest, node_runs_on, started_with
 
 if TYPE_CHECKING:
     from dicom_node.net.who_answers import EchoAnswer
@@ -22,13 +22,21 @@ METRICS_BYTES = 10_000_000  # far more than the figures of any node
 def check_ports(config: Config) -> Iterator[Finding]:
     """Every port of the node: its own, and those of TLS and metrics where they are switched on."""
     yield check_port(config)
-    running = runs_here(config)
-    if config.tls.cert_file is not None and not config.tls_alone:
-        yield _tls_answers(config) if running else _is_free("tls port", config.node.host, config.tls.port)
-    if config.metrics.port:
-        metrics = config.metrics
-        yield _metrics_answer(metrics) if running else _is_free("metrics port", metrics.host, metrics.port)
-    if running and started_with(config.storage.root) not in ("", digest(config)):
+    running = node_runs_on(config.storage.root)
+    another = running and started_with(config.storage.root) not in ("", digest(config))
+
+    def asked(host: str, port: int) -> bool:
+        """Whether something shall answer there: a node that runs with another configuration may not listen yet."""
+        return running and (not another or bool(why_taken(host, port)))
+
+    tls, metrics = config.tls, config.metrics
+    if tls.cert_file is not None and not config.tls_alone:
+        host = config.node.host
+        yield _tls_answers(config) if asked(host, tls.port) else _is_free("tls port", host, tls.port)
+    if metrics.port:
+        asks = asked(metrics.host, metrics.port)
+        yield _metrics_answer(metrics) if asks else _is_free("metrics port", metrics.host, metrics.port)
+    if another:
         text = "the running node was started with another configuration: this one counts from its next start"
         yield Finding(check="restart", verdict=Verdict.WARN, text=text)
 
@@ -80,7 +88,7 @@ def check_port(config: Config) -> Finding:
     """The port is free for the node, or the node answers on it."""
     node = config.node
     taken = why_taken(node.host, node.port)
-    if not taken and runs_here(config) and started_with(config.storage.root) == digest(config):
+    if not taken and node_runs_on(config.storage.root) and started_with(config.storage.root) == digest(config):
         text = f"a node runs with this configuration, and nothing listens on {node.host}:{node.port}: it is starting, "
         return Finding(check="port", verdict=Verdict.FAIL, text=f"{text}or its log says why")
     if not taken:
@@ -117,7 +125,7 @@ def check_answering(config: Config) -> Finding:
 def _why_not_ours(config: Config, answer: EchoAnswer) -> str:
     """Why it was not the node of this configuration that answered; "" where it was."""
     root = config.storage.root
-    if answer.code == "association_rejected" and not answer.permanent and runs_here(config):
+    if answer.code == "association_rejected" and not answer.permanent and node_runs_on(config.storage.root):
         return ""  # it has as many associations as it may; a node lets its own title in else
     if answer.code == "association_rejected":
         return f"{answer.text}: another DICOM application answers there, or a node that was started under another title"
@@ -126,21 +134,9 @@ def _why_not_ours(config: Config, answer: EchoAnswer) -> str:
     if not answer.is_this_software:
         software = answer.implementation_class_uid
         return f"another DICOM application answers there (Implementation Class UID {software}), and not this node"
-    if not runs_here(config):
+    if not node_runs_on(config.storage.root):
         return f"another node answers there: none runs on [storage].root = {root}"
     return ""
-
-
-def runs_here(config: Config) -> bool:
-    """Whether a node runs on the storage root; also where its lock cannot be looked at by this user."""
-    from dicom_node.net.trial_lock import is_locked
-
-    try:
-        return is_locked(config.storage.root / LOCK)
-    except PermissionError:
-        return True  # nobody but a node makes the lock
-    except OSError:  # the root is no folder
-        return False
 
 
 def ourselves(config: Config) -> PeerConfig:

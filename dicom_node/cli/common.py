@@ -224,11 +224,6 @@ def safe(text: object) -> Text:
     return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)))
 
 
-def safe_lines(*lines: str) -> Text:
-    """Lines of our own, each of them `safe`: a line break within one is somebody else's."""
-    return Text("\n").join(safe(line) for line in lines)
-
-
 def table(title: str, *columns: str) -> Table:
     made = Table(title=title, title_justify="left", header_style="bold", show_edge=False, pad_edge=False)
     for column in columns:

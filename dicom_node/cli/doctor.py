@@ -202,7 +202,7 @@ def _retired(
 
 
 def _running(config: Config, path: Path) -> Step:
-    from dicom_node.doctor import node_runs_on
+    from dicom_node.started_with import node_runs_on
 
     if node_runs_on(config.storage.root):
         return Step(name="node", ok=True, text=f"runs on {config.storage.root}")

@@ -12,6 +12,7 @@ from pydicom import Dataset, dcmread
 from pydicom.uid import generate_uid
 
 from dicom_node.incoming import source_digest
+from storage.errors import LedgerError, LedgerOutage
 from storage.incoming_file import PREAMBLE_BYTES
 from storage.records import JobState
 
@@ -355,6 +356,24 @@ def test_a_hostile_header_puts_its_file_aside(
     assert "\n" not in event.text
 
 
+def test_what_was_put_aside_while_the_ledger_was_out_is_told_when_it_is_back(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intake.spool.store_incoming("ab" * 28, "1.2.3", (b"not DICOM at all",))
+
+    def fail(*_: object, **__: object) -> None:
+        raise LedgerOutage("locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(intake.ledger, "note", fail)
+        with pytest.raises(LedgerOutage):
+            intake.assembler.tick()
+    intake.assembler.tick()
+    intake.assembler.tick()
+    (event,) = intake.ledger.search_events(code="quarantined")
+    assert event.details["reason"] == "not_dicom"
+
+
 def test_more_instances_than_allowed_are_put_aside_and_the_series_rejected(tmp_path: Path) -> None:
     with running_intake(tmp_path, config(intake={"max_instances_per_series": 5}), listen=False) as intake:
         intake.put(small_ct(tmp_path / "ct", 8))
@@ -395,14 +414,15 @@ def test_an_unexpected_error_with_one_study_leaves_the_others_alone(
     assert [job.state for job in intake.jobs()] == [QUEUED, QUEUED]
 
 
+@pytest.mark.parametrize("error", [OSError("disk"), LedgerError("a value that it does not take")])
 def test_a_study_whose_decision_fails_again_and_again_ends(
-    intake: Intake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    intake: Intake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     intake.put(small_ct(tmp_path / "ct"))
     intake.assembler.tick()
 
     def fail(*_: object) -> Path:
-        raise OSError("disk")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(intake.spool, "link_previous", fail)

@@ -38,10 +38,10 @@ from dicom_node.cli import app
 from dicom_node.cli.check import ourselves
 from dicom_node.cli.doctor import make_test_study
 from dicom_node.config import Config, DestinationConfig, load_config
-from dicom_node.doctor import node_runs_on
 from dicom_node.net.scu import echo, send_series
 from dicom_node.net.trial_lock import a_test_is_sent, sending_a_test
 from dicom_node.node import Node
+from dicom_node.started_with import node_runs_on
 from dicom_node.trial import Trial, announce, only_for, trial_of
 from storage.ledger import Ledger, open_ledger
 from storage.records import REJECTION, Job, JobFilter, JobState, SeriesInfo

@@ -62,7 +62,7 @@ def test_a_ledger_that_is_locked_is_told_with_the_remedy_and_a_study_sent_meanwh
             assert node.send(files).ok
             node.until(lambda: bool(lines_of(node, "worker.loop_failed")))
         [first, *_] = lines_of(node, "worker.loop_failed")
-        assert "LedgerError" in first
+        assert "LedgerOutage" in first
         assert "database is locked; another process keeps it locked" in first
         assert str(ledger_file(node)) in first
         node.until(lambda: all_done(node, 1))

@@ -420,6 +420,17 @@ def test_a_pull_that_has_never_run_begins_with_the_next_slot_of_the_clock_that_w
     assert [run.details["last_day"] for run in runs(bench)] == ["2024-01-02"]
 
 
+def test_a_clock_that_is_wrong_for_a_moment_makes_no_pull_of_the_night_run_by_day(bench: Bench) -> None:
+    clock = Clock(NIGHT + 10 * HOUR)
+    pulls = scheduled(bench, clock)
+    for clock.now in (NIGHT - 14 * HOUR, NIGHT + 10 * HOUR, NIGHT + 11 * HOUR):
+        pulls.tick()
+    assert runs(bench) == []
+    clock.now = NIGHT + DAY
+    pulls.tick()
+    assert len(runs(bench)) == 1
+
+
 def test_what_the_limit_left_is_fetched_after_days_too(bench: Bench) -> None:
     clock = Clock(NIGHT - HOUR)
     pulls = scheduled(bench, clock, max_studies=1)

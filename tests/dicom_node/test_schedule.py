@@ -115,7 +115,7 @@ def test_the_sweep_notices_within_a_minute_that_the_clock_was_set(
     wall.ahead += change
     assert swept.more()
     [jump] = ledger.search_events(code="clock_jumped")
-    assert jump.details["seconds"] == change.total_seconds()
+    assert jump.details["seconds"] == pytest.approx(change.total_seconds(), abs=60)  # two clocks, read in turn
     assert not upkeep.clock_trusted
 
 
