@@ -120,6 +120,7 @@ class PduReader:
         self._ahead = b""  # inside a data set: the next headers, which came with the fragment before
         self._drained = 0
         self._stopped = False
+        self._malformed = False  # what follows is no PDU, also before the state machine knows
         self._holds_reactor = False
         self.heard_at = 0.0  # when the last message began, in monotonic seconds
         self.released = False  # the peer asked for release between two messages: it sent all that it wanted to send
@@ -150,7 +151,7 @@ class PduReader:
         """Read what is there: C-STORE requests to their end, anything else as one PDU for pynetdicom."""
         awaits_request = self._dul.state_machine.current_state in _AWAIT_REQUEST
         try:
-            if self._dul.state_machine.current_state == _CLOSING:
+            if self._malformed or self._dul.state_machine.current_state == _CLOSING:
                 self._drain()
                 return
             while self._read_one() and self._more_comes():
@@ -168,7 +169,7 @@ class PduReader:
             self._abort()
         except Malformed as error:
             self._tell("malformed_pdu", str(error))
-            self._left = 0
+            self._left, self._malformed = 0, True
             self._dul.event_queue.put(_INVALID)
         except (OSError, ValueError) as error:  # ValueError: another thread closed the socket
             log.info("association.connection_lost", reason=getattr(error, "strerror", "") or type(error).__name__)

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -334,6 +335,9 @@ def test_curves_hold_every_step_once_also_after_a_resume(
         patch.setattr(Pace, "due", lambda self, name, every_s: name == "checkpoint" and next(made, False))
         with pytest.raises(KeyboardInterrupt):
             train(prepared, tmp_path, recipe)
+    second = int(time.time())
+    while int(time.time()) == second:  # tensorboard reads its files in the order of their names, which begin with that
+        time.sleep(0.05)
     record = train(prepared, tmp_path, recipe)
     events = EventAccumulator(str(tmp_path / record.folder_name / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
