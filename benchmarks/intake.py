@@ -7,7 +7,7 @@
 Receiving: `dcmsend` sends the same slices of 512x512 to each receiver in turn; with several senders each has its share
 of them, all at once. Ours runs as in the node: receiver processes, durable before each Success. Sending: each sender
 sends them to one `storescp +B`; its start-up, measured with one slice, is taken off. Busy: receiving with and without
-the engine beside it, which does one job after the other on a phantom; it gives way as in the node, or never.
+the engine beside it, which does one job after the other on a phantom.
 
 "The disk alone" writes the same files as durably, without a network: no durable receiver can be faster. "Bare loop" is
 the least that Python can do (benchmarks/bare_loop.py). `--folder /dev/shm` measures without a disk.
@@ -45,7 +45,7 @@ from pydicom import Dataset, dcmwrite
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from dicom_node.config import Config, EngineConfig, PeerConfig
+from dicom_node.config import Config, PeerConfig
 from dicom_node.engine import EngineStopped
 from dicom_node.engine.local import LocalEngine
 from dicom_node.log import configure_logging
@@ -241,14 +241,7 @@ def write_alone(folder: Path, files: Sequence[Path], threads: int, figures: Figu
 
 
 @contextmanager
-def our_node(
-    folder: Path,
-    processes: int,
-    *,
-    sync: bool = True,
-    reader: str = "stream",
-    registry: AssociationRegistry | None = None,
-) -> Iterator[Receiver]:
+def our_node(folder: Path, processes: int, *, sync: bool = True, reader: str = "stream") -> Iterator[Receiver]:
     """The node's receiving side as it runs in the node."""
     config = Config.model_validate(
         {
@@ -261,7 +254,7 @@ def our_node(
     )
     folder.mkdir()
     ledger = open_ledger(config.ledger_url)
-    registry = registry or AssociationRegistry(limit=config.node.max_associations, clock=time.monotonic)
+    registry = AssociationRegistry(limit=config.node.max_associations, clock=time.monotonic)
     pool = ReceiverPool(config, ledger, registry)
     inbox = folder / "inbox"
     name = "ours" + ("" if sync else ", no sync") + (", plain" if reader == "plain" else "")
@@ -354,24 +347,17 @@ def orthanc(folder: Path) -> Iterator[Receiver | None]:
 
 def compare_with_a_job(folder: Path, files: Sequence[Path], rounds: int, processes: int) -> None:
     shares = shared_out(folder / "shares", files, 1)
-    registry = AssociationRegistry(limit=64, clock=time.monotonic)
-    ways = {
-        "ours, a job runs": LocalEngine(
-            job_timeout_s=RUN_S, images_come=registry.images_come, give_way_s=EngineConfig().give_way_s
-        ),
-        "ours, it never gives way": LocalEngine(job_timeout_s=RUN_S),
-    }
-    figures = {"ours": Figures()} | {name: Figures() for name in ways}
+    engine = LocalEngine(job_timeout_s=RUN_S)
+    figures = {"ours": Figures(), "ours, a job runs": Figures()}
     phantom = get_context("spawn").Process(target=write_phantom, args=(folder / "phantom",))
     phantom.start()
     phantom.join()
     ct = sorted((folder / "phantom").iterdir())
-    with our_node(folder / "ours", processes, registry=registry) as receiver:
+    with our_node(folder / "ours", processes) as receiver:
         for _ in range(rounds):
             receive(receiver, shares, len(files), figures["ours"])
-            for name, engine in ways.items():
-                with jobs(engine, ct, folder / "result"):
-                    receive(receiver, shares, len(files), figures[name])
+            with jobs(engine, ct, folder / "result"):
+                receive(receiver, shares, len(files), figures["ours, a job runs"])
     show(f"{len(files)} slices from 1 sender, median of {rounds} rounds", figures, "ours")
 
 
@@ -560,13 +546,13 @@ def resident_mb(pids: Sequence[int]) -> float:
 
 def show(title: str, figures: dict[str, Figures], beside: str) -> None:
     """A table; `x` is how many times the rate of `beside`, the median of the rounds' ratios."""
-    print(f"\n{title}\n{'':24} {'images/s':>9} {'x ' + beside:>18} {'CPU ms/image':>13} {'resident MB':>12}")
+    print(f"\n{title}\n{'':20} {'images/s':>9} {'x ' + beside:>18} {'CPU ms/image':>13} {'resident MB':>12}")
     for name, one in figures.items():
         reference = figures[beside].per_second if beside in figures else []
         ratios = [mine / theirs for mine, theirs in zip(one.per_second, reference, strict=False)]
         ratio = f"{median(ratios):.2f}" if ratios else "-"
         resident = f"{median(one.resident_mb):.0f}" if one.resident_mb else "-"
-        print(f"{name:24} {median(one.per_second):9.0f} {ratio:>18} {median(one.cpu_ms):13.2f} {resident:>12}")
+        print(f"{name:20} {median(one.per_second):9.0f} {ratio:>18} {median(one.cpu_ms):13.2f} {resident:>12}")
     sys.stdout.flush()
 
 

@@ -443,7 +443,6 @@ class EngineConfig(_Table):
     retry_s: Seconds = 30.0
     lease_s: Seconds = 120.0
     job_timeout_s: Seconds = 3600.0
-    give_way_s: float = Field(default=60.0, ge=0, description="0: a job never gives way")
 
 
 class StorageConfig(_Table):

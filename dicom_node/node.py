@@ -172,11 +172,7 @@ class Node:
             )
         owner = _identity(root / "node.id")
 
-        engine = self._engine or LocalEngine(
-            job_timeout_s=config.engine.job_timeout_s,
-            images_come=self.registry.images_come,
-            give_way_s=config.engine.give_way_s,
-        )
+        engine = self._engine or LocalEngine(job_timeout_s=config.engine.job_timeout_s)
         parts.callback(engine.close)
         upkeep = Upkeep(config, self.ledger, self.spool)
         upkeep.compare_clocks()

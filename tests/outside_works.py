@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.errors import SegmenterUnavailable
 from pipeline.types import FloatVolume, Grid
@@ -22,10 +21,6 @@ Given = tuple[dict[str, np.ndarray], dict[str, Any]]
 def label_by_hu(hu: FloatVolume, grid: Grid, settings: Mapping[str, Any]) -> Given:
     facts = {"spacing_mm": grid.spacing_mm, "frame": grid.frame_of_reference_uid, "process": os.getpid()}
     return {"labels": (hu > settings["above"]).astype(np.uint8)}, facts
-
-
-def tell_threads(hu: FloatVolume, grid: Grid, settings: Mapping[str, Any]) -> Given:
-    return {}, {"threads": torch.get_num_threads(), "openmp": os.environ["OMP_NUM_THREADS"]}
 
 
 def refuse(hu: FloatVolume, grid: Grid, settings: Mapping[str, Any]) -> Given:

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 
 import pipeline.errors
 from dicom_node.engine import EngineCrash, EngineStopped, child
-from dicom_node.engine.giving_way import GivingWay
 from pipeline.errors import PipelineError
 from pipeline.types import GeometryError, OnProgress, PipelineOptions, Progress, ignore_progress
 
 if TYPE_CHECKING:
     from pipeline.result import ShadowSummary
 
-POLL_S = 0.2  # how often `should_stop` and `images_come` are asked
+POLL_S = 0.2  # how often `should_stop` is asked
 START_TIMEOUT_S = 120.0  # a cold disk and a large torch
 _KILL_WAIT_S = 10.0
 
@@ -36,13 +35,10 @@ class LocalEngine:
         *,
         job_timeout_s: float,
         start_timeout_s: float = START_TIMEOUT_S,
-        images_come: Callable[[], bool] = lambda: False,
-        give_way_s: float = 0.0,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """While `images_come`, a job leaves one processor to the receivers, for `give_way_s` seconds at most."""
+        """`clock` is monotonic seconds, for the job's time-out."""
         self._job_timeout_s = job_timeout_s
-        self._images_come, self._give_way_s = images_come, give_way_s
         self._start_timeout_s = start_timeout_s
         self._clock = clock
         self._lock = threading.RLock()  # guards the pair below
@@ -92,11 +88,9 @@ class LocalEngine:
         self, request: child.Start | child.Shadow, on_progress: OnProgress, should_stop: Callable[[], bool]
     ) -> child.Done | child.Compared:
         process, connection = self._child()
-        assert process.pid is not None  # it was started
         try:
-            with GivingWay(process.pid, self._images_come, most_s=self._give_way_s) as way:
-                connection.send(request)
-                return self._follow(request, process, connection, way, on_progress, should_stop)
+            connection.send(request)
+            return self._follow(request, process, connection, on_progress, should_stop)
         except (BrokenPipeError, ConnectionResetError, EOFError) as error:
             raise self._crash(process) from error
         except PipelineError:
@@ -116,20 +110,15 @@ class LocalEngine:
         request: child.Start | child.Shadow,
         process: SpawnProcess,
         connection: Connection,
-        way: GivingWay,
         on_progress: OnProgress,
         should_stop: Callable[[], bool],
     ) -> child.Done | child.Compared:
-        deadline, computing = self._clock() + self._job_timeout_s, False
+        deadline = self._clock() + self._job_timeout_s
         while True:
             wait([connection, process.sentinel], timeout=POLL_S)
             while connection.poll():
-                message = connection.recv()
-                computing |= isinstance(message, Progress)
-                if answer := self._ended(message, request.job_id, on_progress):
+                if answer := self._ended(connection.recv(), request.job_id, on_progress):
                     return answer
-            if computing:  # not before: it counts the processors when it begins, and results depend on its threads
-                way.look()
             if not process.is_alive():
                 raise self._crash(process)
             if should_stop():

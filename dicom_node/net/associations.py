@@ -17,7 +17,6 @@ from dicom_node.net.peers import plain_address
 
 _RANDOM_HEX = 16
 _REMEMBERED = 10_000  # associations that ended well; one that is forgotten only makes its series wait
-_JUST_NOW_S = 2.0  # receivers in processes of their own tell what they stored twice a second
 _AE_BYTES = 16  # VR AE (PS3.5 table 6.2-1)
 
 
@@ -187,12 +186,6 @@ class AssociationRegistry:
         with self._lock:
             association = self._open.get(token)
             return association is not None and now - association.last_activity <= idle_limit_s
-
-    def images_come(self) -> bool:
-        """Whether an association that has brought instances brought some just now; an idle one does not count."""
-        now = self._clock()
-        with self._lock:
-            return any(one.stored and now - one.last_activity <= _JUST_NOW_S for one in self._open.values())
 
     def companions(self, token: str) -> int:
         """How many associations the sender of this one has open now, this one included; 0 when it is not open."""

@@ -37,7 +37,8 @@ def main(folder: Path, parent: int) -> None:
     """Do the request of `folder`; the answer is whole once it is there."""
     threading.Thread(target=_end_with, args=(folder, parent), name="parent-watch", daemon=True).start()
     request = json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))
-    torch.set_num_threads(request["threads"])
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
     draft = folder / "answer.part"
     draft.write_text(json.dumps(_answer(folder, request)), encoding="utf-8")
     draft.replace(folder / ANSWER_FILE)

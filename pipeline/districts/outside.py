@@ -23,7 +23,6 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -107,7 +106,7 @@ def _write_request(
         "origin_mm": ct.grid.origin_mm,
         "frame_of_reference_uid": "",
     }
-    request = {"work": work, "grid": grid, "settings": dict(settings), "threads": _threads(options)}
+    request = {"work": work, "grid": grid, "settings": dict(settings), "threads": options.threads}
     try:
         np.save(folder / HU_FILE, ct.hu)
         (folder / REQUEST_FILE).write_text(json.dumps(request), encoding="utf-8")
@@ -125,7 +124,7 @@ def _exit_code(folder: Path, options: DistrictOptions, environment: Mapping[str,
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path),
         "TMPDIR": str(folder),  # a library's temporary files go with ours
-        "OMP_NUM_THREADS": str(_threads(options)),
+        **({"OMP_NUM_THREADS": str(options.threads)} if options.threads else {}),
         **environment,
     }
     command = [sys.executable, "-m", APART, str(folder), str(os.getpid())]
@@ -150,11 +149,6 @@ def _exit_code(folder: Path, options: DistrictOptions, environment: Mapping[str,
             with suppress(ProcessLookupError, PermissionError):  # all of its group have ended
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def _threads(options: DistrictOptions) -> int:
-    """Always a number, that of this process: what the child may use now can be less, and its result depends on it."""
-    return options.threads or torch.get_num_threads()
 
 
 def _crashed(code: int, log: str) -> SegmenterUnavailable:

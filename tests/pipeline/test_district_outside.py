@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom import Dataset
@@ -87,18 +86,6 @@ def test_whatever_ends_a_segmenter_is_a_reason_to_try_the_next(
         run_apart(f"outside_works:{work}", volume(), settings, options=OPTIONS)
     assert caught.value.code == code
     assert text in caught.value.text
-
-
-def test_a_segmenter_has_as_many_threads_as_we_even_while_the_engine_gives_way() -> None:
-    own, processors = torch.get_num_threads(), os.sched_getaffinity(0)
-    torch.set_num_threads(2)
-    os.sched_setaffinity(0, {min(processors)})
-    try:
-        facts = run_apart("outside_works:tell_threads", volume(), {}, options=DistrictOptions()).facts
-    finally:
-        os.sched_setaffinity(0, processors)
-        torch.set_num_threads(own)
-    assert facts == {"threads": 2, "openmp": "2"}
 
 
 def test_a_segmenter_that_hangs_is_ended_with_whatever_it_started(tmp_path: Path) -> None:
