@@ -46,6 +46,7 @@ from pydicom.uid import CTImageStorage, generate_uid  # noqa: E402
 from raw_sender import Message, RawSender, echo_message, status_of, store_message  # noqa: E402
 from tiny_bundle import write_tiny_bundle  # noqa: E402
 
+from dicom_node.net.command import padded  # noqa: E402
 from storage.records import Job, JobFilter, JobState  # noqa: E402
 
 MAX_GROWTH_MB = 20.0
@@ -207,11 +208,11 @@ def slice_of(number: int, study_uid: str, series_uid: str, dice: random.Random) 
     header = b"".join(
         struct.pack("<HH2sH", group, element, vr, len(value)) + value
         for group, element, vr, value in (
-            (0x0008, 0x0016, b"UI", _padded(CTImageStorage)),
-            (0x0008, 0x0018, b"UI", _padded(uid)),
+            (0x0008, 0x0016, b"UI", padded(CTImageStorage, b"\0")),
+            (0x0008, 0x0018, b"UI", padded(uid, b"\0")),
             (0x0008, 0x0060, b"CS", b"CT"),
-            (0x0020, 0x000D, b"UI", _padded(study_uid)),
-            (0x0020, 0x000E, b"UI", _padded(series_uid)),
+            (0x0020, 0x000D, b"UI", padded(study_uid, b"\0")),
+            (0x0020, 0x000E, b"UI", padded(series_uid, b"\0")),
         )
     )
     pixels = dice.randbytes(65536)
@@ -222,10 +223,6 @@ def slice_of(number: int, study_uid: str, series_uid: str, dice: random.Random) 
 
 def _uid() -> str:
     return str(generate_uid())
-
-
-def _padded(uid: str) -> bytes:
-    return uid.encode() + b"\0" * (len(uid) % 2)
 
 
 def until(holds: Callable[[], bool]) -> None:

@@ -95,11 +95,15 @@ class Assembler:
     def _index(self) -> None:
         for path in self._spool.incoming():
             self._folders.add(path.parent)
-            self._fenced(path.name, partial(self._index_one, path, self._faults))
+            self._fenced(path.name, partial(self._index_one, path))
         for (token, code, study_uid, accession), found in list(self._faults.items()):
             self._note_quarantined(token, code, found, {"study_uid": study_uid, "accession": accession})
             del self._faults[token, code, study_uid, accession]  # told: a ledger that is out raises before
         self._remove_empty_folders()
+
+    def _fault(self, token: str, code: str, whose: InstanceHeader | BadInstance, text: str) -> None:
+        """Have a file that was put into quarantine told at the end of the tick."""
+        self._faults.setdefault((token, code, whose.study_uid, whose.accession), []).append(text)
 
     def _note_quarantined(self, token: str, code: str, found: list[str], whose: dict[str, str]) -> None:
         """One event for all files of an association and a study with the same fault in one tick."""
@@ -109,7 +113,7 @@ class Assembler:
         self._ledger.note("", "quarantined", text, details=details)
         log.warning("instances.quarantined", code=code, instances=len(found), first=found[0])
 
-    def _index_one(self, path: Path, faults: _Faults) -> None:
+    def _index_one(self, path: Path) -> None:
         token = self._spool.association_of(path)
         header = None
         try:
@@ -117,7 +121,7 @@ class Assembler:
             if header.sop_instance_uid != _uid_of(path):
                 raise BadInstance("uid_mismatch", f"holds instance {header.sop_instance_uid}, sent as {_uid_of(path)}")
             if header.sop_class_uid == SegmentationStorage:
-                self._keep_segmentation(path, token, header, faults)
+                self._keep_segmentation(path, token, header)
                 return
             series = self._series_of(header)
             if series.study_uid != header.study_uid:
@@ -127,14 +131,12 @@ class Assembler:
             return
         except BadInstance as fault:
             self._spool.quarantine(path, fault.code)
-            whose = header or fault
-            key = (token, fault.code, whose.study_uid, whose.accession)
-            faults.setdefault(key, []).append(f"{_uid_of(path)}: {fault}")
+            self._fault(token, fault.code, header or fault, f"{_uid_of(path)}: {fault}")
             return
         self._series[series.series_uid] = series
-        self._add(series, path, token, header, faults)
+        self._add(series, path, token, header)
 
-    def _keep_segmentation(self, path: Path, token: str, header: InstanceHeader, faults: _Faults) -> None:
+    def _keep_segmentation(self, path: Path, token: str, header: InstanceHeader) -> None:
         """A SEG waits beside its study's CT: the worker looks for it when a job begins. Raises BadInstance."""
         uid, study_uid = header.sop_instance_uid, header.study_uid
         known = {_uid_of(other) for other in self._spool.segmentations(study_uid)}
@@ -143,8 +145,7 @@ class Assembler:
         calling_ae, address = sender_of(token)
         adopted = self._spool.keep_segmentation(path, study_uid)
         if adopted is Adopted.DIFFERENT:
-            key = (token, "different_content", study_uid, header.accession)
-            faults.setdefault(key, []).append(f"{uid}: came before with other content")
+            self._fault(token, "different_content", header, f"{uid}: came before with other content")
         if adopted is not Adopted.NEW:
             return
         for series in self._series.values():  # the study's quiet period is the one of all that comes of it
@@ -155,7 +156,7 @@ class Assembler:
         details |= {"calling_ae": calling_ae, "address": address}
         self._ledger.note("", "segmentation_kept", f"SEG {uid} waits for the study's jobs", details=details)
 
-    def _add(self, series: IncomingSeries, path: Path, token: str, header: InstanceHeader, faults: _Faults) -> None:
+    def _add(self, series: IncomingSeries, path: Path, token: str, header: InstanceHeader) -> None:
         series.last_seen = self._clock()
         series.latest = header
         series.tokens.add(token)
@@ -165,8 +166,7 @@ class Assembler:
         uid = header.sop_instance_uid
         if uid not in series.headers and self._too_many(series):
             self._spool.quarantine(path, "too_many_instances")  # it was acknowledged: nothing that was is thrown away
-            key = (token, "too_many_instances", header.study_uid, header.accession)
-            faults.setdefault(key, []).append(f"{uid}: its series has {series.count} instances already")
+            self._fault(token, "too_many_instances", header, f"{uid}: its series has {series.count} instances already")
             return
         known = [job.id for job in (series.job, series.succeeds) if job is not None]
         adopted = self._spool.adopt(path, series.series_uid, known=known)
@@ -176,8 +176,7 @@ class Assembler:
         elif adopted is Adopted.SAME:
             series.duplicates += 1
         else:
-            key = (token, "different_content", header.study_uid, header.accession)
-            faults.setdefault(key, []).append(f"{uid}: came before with other content")
+            self._fault(token, "different_content", header, f"{uid}: came before with other content")
 
     def _keep_sender(self, series: IncomingSeries) -> None:
         """Without room for it the series goes on: it matters only to a ledger that is restored meanwhile."""
@@ -303,14 +302,13 @@ class Assembler:
         for series in [s for s in self._series.values() if not s.headers]:
             if not self._quiet([series], self._config.intake.quiet_period_s):
                 continue
-            if series.job is None and not series.duplicates:  # all of it had other content, and is in quarantine
+            if series.only_duplicates and series.earlier is not None:
+                series.job = series.job or self._ledger.open_job(series.info())
+                text = f"all {series.duplicates} instances are those of job {series.earlier.id}"
+                decision = Decision(series_uid=series.series_uid, action="reject", code="duplicate_series", text=text)
+                self._finish(series, decision)
+            elif series.job is None and not series.duplicates:  # all of it had other content, and is in quarantine
                 self._forget(series)
-            if series.earlier is None or not series.only_duplicates:
-                continue
-            series.job = series.job or self._ledger.open_job(series.info())
-            text = f"all {series.duplicates} instances are those of job {series.earlier.id}"
-            decision = Decision(series_uid=series.series_uid, action="reject", code="duplicate_series", text=text)
-            self._finish(series, decision)
 
     def _consider(self, study_uid: str) -> None:
         """Decide on the series of a study once all of it is quiet and whole."""

@@ -10,7 +10,7 @@ import structlog
 
 from dicom_node.config import Config
 from storage.backup import backup_time, backups, by_now, is_due, ledger_file, make_backup
-from storage.errors import LedgerError, NoSpace
+from storage.errors import LedgerDamaged, LedgerError, NoSpace
 from storage.ledger import Ledger, utc_now
 
 log = structlog.get_logger()
@@ -47,6 +47,12 @@ def lost_ledger(config: Config) -> str:
         restore = f"there is no backup in {backup_folder(config)}"
     anew = f"to begin a new ledger without what persons decided: remove {root / 'node.id'}, and start the node"
     return f"ledger {file}: {found}, and a node has run on [storage].root = {root}; {restore}; {anew}"
+
+
+def check_not_lost(config: Config) -> None:
+    """Raise `LedgerDamaged`, saying what to do, for a `lost_ledger`: nothing may be made in its place."""
+    if lost := lost_ledger(config):
+        raise LedgerDamaged(lost)
 
 
 class Backups:

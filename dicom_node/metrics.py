@@ -132,7 +132,7 @@ class NodeCollector(Collector):
 
     def _ledger(self) -> Iterator[Metric]:
         try:
-            figures: Figures | None = self._sources.ledger.figures()
+            figures: Figures | None = self._sources.ledger.figures(events=(*PULLS, *COMMITMENT_REPORTS))
         except StorageError as error:
             log.warning("metrics.no_ledger", reason=str(error))
             figures = None

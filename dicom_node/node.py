@@ -25,7 +25,7 @@ import structlog
 
 from dicom_node import __version__
 from dicom_node.assembler import Assembler
-from dicom_node.backup import Backups, lost_ledger
+from dicom_node.backup import Backups, check_not_lost
 from dicom_node.commitments import CommitmentReporter
 from dicom_node.config import Config
 from dicom_node.delivery import Deliveries
@@ -52,7 +52,6 @@ from pipeline.bundle_paths import bundle_path, name_and_version
 from pipeline.errors import BundleError
 from storage.asked import AskedCommitments
 from storage.backup import check_file, ledger_file
-from storage.errors import LedgerDamaged
 from storage.ledger import Ledger, open_ledger, utc_now
 from storage.spool import Spool
 
@@ -226,8 +225,7 @@ class Node:
         A node that does not start loses nothing: senders keep what is not acknowledged. One that began anew would
         send again what persons took back, and its own backups would push the good ones out.
         """
-        if lost := lost_ledger(self.config):
-            raise LedgerDamaged(lost)
+        check_not_lost(self.config)
         if self.config.has_ledger_file and (file := ledger_file(self.config.ledger_url)).exists():
             began = time.monotonic()
             check_file(file)

@@ -129,10 +129,8 @@ class Upkeep:
             text = f"the machine's clock was set {'forward' if jumped > 0 else 'back'} by {abs(jumped):.0f} s"
             log.warning("node.clock_jumped", seconds=round(jumped))
             self._owed_s += jumped
-        if self._owed_s < 0:
-            self._ledger.shift_waits(
-                self._owed_s
-            )  # first: it does no harm when the next call fails and both are repeated
+        if self._owed_s < 0:  # first: it does no harm when the next call fails and both are repeated
+            self._ledger.shift_waits(self._owed_s)
         if self._owed_s:
             self._ledger.shift_outages(self._owed_s, recent_s=looked - self._looked)
             self._owed_s = 0.0

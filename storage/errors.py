@@ -2,7 +2,8 @@
 
 StorageError
 ├── LedgerError     the ledger cannot be opened, read or written: the text names the file and what to do
-│   ├── LedgerDamaged    its file is broken: nothing may be written into it, a backup must be restored
+│   ├── LedgerOutage     whatever is asked of it; what was asked is not to blame
+│   │   └── LedgerDamaged    its file is broken: nothing may be written into it, a backup must be restored
 │   └── BackupDamaged    what was to be restored is broken, or no ledger: another backup must be restored
 ├── NotFound        no such job, delivery or series
 ├── IllegalMove     the table of moves does not allow it: a fault in the caller, or an operator's wrong command

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -13,14 +13,12 @@ from storage.base import LedgerBase
 from storage.records import REJECTION, DeliveryState, JobState
 from storage.schema import DeliveryRow, EventRow, JobRow
 
-COUNTED_EVENTS = ("pull_ended", "pull_failed", "commitment_reported", "commitment_report_failed")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
     """One look at the ledger. `deliveries` counts by destination and state, rejection notes aside in `notes`.
 
-    `events` counts those of no job by their code, of `COUNTED_EVENTS` and as long as events are kept.
+    `events` counts those of no job by the codes that were asked for, as long as events are kept.
     `queued_since` and `delivering_since`: when the job that has waited longest came into that state; None: no job is.
     """
 
@@ -35,8 +33,8 @@ class Figures:
 class FigureLedger(LedgerBase):
     """Counts for the metrics."""
 
-    def figures(self) -> Figures:
-        """Count everything, in one short read."""
+    def figures(self, *, events: Collection[str] = ()) -> Figures:
+        """Count everything, and the events of these codes, in one short read."""
         with self._read() as session:
             jobs = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state))
             return Figures(
@@ -45,7 +43,7 @@ class FigureLedger(LedgerBase):
                 notes=_by_destination(session, notes=True),
                 queued_since=_waiting_since(session, JobState.QUEUED),
                 delivering_since=_waiting_since(session, JobState.DELIVERING),
-                events=_events(session),
+                events=_events(session, events),
             )
 
 
@@ -59,11 +57,11 @@ def _by_destination(session: Session, *, notes: bool) -> dict[tuple[str, Deliver
     return {(destination, DeliveryState(state)): count for destination, state, count in rows}
 
 
-def _events(session: Session) -> dict[str, int]:
+def _events(session: Session, codes: Collection[str]) -> dict[str, int]:
     """One index look-up for each code: a delivery's `commitment_reported` belongs to a job."""
     rows = session.execute(
         select(EventRow.code, func.count())
-        .where(EventRow.code.in_(COUNTED_EVENTS), EventRow.job_id == "")
+        .where(EventRow.code.in_(codes), EventRow.job_id == "")
         .group_by(EventRow.code)
     )
     return {str(code): count for code, count in rows}

@@ -11,12 +11,9 @@ from typing import Annotated
 import typer
 
 from dicom_node.backup import backup_folder, lost_ledger, newest_backup
-from dicom_node.cli.check_node import check_answering as check_answering
-from dicom_node.cli.check_node import check_ports
-from dicom_node.cli.check_node import ourselves as ourselves
+from dicom_node.cli.check_node import check_answering, check_ports
 from dicom_node.cli.common import DEFAULT_CONFIG, AsJson, ConfigPath, console, opened_ledger, print_json, safe, table
-from dicom_node.cli.findings import Finding as Finding
-from dicom_node.cli.findings import Verdict as Verdict
+from dicom_node.cli.findings import Finding, Verdict
 from dicom_node.config import Config, ConfigError, DestinationConfig, PeerConfig, load_config
 from dicom_node.net.peers import addresses_of
 from pipeline.errors import BundleError

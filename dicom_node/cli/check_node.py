@@ -13,7 +13,7 @@ from dicom_node.config import Config, MetricsConfig, PeerConfig
 from dicom_node.started_with import digest, node_runs_on, started_with
 
 if TYPE_CHECKING:
-    from dicom_node.net.who_answers import EchoAnswer
+    from dicom_node.net.scu import EchoAnswer
 
 METRICS_TIMEOUT_S = 10.0
 METRICS_BYTES = 10_000_000  # far more than the figures of any node
@@ -49,10 +49,10 @@ def _is_free(check: str, host: str, port: int) -> Finding:
 
 def _tls_answers(config: Config) -> Finding:
     """The running node on its TLS port. It may want another certificate than its own: that only warns."""
-    from dicom_node.net.who_answers import who_answers
+    from dicom_node.net.scu import echo
 
     port = config.tls.port
-    answer = who_answers(_over_tls(config, _this_node(config)), calling_ae=config.node.ae_title)
+    answer = echo(_over_tls(config, _this_node(config)), calling_ae=config.node.ae_title)
     if answer.code in ("tls_failed", "association_aborted"):
         text = f"something listens on port {port}, and the node's own certificate does not open it: {answer.text}"
         return Finding(check="tls port", verdict=Verdict.WARN, text=text)
@@ -114,9 +114,9 @@ def why_taken(host: str, port: int) -> str:
 
 def check_answering(config: Config) -> Finding:
     """The node of this configuration answers: our own software, while a node runs on its storage root."""
-    from dicom_node.net.who_answers import who_answers
+    from dicom_node.net.scu import echo
 
-    answer = who_answers(ourselves(config), calling_ae=config.node.ae_title)
+    answer = echo(ourselves(config), calling_ae=config.node.ae_title)
     fault = _why_not_ours(config, answer)
     text = fault or f"{config.node.ae_title} answers on port {config.node.port}"
     return Finding(check="node", verdict=Verdict.FAIL if fault else Verdict.OK, text=text)
@@ -125,7 +125,8 @@ def check_answering(config: Config) -> Finding:
 def _why_not_ours(config: Config, answer: EchoAnswer) -> str:
     """Why it was not the node of this configuration that answered; "" where it was."""
     root = config.storage.root
-    if answer.code == "association_rejected" and not answer.permanent and node_runs_on(config.storage.root):
+    runs = node_runs_on(root)
+    if answer.code == "association_rejected" and not answer.permanent and runs:
         return ""  # it has as many associations as it may; a node lets its own title in else
     if answer.code == "association_rejected":
         return f"{answer.text}: another DICOM application answers there, or a node that was started under another title"
@@ -134,7 +135,7 @@ def _why_not_ours(config: Config, answer: EchoAnswer) -> str:
     if not answer.is_this_software:
         software = answer.implementation_class_uid
         return f"another DICOM application answers there (Implementation Class UID {software}), and not this node"
-    if not node_runs_on(config.storage.root):
+    if not runs:
         return f"another node answers there: none runs on [storage].root = {root}"
     return ""
 

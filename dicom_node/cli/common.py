@@ -33,10 +33,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dicom_node.backup import lost_ledger
+from dicom_node.backup import check_not_lost
 from dicom_node.config import Config, load_config
 from dicom_node.log import escape_controls, reason_of_exception
-from storage.errors import LedgerDamaged, LedgerError
+from storage.errors import LedgerError
 from storage.ledger import Ledger, open_ledger
 from storage.records import Job
 
@@ -68,8 +68,7 @@ def opened_ledger(config: Config, *, create: bool = False) -> Iterator[Ledger]:
     Without `create` a ledger that is not there is an error: an empty one would answer "no job matches". One that is
     lost is an error in any case: a command must not make a new one in its place.
     """
-    if lost := lost_ledger(config):
-        raise LedgerDamaged(lost)
+    check_not_lost(config)
     file = config.storage.root / "ledger.sqlite"
     if not create and not config.storage.database_url and not file.is_file():
         raise LedgerError(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from dicom_node.cli.check import Finding, Verdict, check_answering, elsewhere, on_this_machine, ourselves
+from dicom_node.cli.check import elsewhere, on_this_machine
+from dicom_node.cli.check_node import check_answering, ourselves
 from dicom_node.cli.common import (
     DEFAULT_CONFIG,
     AsJson,
@@ -27,6 +28,7 @@ from dicom_node.cli.common import (
     print_json,
     safe,
 )
+from dicom_node.cli.findings import Finding, Verdict
 from dicom_node.config import Config, DestinationConfig, load_config
 from dicom_node.steps import Step
 from dicom_node.trial import TEST_NAME

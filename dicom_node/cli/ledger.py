@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from dicom_node.backup import backup_folder, lost_ledger
+from dicom_node.backup import backup_folder, check_not_lost
 from dicom_node.cli.common import DEFAULT_CONFIG, ConfigPath, check_user, console, fail, local_time, opened_ledger, safe
 from dicom_node.config import load_config
 from storage.backup import backup_time, backups, by_now, check_file, ledger_file, make_backup, newest_whole, restore
-from storage.errors import BackupDamaged, LedgerDamaged
+from storage.errors import BackupDamaged
 from storage.ledger import utc_now
 
 app = typer.Typer(help="Check, back up and restore the ledger.", no_args_is_help=True)
@@ -25,8 +25,7 @@ def check(
     """Read the whole ledger and say whether it is in order. The node may be running."""
     loaded = load_config(config)
     file = ledger_file(loaded.ledger_url)
-    if lost := lost_ledger(loaded):
-        raise LedgerDamaged(lost)
+    check_not_lost(loaded)
     if not file.exists():
         raise fail(f"ledger {file}: is not there; no node has run with this configuration yet")
     check_file(file, full=not quick)
@@ -51,8 +50,7 @@ def backup(
     file = ledger_file(loaded.ledger_url)
     if to is None:
         check_user(loaded)
-    if lost := lost_ledger(loaded):  # a copy of nothing would be the newest backup
-        raise LedgerDamaged(lost)
+    check_not_lost(loaded)  # a copy of nothing would be the newest backup
     keep = max(loaded.storage.keep_backups, 1) + 1  # one that is asked for pushes no day's out
     made = make_backup(file, to or backup_folder(loaded), keep=keep, now=utc_now())
     console.print(safe(f"{made}: {made.stat().st_size / 1e6:.1f} MB, whole"), soft_wrap=True)

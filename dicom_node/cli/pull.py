@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from dicom_node.cli.check import Verdict, check_answering
+from dicom_node.cli.check_node import check_answering
 from dicom_node.cli.common import (
     DEFAULT_CONFIG,
     AsJson,
@@ -29,6 +29,7 @@ from dicom_node.cli.common import (
     table,
     warnings_on_stderr,
 )
+from dicom_node.cli.findings import Verdict
 from dicom_node.config import Config, PeerConfig, load_config
 from dicom_node.net.peers import shown
 from dicom_node.pull import Puller, PullOptions, PullOutcome, Wanted

@@ -91,21 +91,23 @@ class Verdict:
     @property
     def details(self) -> dict[str, Any]:
         """For the ledger and the log."""
-        reasons = Counter(f"0x{reason:04X}" for _, _, reason in self.failed)
         return {
             "transaction_uid": self.transaction_uid,
             "held": len(self.held),
             "failed": len(self.failed),
-            "reasons": dict(reasons),
+            "reasons": {f"0x{reason:04X}": count for reason, count in self._reasons.items()},
             "study_uid": self.study_uid,
         }
 
     @property
     def text(self) -> str:
         """How many are held, and why the others are not."""
-        counts = Counter(reason for _, _, reason in self.failed)
-        why = "".join(f"; {count} not (0x{reason:04X}: {FAILURES[reason]})" for reason, count in counts.items())
+        why = "".join(f"; {count} not (0x{reason:04X}: {FAILURES[reason]})" for reason, count in self._reasons.items())
         return f"{len(self.held)} of {len(self.held) + len(self.failed)} are held{why}"
+
+    @property
+    def _reasons(self) -> Counter[FailureReason]:
+        return Counter(reason for _, _, reason in self.failed)
 
 
 class RequestRefused(ValueError):

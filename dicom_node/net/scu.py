@@ -26,6 +26,7 @@ from dicom_node.config import PeerConfig
 from dicom_node.net.compression import EXPLICIT, TRANSFER_SYNTAXES, compressed_file
 from dicom_node.net.link import Link, RequestOutcome, Timeouts, Trouble, dimse_status, where
 from dicom_node.net.part10 import Part10, read_part10, to_compress
+from dicom_node.net.scp import IMPLEMENTATION_CLASS_UID
 from dicom_node.net.sending import Sender, Way, opened
 from dicom_node.net.status import Outcome, classify, status_text
 from storage.errors import NoSpace
@@ -99,19 +100,32 @@ def send_series(
     return _outcome(statuses, trouble or _refusal(statuses, peer), began, note)
 
 
-def echo(peer: PeerConfig, *, calling_ae: str, timeouts: Timeouts | None = None) -> RequestOutcome:
-    """C-ECHO (PS3.4 annex A): does the peer answer, and does it know us, in which time, and why not?"""
-    began = monotonic()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EchoAnswer(RequestOutcome):
+    """What came of a C-ECHO; no `implementation_class_uid` (PS3.7 annex D.3.3.2) where no association came to be."""
+
+    implementation_class_uid: str = ""
+
+    @property
+    def is_this_software(self) -> bool:
+        """Whether this product answered, of whatever version and on whatever machine."""
+        return self.implementation_class_uid == IMPLEMENTATION_CLASS_UID
+
+
+def echo(peer: PeerConfig, *, calling_ae: str, timeouts: Timeouts | None = None) -> EchoAnswer:
+    """C-ECHO (PS3.4 annex A): does the peer answer, and does it know us, in which time, whose software, and why not?"""
+    began, software = monotonic(), ""
     with Link(peer, [echo_context()], calling_ae, timeouts or Timeouts(), 16382) as link:
         trouble = link.trouble
         if not trouble:
+            software = str(link.assoc.acceptor.implementation_class_uid or "")
             status = dimse_status(link.assoc.send_c_echo())
             if status is None:
                 trouble = Trouble("no_response", "no response to C-ECHO", False)
             elif status != 0:
                 trouble = Trouble("echo_refused", f"C-ECHO was answered with 0x{status:04X}", True)
     seconds = monotonic() - began
-    return RequestOutcome.of(trouble, seconds=seconds)
+    return EchoAnswer.of(trouble, seconds=seconds, implementation_class_uid=software)
 
 
 def echo_context() -> PresentationContext:

@@ -13,7 +13,8 @@ from fake_web import Answer, FakeWeb
 from typer.testing import CliRunner
 
 from dicom_node.cli import app
-from dicom_node.cli.check import Verdict, check_web
+from dicom_node.cli.check import check_web
+from dicom_node.cli.findings import Verdict
 from dicom_node.config import DestinationConfig
 
 

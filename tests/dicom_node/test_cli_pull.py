@@ -22,8 +22,9 @@ from pydicom.uid import generate_uid
 from typer.testing import CliRunner, Result
 
 from dicom_node.cli import app
-from dicom_node.cli.check import Verdict, check_retrieve
+from dicom_node.cli.check import check_retrieve
 from dicom_node.cli.common import warnings_on_stderr
+from dicom_node.cli.findings import Verdict
 from dicom_node.cli.pull import ListError, read_list
 from dicom_node.net.associations import AssociationRegistry
 from dicom_node.net.receive import Receiver

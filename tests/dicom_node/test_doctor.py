@@ -35,7 +35,7 @@ from tls_tools import Authority
 from typer.testing import CliRunner
 
 from dicom_node.cli import app
-from dicom_node.cli.check import ourselves
+from dicom_node.cli.check_node import ourselves
 from dicom_node.cli.doctor import make_test_study
 from dicom_node.config import Config, DestinationConfig, load_config
 from dicom_node.net.scu import echo, send_series

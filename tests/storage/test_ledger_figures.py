@@ -96,4 +96,5 @@ def test_pulls_and_commitments_are_counted_by_their_events_and_a_jobs_own_are_no
     for job_id, code in (("", "pull_ended"), ("", "pull_ended"), ("", "commitment_reported"), ("", "quarantined")):
         ledger.note(job_id, code, "")
     ledger.note(queue(ledger, "1.2.1"), "commitment_reported", "")
-    assert ledger.figures().events == {"pull_ended": 2, "commitment_reported": 1}
+    found = ledger.figures(events=("pull_ended", "pull_failed", "commitment_reported", "commitment_report_failed"))
+    assert found.events == {"pull_ended": 2, "commitment_reported": 1}
